@@ -1,0 +1,17 @@
+"""What a user can get wrong. Each message is one line that names the culprit; ``train.py`` prints it and exits with code 2."""
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave, told in one line that says what to change."""
+
+
+class RecipeError(UserError):
+    """A recipe, or an override of it, that cannot be trained: names the file and the key."""
+
+
+class DatasetError(UserError):
+    """Data that is missing, half-written or corrupted: names the path and the command that makes it."""
+
+
+class CutLayerError(UserError):
+    """A layer that cannot be cut, or a model that has none: names the layer, the reason and what would do."""
