@@ -1,0 +1,93 @@
+"""The mathematics of SBA as pure functions. Equation numbers are those of Li et al., 2020, arXiv 2006.15284.
+
+Names of tensors end in their shape: N raw samples, M virtual samples of each (the fold), K classes.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from composer_sba.schedule import bernoulli_prob, choose_layer, should_augment
+
+__all__ = ['bernoulli_prob', 'choose_layer', 'hard_label_loss', 'should_augment', 'soft_label_kl']
+
+
+def soft_label_kl(
+    logits: torch.Tensor,
+    virtual_logits: torch.Tensor,
+    *,
+    stop_gradient: bool = True,
+) -> torch.Tensor:
+    r"""Compute the dynamic soft label regularizer: how far virtual predictions lie from the raw sample's.
+
+    The second term of Eq. (11) of `Li et al., 2020 <https://arxiv.org/abs/2006.15284>`_, without η:
+
+    .. math:: \frac{1}{M N} \sum_{i=1}^{N} \sum_{j=1}^{M} D_{KL}(Y_i \parallel Y_{ij})
+
+    where :math:`Y_i` is the softmax of a raw sample (the soft label, from ``logits``) and :math:`Y_{ij}` that of its j-th
+    virtual sample (the trained side, from ``virtual_logits``).
+
+    Args:
+        logits (torch.Tensor): Predictions for the raw samples. Shape ``(N, K)``, unnormalized.
+        virtual_logits (torch.Tensor): Predictions for their virtual samples. Shape ``(M, N, K)``, unnormalized.
+        stop_gradient (bool, optional): Treat the soft label as a constant, so that no gradient flows through ``logits``.
+            Default: ``True``.
+
+    Returns:
+        torch.Tensor: The mean divergence in nats. Shape ``()``, float32, or float64 for float64 logits.
+
+    Raises:
+        ValueError: If the shapes do not belong together.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0]])
+        >>> soft_label_kl(logits, torch.zeros(1, 1, 2))
+        tensor(0.3278)
+    """
+    _check_shapes(logits.shape, virtual_logits.shape[1:], f'(N, K) = {tuple(logits.shape)}', virtual_logits)
+    soft_NK = _log_softmax(logits.detach() if stop_gradient else logits)
+    virtual_MNK = _log_softmax(virtual_logits)
+    total = F.kl_div(virtual_MNK, soft_NK.expand_as(virtual_MNK), reduction='sum', log_target=True)
+    return total / virtual_MNK.shape[:2].numel()
+
+
+def hard_label_loss(virtual_logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    r"""Compute the hard loss of virtual samples: cross-entropy with the label of the raw sample.
+
+    Eq. (9) of `Li et al., 2020 <https://arxiv.org/abs/2006.15284>`_, averaged as Eq. (11) averages the soft loss. This is
+    the loss of Bamboo (Yang et al., 2018) and, augmenting every batch, batch augmentation in latent space:
+
+    .. math:: \frac{1}{M N} \sum_{i=1}^{N} \sum_{j=1}^{M} CE(\mathbf{1}_{Y_i}, Y_{ij})
+
+    Args:
+        virtual_logits (torch.Tensor): Predictions for the virtual samples. Shape ``(M, N, K)``, unnormalized.
+        target (torch.Tensor): Class indices of the raw samples, shape ``(N,)``, or their label distributions (smoothed or
+            mixed labels), shape ``(N, K)``.
+
+    Returns:
+        torch.Tensor: The mean cross-entropy in nats. Shape ``()``, float32, or float64 for float64 logits.
+
+    Raises:
+        ValueError: If the shapes do not belong together.
+
+    Example:
+        >>> hard_label_loss(torch.zeros(4, 1, 10), torch.tensor([3]))
+        tensor(2.3026)
+    """
+    expected = virtual_logits.shape[1 : 1 + target.ndim]
+    _check_shapes(target.shape, expected, f'the target {tuple(target.shape)}', virtual_logits)
+    target_MN = target.expand(len(virtual_logits), *target.shape)
+    return F.cross_entropy(_wide(virtual_logits).flatten(0, 1), target_MN.flatten(0, 1))
+
+
+def _check_shapes(given: torch.Size, expected: torch.Size, name: str, virtual_logits: torch.Tensor) -> None:
+    if virtual_logits.ndim != 3 or given != expected:
+        raise ValueError(f'Expected virtual_logits of shape (M, N, K) for {name}, got {tuple(virtual_logits.shape)}.')
+
+
+def _wide(logits: torch.Tensor) -> torch.Tensor:
+    # Half precision logits come out of autocast; their softmax is taken in float32.
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    return F.log_softmax(_wide(logits), dim=-1)

@@ -1,0 +1,172 @@
+"""LatentExpander: multiply the batch at a cut layer and split what comes out. Plain PyTorch; it knows nothing of Composer."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, Optional, Union, get_args
+
+import torch
+from torch import nn
+
+from composer_sba.errors import CutLayerError
+from composer_sba.layers import Forward, check_cut, find_layers
+from composer_sba.schedule import choose_layer, noise_seed
+from composer_sba.tail import keep_raw_rows
+from composer_sba.vicinity import Vicinity
+
+NormStats = Literal['raw', 'all']
+
+
+class LatentExpander:
+    r"""Turns the latent batch of a network into raw and virtual rows while it is armed, and splits the predictions again.
+
+    At the cut layer k the latent batch :math:`X_k` of N rows becomes :math:`[X_k; V_g; V_d]` (Eq. 6 of `Li et al., 2020
+    <https://arxiv.org/abs/2006.15284>`_): the N raw rows, then M copies of all N rows, drawn from the vicinity. The layers
+    above run once, on (1 + M) N rows. Unarmed, the network is what it was.
+
+    Args:
+        model (torch.nn.Module): The network. It gets hooks, which :meth:`remove` takes away, and no parameters.
+        layers (str | Sequence[str], optional): The set S of eligible cut layers: ``'head'``: the input of the last
+            ``nn.Linear``; ``'input'``: the network's input; or module names, meaning those modules' outputs. Default:
+            ``'head'``.
+        fold (int, optional): M >= 1, virtual samples per raw sample. Default: ``4``.
+        vicinity (Vicinity, optional): The law of the virtual samples. Default: ``Vicinity()``.
+        norm_stats (str, optional): Whose batch statistics normalization layers above the cut use: ``'raw'``: the raw rows' for
+            every row, and running statistics see raw rows only; ``'all'``: those of all rows. Default: ``'raw'``.
+        seed (int, optional): Seed of the layer and of the noise, >= 0. Default: ``0``.
+
+    Raises:
+        CutLayerError: If a name is no layer of the model.
+        ValueError: If another argument lies outside its range.
+
+    Note:
+        The noise comes from a generator seeded by (seed, rank, step, microbatch, layer) in each forward pass. The global
+        random stream is neither read nor moved, also by ``nn.Dropout`` above the cut, whose virtual rows draw from that
+        generator. Under activation checkpointing, stay armed until the backward pass is over.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+        >>> expander = LatentExpander(model, layers='head', fold=4)
+        >>> with expander.armed(step=0):
+        ...     out = model(torch.zeros(2, 8))
+        >>> raw, virtual = expander.split(out)
+        >>> raw.shape, virtual.shape
+        (torch.Size([2, 3]), torch.Size([4, 2, 3]))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Union[str, Sequence[str]] = 'head',
+        fold: int = 4,
+        vicinity: Vicinity = Vicinity(),
+        *,
+        norm_stats: NormStats = 'raw',
+        seed: int = 0,
+    ) -> None:
+        if isinstance(fold, bool) or not isinstance(fold, int) or fold < 1:
+            raise ValueError(f'Expected fold to be an integer >= 1, got {fold!r}.')
+        if norm_stats not in get_args(NormStats):
+            raise ValueError(f'Expected norm_stats to be one of {", ".join(get_args(NormStats))}, got {norm_stats!r}.')
+        self.model = model
+        self.cuts = find_layers(model, layers)
+        self.fold = fold
+        self.vicinity = vicinity
+        self.seed = seed
+        self.raw_rows: Optional[int] = None  # N, while an augmented batch is above the cut
+        self._armed: Optional[int] = None  # index of the cut that is armed
+        self._key: tuple[int, ...] = ()
+        self._split_rows: Optional[int] = None
+        self._handles = [cut.hook(partial(self._at_cut, index)) for index, cut in enumerate(self.cuts)]
+        self._handles += keep_raw_rows(model, self, norm_stats)
+
+    def arm(self, step: int, microbatch: int = 0) -> int:
+        """Have the next forward pass expand the latent batch at the layer k(t).
+
+        Args:
+            step (int): The batch index t, >= 0.
+            microbatch (int, optional): Index of the microbatch within the batch. Default: ``0``.
+
+        Returns:
+            int: Index of the chosen layer in ``cuts``.
+        """
+        layer = choose_layer(len(self.cuts), self.seed, step)
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        self.raw_rows = self._split_rows = None
+        self._key = (self.seed, rank, step, microbatch, layer)
+        self._armed = layer
+        return layer
+
+    def disarm(self) -> None:
+        """Leave the network as it was. What was expanded can still be split."""
+        self._armed = self.raw_rows = None
+
+    @contextmanager
+    def armed(self, step: int, microbatch: int = 0) -> Iterator[None]:
+        """Be armed within a ``with`` block; arguments as for :meth:`arm`."""
+        self.arm(step, microbatch)
+        try:
+            yield
+        finally:
+            self.disarm()
+
+    def split(self, outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Split the predictions of an armed forward pass.
+
+        Args:
+            outputs (torch.Tensor): What the network returned. Shape ``((1 + M) * N, K)``.
+
+        Returns:
+            tuple: Raw logits, shape ``(N, K)``, and virtual logits, shape ``(M, N, K)``.
+
+        Raises:
+            RuntimeError: If no layer was expanded since :meth:`arm`, or the rows are not those of the expanded batch.
+        """
+        if self._split_rows is None:
+            raise RuntimeError(
+                f'No virtual samples: no layer of {[cut.name for cut in self.cuts]} ran in the armed forward pass. '
+                f'Was the model compiled before the LatentExpander was made, or does forward bypass the layer?',
+            )
+        expected = (1 + self.fold) * self._split_rows
+        if not isinstance(outputs, torch.Tensor) or outputs.ndim != 2 or len(outputs) != expected:
+            got = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+            raise RuntimeError(f'Expected logits of shape ({expected}, K) from the armed forward pass, got {got}.')
+        raw, virtual = outputs.split([self._split_rows, self.fold * self._split_rows])
+        return raw, virtual.unflatten(0, (self.fold, self._split_rows))
+
+    def check(self, forward: Forward) -> None:
+        """Refuse layers that are no cut points, by running the model on a real batch.
+
+        Args:
+            forward (Callable): Runs the model on a batch of at least two rows and returns its logits.
+
+        Raises:
+            CutLayerError: Naming the layer, the reason and the nearest layers that would do.
+        """
+        for cut in self.cuts:
+            check_cut(self.model, cut, forward)
+
+    def remove(self) -> None:
+        """Take all hooks off the network."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def generator(self, device: torch.device, stream: int) -> torch.Generator:
+        """Make the generator of this microbatch's noise (stream 0) or of a layer above the cut, the same at every call."""
+        return torch.Generator(device).manual_seed(noise_seed(*self._key, stream))
+
+    def _at_cut(self, index: int, latent: Any) -> Optional[torch.Tensor]:
+        return self._expand(latent) if self._armed == index else None
+
+    @torch.compiler.disable
+    def _expand(self, latent: Any) -> torch.Tensor:
+        if not isinstance(latent, torch.Tensor) or not latent.is_floating_point():
+            got = latent.dtype if isinstance(latent, torch.Tensor) else type(latent).__name__
+            raise CutLayerError(f'Expected a floating tensor at layer {self._armed_name()!r}, got {got}.')
+        self.raw_rows = self._split_rows = len(latent)
+        return self.vicinity.expand(latent, self.fold, self.generator(latent.device, 0))
+
+    def _armed_name(self) -> str:
+        assert self._armed is not None
+        return self.cuts[self._armed].name

@@ -1,0 +1,96 @@
+"""When and where SBA augments: the coin λ(t), the cut layer k(t) and the seed of the noise, as functions of (seed, time).
+
+Nothing here has state. Every rank that asks with the same seed and time gets the same answer, and so does a run that was
+resumed, a microbatch that is tried again after running out of memory, and the second pass of SAM.
+"""
+
+import math
+
+import numpy as np
+
+_COIN, _LAYER, _NOISE = 1, 2, 3  # one stream of random numbers per decision: none shifts another
+
+
+def _stream(seed: int, *key: int) -> np.random.SeedSequence:
+    return np.random.SeedSequence(seed, spawn_key=key)
+
+
+def bernoulli_prob(omega: float) -> float:
+    r"""Turn the paper's angle ω into the probability that a batch is augmented.
+
+    Sec. 3.2 of `Li et al., 2020 <https://arxiv.org/abs/2006.15284>`_: :math:`\lambda(t) \sim \mathcal{B}(\cos\omega)`. The
+    paper's fair schedule, ω = π/3, augments every second batch on average.
+
+    Args:
+        omega (float): The angle ω in radians, in [0, π/2].
+
+    Returns:
+        float: cos ω, in [0, 1].
+
+    Raises:
+        ValueError: If ``omega`` lies outside [0, π/2].
+
+    Example:
+        >>> round(bernoulli_prob(math.pi / 3), 3)
+        0.5
+    """
+    if not 0 <= omega <= math.pi / 2:
+        raise ValueError(f'Expected omega in [0, π/2] radians, got {omega}.')
+    return math.cos(omega)
+
+
+def should_augment(prob: float, seed: int, step: int) -> bool:
+    r"""Draw the coin :math:`\lambda(t) \sim \mathcal{B}(p)` of Sec. 3.2.
+
+    Args:
+        prob (float): The probability p = cos ω, in [0, 1].
+        seed (int): The run's seed, >= 0, the same on all ranks.
+        step (int): The batch index t, or the epoch index for one coin an epoch. >= 0.
+
+    Returns:
+        bool: λ(t). For one (seed, step), a larger ``prob`` never turns ``True`` into ``False``.
+
+    Raises:
+        ValueError: If ``prob`` is no probability.
+
+    Example:
+        >>> [should_augment(0.5, seed=17, step=t) for t in range(6)]
+        [True, False, False, False, True, True]
+    """
+    if not 0 <= prob <= 1:
+        raise ValueError(f'Expected augment_prob in [0, 1], got {prob}.')
+    return bool(np.random.default_rng(_stream(seed, _COIN, step)).random() < prob)
+
+
+def choose_layer(num_layers: int, seed: int, step: int) -> int:
+    """Draw the index of the cut layer k uniformly from the set S of eligible layers (Sec. 3.1).
+
+    Args:
+        num_layers (int): The size of S, >= 1.
+        seed (int): The run's seed, >= 0, the same on all ranks.
+        step (int): The batch index t, >= 0.
+
+    Returns:
+        int: An index in [0, num_layers), independent of the coin of the same step.
+
+    Raises:
+        ValueError: If ``num_layers`` is below 1.
+
+    Example:
+        >>> [choose_layer(3, seed=17, step=t) for t in range(6)]
+        [2, 0, 2, 1, 1, 0]
+    """
+    if num_layers < 1:
+        raise ValueError(f'Expected at least one layer to choose from, got {num_layers}.')
+    return int(np.random.default_rng(_stream(seed, _LAYER, step)).integers(num_layers))
+
+
+def noise_seed(seed: int, rank: int, step: int, microbatch: int, layer: int, stream: int) -> int:
+    """Seed a generator of one microbatch's virtual samples: different on every rank, the same at every repetition.
+
+    ``stream`` tells apart the generators within one forward pass: 0 is the vicinity's, others belong to layers above the cut.
+
+    Returns:
+        int: 64 random bits, for ``torch.Generator.manual_seed``.
+    """
+    return int(_stream(seed, _NOISE, rank, step, microbatch, layer, stream).generate_state(1, np.uint64)[0])
