@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any, Literal, Optional, Union, get_args
 
 import torch
-from composer.algorithms.gyro_dropout.gyro_dropout import GyroDropoutLayer
+from composer.algorithms import GyroDropout
 from composer.algorithms.warnings import NoEffectWarning, NotIntendedUseWarning
 from composer.core import Algorithm, Event, State
 from composer.core.passes import sort_to_back, sort_to_front
@@ -134,7 +134,7 @@ class SBA(Algorithm):
         """Put the hooks in: surgery and loading are over, DDP and torch.compile are still to come."""
         if self._expander is not None:
             self._expander.remove()
-        _refuse_model(state.model)
+        _refuse(state.model, state.algorithms)
         network = state.model.module if isinstance(state.model, ComposerClassifier) else state.model
         seed = state.rank_zero_seed if self.seed is None else self.seed
         self._expander = LatentExpander(
@@ -308,13 +308,13 @@ def _add(loss: Any, term: torch.Tensor) -> Any:
     return loss + term
 
 
-def _refuse_model(model: nn.Module) -> None:
+def _refuse(model: nn.Module, algorithms: Sequence[Algorithm]) -> None:
     if isinstance(model, HuggingFaceModel):
         raise CutLayerError(
             'SBA cannot cut a HuggingFaceModel, which computes its loss inside forward from labels of the raw rows. Wrap the '
             'network in a ComposerClassifier whose forward returns logits.',
         )
-    if any(isinstance(module, GyroDropoutLayer) for module in model.modules()):
+    if any(isinstance(algorithm, GyroDropout) for algorithm in algorithms):
         raise CutLayerError(
             'SBA and GyroDropout exclude each other: GyroDropout keeps its masks by row over many batches. Use nn.Dropout.',
         )

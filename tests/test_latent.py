@@ -1,0 +1,245 @@
+"""LatentExpander: the armed forward pass against reference.py (float64, 1e-10), and the network it leaves behind.
+
+Run: pytest tests/test_latent.py
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import composer_sba.functional as sbaf
+import reference
+from composer_sba import LatentExpander, Vicinity
+
+N, M = 6, 3
+GAUSSIAN = Vicinity(1.0, sigma=0.5, noise_scale='absolute')
+
+
+class Net(nn.Module):
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.trunk = nn.Linear(4, 5)
+        self.norm = nn.BatchNorm1d(5)
+        self.drop = nn.Dropout(dropout)
+        self.fc = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.fc(self.drop(torch.relu(self.norm(self.trunk(x)))))
+
+
+def make(dropout=0.0, dtype=torch.float64):
+    model = Net(dropout).to(dtype)
+    nn.init.normal_(model.norm.weight)
+    nn.init.normal_(model.norm.bias)
+    return model, torch.randn(N, 4, dtype=dtype), torch.randint(3, (N,))
+
+
+def predict(model, x, layers, step=0, vicinity=GAUSSIAN, **options):
+    expander = LatentExpander(model, layers, M, vicinity, **options)
+    with expander.armed(step):
+        out = model(x)
+    expander.remove()
+    return expander.split(out)
+
+
+def test_the_loss_and_its_gradients_are_eq_11_with_batch_norm_above_the_cut():
+    model, x, target = make()
+    raw, virtual = predict(model, x, 'trunk')
+    ours = F.cross_entropy(raw, target) + 0.7 * sbaf.soft_label_kl(raw, virtual)
+
+    latent = model.trunk(x)
+    stream = LatentExpander(model, 'trunk', M, GAUSSIAN)
+    stream.arm(0)
+    noise = torch.empty(M, N, 5, dtype=torch.float64).normal_(0, 0.5, generator=stream.generator(x.device, 0))
+    stream.remove()
+    rows = [latent[i] for i in range(N)]
+    rows += [reference.gaussian_point(latent[i], noise[j, i], 1.0, torch.eye(5)) for j in range(M) for i in range(N)]
+    normed = reference.batch_norm_by_raw_rows(torch.stack(rows), N, model.norm.weight, model.norm.bias, model.norm.eps)
+    logits = torch.relu(normed) @ model.fc.weight.T + model.fc.bias
+    theirs = reference.sba_loss(logits[:N], logits[N:].view(M, N, 3), target, eta=0.7)
+
+    assert abs(ours.item() - theirs.item()) < 1e-10, f'{ours.item()} against {theirs.item()}'
+    parameters = list(model.parameters())
+    for a, b in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True):
+        assert (a - b).abs().max() < 1e-10, f'gradients differ by {(a - b).abs().max()}'
+
+
+@pytest.mark.parametrize('layers', ['input', 'trunk', 'norm', 'head'])
+def test_raw_rows_and_running_statistics_are_those_of_a_plain_step(layers):
+    model, x, _ = make(dropout=0.5)
+    plain = copy.deepcopy(model)
+    torch.manual_seed(5)
+    expected = plain(x)
+    after = torch.get_rng_state()
+    torch.manual_seed(5)
+    raw, _ = predict(model, x, layers)
+    assert torch.equal(raw, expected), f'raw rows differ by {(raw - expected).abs().max()}'
+    assert torch.equal(torch.get_rng_state(), after), 'the global random stream moved differently'
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_norm_stats_all_uses_every_row():
+    model, x, _ = make()
+    plain = copy.deepcopy(model)
+    raw, _ = predict(model, x, 'trunk', norm_stats='all')
+    assert not torch.allclose(raw, plain(x))
+    assert not torch.equal(model.norm.running_mean, plain.norm.running_mean)
+
+
+@pytest.mark.parametrize(
+    'norm', [nn.BatchNorm2d(4), nn.BatchNorm2d(4, affine=False), nn.BatchNorm2d(4, track_running_stats=False),
+             nn.InstanceNorm2d(4, affine=True, track_running_stats=True), nn.GroupNorm(2, 4)]
+)  # fmt: skip
+def test_virtual_rows_equal_to_raw_rows_are_normalized_alike(norm):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Flatten(), nn.Linear(4 * 36, 3)).double()
+    x = torch.randn(N, 3, 8, 8, dtype=torch.float64)
+    raw, virtual = predict(model, x, '0', vicinity=Vicinity(1.0, sigma=0.0))
+    assert torch.allclose(virtual, raw.expand(M, N, 3), atol=1e-12), f'{(virtual - raw).abs().max()}'
+
+
+def test_evaluation_mode_normalizes_with_running_statistics():
+    model, x, _ = make()
+    model.eval()
+    raw, virtual = predict(model, x, 'trunk', vicinity=Vicinity(1.0, sigma=0.0))
+    assert torch.equal(raw, model(x))
+    assert torch.allclose(virtual, raw.expand(M, N, 3))
+
+
+@pytest.mark.parametrize('layer', [nn.Dropout(0.4), nn.Dropout1d(0.4), nn.Dropout(0.4, inplace=True), nn.Dropout(1.0)])
+def test_dropout_above_the_cut_drops_and_rescales_virtual_rows(layer):
+    model = nn.Sequential(nn.Identity(), layer, nn.Flatten())
+    x = torch.ones(64, 32, 32)
+    _, virtual = predict(model, x, '0', vicinity=Vicinity(1.0, sigma=0.0))
+    values = virtual.view(M, 64, 32, 32)
+    dropped = (values == 0).double().mean().item()
+    assert dropped == pytest.approx(layer.p, abs=0.02), f'{dropped:.3f} dropped'
+    if layer.p < 1:
+        assert values.max().item() == pytest.approx(1 / 0.6)
+    whole_channels = (values == values[..., :1]).all().item()
+    assert whole_channels == (isinstance(layer, nn.Dropout1d) or layer.p == 1)
+
+
+def test_noise_repeats_with_the_step_and_differs_otherwise():
+    model, x, _ = make()
+    first = predict(model, x, 'head', step=3)[1]
+    torch.manual_seed(123)
+    assert torch.equal(first, predict(model, x, 'head', step=3)[1])
+    assert not torch.equal(first, predict(model, x, 'head', step=4)[1])
+    assert not torch.equal(first, predict(model, x, 'head', step=3, seed=1)[1])
+    assert not torch.equal(first[0], first[1]), 'copies differ from one another'
+
+
+def test_unarmed_the_network_is_what_it_was():
+    model, x, _ = make()
+    expected = copy.deepcopy(model)(x)
+    expander = LatentExpander(model, ['trunk', 'head'], M)
+    assert torch.equal(model(x), expected)
+    with pytest.raises(ZeroDivisionError), expander.armed(0):
+        model(x)
+        raise ZeroDivisionError
+    assert len(model(x)) == N, 'an exception inside the block leaves the network armed'
+    expander.remove()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_every_layer_of_the_set_is_cut_and_only_one_at_a_time():
+    model, x, _ = make()
+    expander = LatentExpander(model, ['input', 'trunk', 'head'], M)
+    chosen = set()
+    for step in range(20):
+        chosen.add(expander.arm(step))
+        raw, virtual = expander.split(model(x))
+        assert raw.shape == (N, 3) and virtual.shape == (M, N, 3)
+    assert chosen == {0, 1, 2}
+
+
+@pytest.mark.parametrize('use_reentrant', [True, False])
+def test_activation_checkpointing_repeats_the_noise(use_reentrant):
+    def gradients(checkpointed):
+        torch.manual_seed(0)
+        model, x, target = make(dropout=0.3)
+        body = nn.Sequential(model.trunk, model.norm, nn.ReLU(), model.drop)
+        expander = LatentExpander(model, 'trunk', M, Vicinity())
+        with expander.armed(step=2):
+            x.requires_grad_()  # reentrant checkpointing asks for it
+            hidden = checkpoint(body, x, use_reentrant=use_reentrant) if checkpointed else body(x)
+            raw, virtual = expander.split(model.fc(hidden))
+            (F.cross_entropy(raw, target) + sbaf.soft_label_kl(raw, virtual)).backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    for plain, checkpointed in zip(gradients(False), gradients(True), strict=True):
+        assert torch.allclose(plain, checkpointed, atol=1e-12), f'{(plain - checkpointed).abs().max()}'
+
+
+@pytest.mark.parametrize('layers', ['head', 'conv'])
+def test_channels_last_and_autocast_give_the_float32_kl(layers):
+    class ConvNet(nn.Sequential):
+        def __init__(self):
+            super().__init__()
+            self.add_module('conv', nn.Conv2d(3, 16, 3))
+            self.add_module('norm', nn.BatchNorm2d(16))
+            self.add_module('pool', nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()))
+            self.add_module('fc', nn.Linear(64, 10))
+
+    model, x = ConvNet(), torch.randn(16, 3, 12, 12)
+    exact = sbaf.soft_label_kl(*predict(model, x, layers, vicinity=Vicinity(sigma=0.5))).item()
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    x_last = x.contiguous(memory_format=torch.channels_last)
+    ours = sbaf.soft_label_kl(*predict(last, x_last, layers, vicinity=Vicinity(sigma=0.5))).item()
+    assert ours == pytest.approx(exact, rel=1e-4), 'channels_last'
+    with torch.autocast('cpu', torch.bfloat16):
+        raw, virtual = predict(model, x, layers, vicinity=Vicinity(sigma=0.5))
+    assert raw.dtype == torch.bfloat16
+    assert sbaf.soft_label_kl(raw, virtual).item() == pytest.approx(exact, rel=0.05), 'bfloat16'
+
+
+def test_compiled_models_expand_and_stop_compiling_once_both_row_counts_were_seen():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend('eager')
+    model, x, _ = make(dtype=torch.float32)
+    eager = copy.deepcopy(model)
+    expander = LatentExpander(model, 'trunk', M, GAUSSIAN)
+    compiled = torch.compile(model, backend=counter)
+    frames = []
+    for step in range(6):
+        if step % 2:
+            with expander.armed(step):
+                raw, virtual = expander.split(compiled(x))
+            expected = predict(eager, x, 'trunk', step=step)
+            assert torch.allclose(raw, expected[0], atol=1e-5) and torch.allclose(virtual, expected[1], atol=1e-5)
+        else:
+            assert torch.allclose(compiled(x), eager(x), atol=1e-5)
+        frames.append(counter.frame_count)
+    assert frames[2] == frames[-1], f'compiled again after one plain, one augmented and one plain step: {frames}'
+    torch._dynamo.reset()
+
+
+def test_a_network_compiled_before_it_got_hooks_is_an_error_not_silence():
+    model, x, _ = make()
+    expander = LatentExpander(model, 'trunk', M)
+    expander.remove()
+    with expander.armed(0):
+        out = model(x)
+    with pytest.raises(RuntimeError, match=r"No virtual samples: no layer of \['trunk'\] ran in the armed forward pass"):
+        expander.split(out)
+
+
+def test_a_copied_model_is_not_tied_to_the_original():
+    model, x, _ = make()
+    expander = LatentExpander(model, 'head', M)
+    copied = copy.deepcopy(model)  # as Composer's SWA does
+    with expander.armed(0):
+        assert len(model(x)) == (1 + M) * N
+        assert len(copied(x)) == N
+
+
+@pytest.mark.parametrize(('fold', 'got'), [(0, '0'), (-1, '-1'), (2.0, r'2\.0'), (True, 'True')])
+def test_fold_is_checked(fold, got):
+    with pytest.raises(ValueError, match=rf'^Expected fold to be an integer >= 1, got {got}\.$'):
+        LatentExpander(Net(), fold=fold)

@@ -1,0 +1,146 @@
+"""Vicinity: its samples against the loops of reference.py (float64, 1e-10), and its moments against the law it claims.
+
+Run: pytest tests/test_vicinity.py
+"""
+
+import math
+
+import pytest
+import torch
+
+import reference
+from composer_sba import Vicinity
+
+N, Q, M = 4, 6, 5
+
+
+def generator(seed=1):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize('noise_scale', ['absolute', 'rms'])
+@pytest.mark.parametrize('basis', ['identity', 'normalized'])
+@pytest.mark.parametrize('rescale', [True, False])
+def test_samples_are_eq_7_and_8(noise_scale, basis, rescale):
+    vicinity = Vicinity(0.6, sigma=0.8, tau=0.9, noise_scale=noise_scale, basis=basis, dropout=0.3, rescale=rescale)
+    latent = torch.randn(N, Q, dtype=torch.float64)
+    ours = vicinity.sample(latent, M, generator())
+
+    g = generator()  # the same draws, in the order of Eq. 5-8: ε, Σ, B
+    noise = torch.empty(3, N, Q, dtype=torch.float64).normal_(0, 0.8, generator=g)
+    matrix = torch.eye(Q, dtype=torch.float64)
+    if basis == 'normalized':
+        matrix = reference.normalized_basis(torch.empty(Q, Q, dtype=torch.float64).normal_(generator=g))
+    keep = torch.empty(2, N, Q, dtype=torch.float64).bernoulli_(0.7, generator=g)
+    unit = reference.root_mean_square(latent) if noise_scale == 'rms' else 1.0
+    theirs = [[reference.gaussian_point(latent[i], unit * noise[j, i], unit * 0.9, matrix) for i in range(N)] for j in range(3)]
+    theirs += [[reference.dropout_point(latent[i], keep[j, i], 0.3, rescale) for i in range(N)] for j in range(2)]
+    difference = (ours - torch.stack([torch.stack(copy) for copy in theirs])).abs().max()
+    assert difference < 1e-10, f'samples differ by {difference}'
+
+
+@pytest.mark.parametrize(('fraction', 'fold', 'gaussian'), [(0.5, 4, 2), (0.5, 1, 1), (0.5, 5, 3), (0, 4, 0), (1, 4, 4), (0.3, 8, 2)])
+def test_gaussian_points_come_first_and_are_as_many_as_asked(fraction, fold, gaussian):
+    latent = torch.ones(3, 64)
+    samples = Vicinity(fraction, sigma=0.1, dropout=0.5).sample(latent, fold, generator())
+    is_dropout = [bool(torch.isin(copy, torch.tensor([0.0, 2.0])).all()) for copy in samples]
+    assert is_dropout == [False] * gaussian + [True] * (fold - gaussian)
+
+
+def test_noise_is_clipped_at_two_sigma_by_default_and_in_units_of_rms():
+    latent = 3 * torch.randn(64, 256)
+    rms = reference.root_mean_square(latent)
+    noise = Vicinity(1.0, sigma=0.2).sample(latent, 8, generator()) - latent
+    assert noise.abs().max().item() == pytest.approx(2 * 0.2 * rms, rel=1e-5)
+    # A standard normal clipped at 2 has variance 0.9205 (Φ and φ at 2).
+    variance = noise.var().item() / (0.2 * rms) ** 2
+    assert variance == pytest.approx(0.9205, rel=0.01), f'variance {variance:.4f}'
+
+
+def test_dropout_points_keep_the_mean_only_when_rescaled():
+    latent = torch.ones(64, 256)
+    for rescale, mean in [(True, 1.0), (False, 0.7)]:
+        samples = Vicinity(0.0, dropout=0.3, rescale=rescale).sample(latent, 8, generator())
+        assert samples.mean().item() == pytest.approx(mean, rel=0.01), f'rescale={rescale}: {samples.mean():.4f}'
+        assert (samples == 0).float().mean().item() == pytest.approx(0.3, abs=0.01)
+
+
+def basis_of(name, width):
+    """Σ, read off the samples: the noise that went in is drawn again, and Eq. (7) is solved for Σ."""
+    vicinity = Vicinity(1.0, sigma=1.0, tau=math.inf, noise_scale='absolute', basis=name)
+    projected = vicinity.sample(torch.zeros(4 * width, width, dtype=torch.float64), 1, generator())[0]
+    noise = torch.empty(4 * width, width, dtype=torch.float64).normal_(generator=generator())
+    return torch.linalg.lstsq(noise, projected).solution.T
+
+
+def test_bases_are_what_they_are_called():
+    normalized, orthogonal = basis_of('normalized', 50), basis_of('orthogonal', 50)
+    assert torch.allclose(normalized.norm(dim=0), torch.ones(50, dtype=torch.float64))
+    assert torch.allclose(orthogonal.T @ orthogonal, torch.eye(50, dtype=torch.float64), atol=1e-12)
+    assert (orthogonal.diagonal() < 0).any(), 'QR without its signs would give no negative diagonal half of the time'
+
+
+@pytest.mark.parametrize('basis', ['normalized', 'orthogonal'])
+def test_a_basis_changes_directions_and_keeps_the_scale(basis):
+    latent = torch.zeros(256, 40)
+    vicinity = Vicinity(1.0, sigma=0.5, noise_scale='absolute', basis=basis)
+    samples = vicinity.sample(latent, 16, generator())
+    assert samples.abs().max() > 1.0, 'a projected noise vector is not clipped componentwise'
+    assert samples.std().item() == pytest.approx(0.5 * math.sqrt(0.9205), rel=0.05)
+
+
+def test_the_noise_of_a_seed_is_the_same_in_every_dtype_and_memory_format():
+    latent = torch.randn(4, 3, 8, 8)
+    plain = Vicinity().sample(latent, 4, generator())
+    last = Vicinity().sample(latent.contiguous(memory_format=torch.channels_last), 4, generator())
+    half = Vicinity().sample(latent.bfloat16(), 4, generator())
+    assert torch.allclose(plain, last, atol=1e-6)
+    assert last.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+    assert half.dtype == torch.bfloat16
+    assert torch.allclose(plain, half.float(), atol=0.05)
+
+
+def test_gradients_reach_the_latent_batch_and_nothing_else():
+    latent = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    vicinity = Vicinity(0.5, sigma=0.3, dropout=0.4)
+    assert torch.autograd.gradcheck(lambda x: vicinity.sample(x, 2, generator())[1], latent)
+    (gradient,) = torch.autograd.grad(vicinity.sample(latent, 2, generator())[0].sum(), latent)
+    assert torch.equal(gradient, torch.ones_like(latent)), 'the scale of Gaussian noise is a constant'
+
+
+def test_a_generator_leaves_the_global_stream_alone():
+    before = torch.get_rng_state()
+    first = Vicinity(basis='orthogonal').sample(torch.ones(2, 8), 4, generator())
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(first, Vicinity(basis='orthogonal').sample(torch.ones(2, 8), 4, generator()))
+
+
+def test_autocast_does_not_coarsen_the_projection():
+    vicinity = Vicinity(1.0, basis='normalized')
+    latent = torch.randn(4, 64)
+    with torch.autocast('cpu', torch.bfloat16):
+        under = vicinity.sample(latent, 2, generator())
+    assert torch.equal(under, vicinity.sample(latent, 2, generator()))
+
+
+@pytest.mark.parametrize(
+    ('argument', 'message'),
+    [
+        ({'gaussian_fraction': 1.1}, r'Expected gaussian_fraction to be a number in \[0, 1\], got 1\.1\.'),
+        ({'sigma': -0.1}, r'Expected sigma to be a finite number >= 0, got -0\.1\.'),
+        ({'sigma': '0.1'}, r"Expected sigma to be a finite number >= 0, got '0\.1'\."),
+        ({'tau': -1}, r'Expected tau to be a number >= 0, or None for 2 \* sigma, got -1\.'),
+        ({'dropout': 1.0}, r'Expected dropout to be a number in \[0, 1\), got 1\.0\.'),
+        ({'noise_scale': 'std'}, r"Expected noise_scale to be one of rms, absolute, got 'std'\."),
+        ({'basis': 'random'}, r"Expected basis to be one of identity, normalized, orthogonal, got 'random'\."),
+        ({'rescale': 1}, r'Expected rescale to be true or false, got 1\.'),
+    ],
+)
+def test_bad_arguments_are_named(argument, message):
+    with pytest.raises(ValueError, match=f'^{message}$'):
+        Vicinity(**argument)
+
+
+def test_dense_bases_end_at_8192_features():
+    with pytest.raises(ValueError, match="basis='normalized' needs a 8193 × 8193 matrix; dense bases end at 8192 features"):
+        Vicinity(basis='normalized').sample(torch.zeros(2, 8193), 2)
