@@ -1,4 +1,4 @@
-"""What a user can get wrong. Each message is one line that names the culprit; ``train.py`` prints it and exits with code 2."""
+"""What a user can get wrong. Each message is one line that names the culprit; train.py prints it and exits with 2."""
 
 
 class UserError(ValueError):

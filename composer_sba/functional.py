@@ -23,14 +23,14 @@ def soft_label_kl(
 
     .. math:: \frac{1}{M N} \sum_{i=1}^{N} \sum_{j=1}^{M} D_{KL}(Y_i \parallel Y_{ij})
 
-    where :math:`Y_i` is the softmax of a raw sample (the soft label, from ``logits``) and :math:`Y_{ij}` that of its j-th
-    virtual sample (the trained side, from ``virtual_logits``).
+    where :math:`Y_i` is the softmax of a raw sample (the soft label, from ``logits``) and :math:`Y_{ij}` that of its
+    j-th virtual sample (the trained side, from ``virtual_logits``).
 
     Args:
         logits (torch.Tensor): Predictions for the raw samples. Shape ``(N, K)``, unnormalized.
         virtual_logits (torch.Tensor): Predictions for their virtual samples. Shape ``(M, N, K)``, unnormalized.
-        stop_gradient (bool, optional): Treat the soft label as a constant, so that no gradient flows through ``logits``.
-            Default: ``True``.
+        stop_gradient (bool, optional): Treat the soft label as a constant, so that no gradient flows through
+            ``logits``. Default: ``True``.
 
     Returns:
         torch.Tensor: The mean divergence in nats. Shape ``()``, float32, or float64 for float64 logits.
@@ -53,15 +53,15 @@ def soft_label_kl(
 def hard_label_loss(virtual_logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     r"""Compute the hard loss of virtual samples: cross-entropy with the label of the raw sample.
 
-    Eq. (9) of `Li et al., 2020 <https://arxiv.org/abs/2006.15284>`_, averaged as Eq. (11) averages the soft loss. This is
-    the loss of Bamboo (Yang et al., 2018) and, augmenting every batch, batch augmentation in latent space:
+    Eq. (9) of `Li et al., 2020 <https://arxiv.org/abs/2006.15284>`_, averaged as Eq. (11) averages the soft loss. This
+    is the loss of Bamboo (Yang et al., 2018) and, augmenting every batch, batch augmentation in latent space:
 
     .. math:: \frac{1}{M N} \sum_{i=1}^{N} \sum_{j=1}^{M} CE(\mathbf{1}_{Y_i}, Y_{ij})
 
     Args:
         virtual_logits (torch.Tensor): Predictions for the virtual samples. Shape ``(M, N, K)``, unnormalized.
-        target (torch.Tensor): Class indices of the raw samples, shape ``(N,)``, or their label distributions (smoothed or
-            mixed labels), shape ``(N, K)``.
+        target (torch.Tensor): Class indices of the raw samples, shape ``(N,)``, or their label distributions (smoothed
+            or mixed labels), shape ``(N, K)``.
 
     Returns:
         torch.Tensor: The mean cross-entropy in nats. Shape ``()``, float32, or float64 for float64 logits.

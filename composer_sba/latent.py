@@ -1,13 +1,14 @@
-"""LatentExpander: multiply the batch at a cut layer and split what comes out. Plain PyTorch; it knows nothing of Composer."""
+"""LatentExpander: multiplies the batch at a cut layer and splits what comes out. Plain PyTorch, without Composer."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, Optional, Union, get_args
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from composer_sba.checks import check_choice, check_fold
 from composer_sba.errors import CutLayerError
 from composer_sba.layers import Forward, check_cut, find_layers
 from composer_sba.schedule import choose_layer, noise_seed
@@ -18,11 +19,11 @@ NormStats = Literal['raw', 'all']
 
 
 class LatentExpander:
-    r"""Turns the latent batch of a network into raw and virtual rows while it is armed, and splits the predictions again.
+    r"""Turns the latent batch of a network into raw and virtual rows while armed, and splits the predictions again.
 
     At the cut layer k the latent batch :math:`X_k` of N rows becomes :math:`[X_k; V_g; V_d]` (Eq. 6 of `Li et al., 2020
-    <https://arxiv.org/abs/2006.15284>`_): the N raw rows, then M copies of all N rows, drawn from the vicinity. The layers
-    above run once, on (1 + M) N rows. Unarmed, the network is what it was.
+    <https://arxiv.org/abs/2006.15284>`_): the N raw rows, then M copies of all N rows, drawn from the vicinity. The
+    layers above run once, on (1 + M) N rows. Unarmed, the network is what it was.
 
     Args:
         model (torch.nn.Module): The network. It gets hooks, which :meth:`remove` takes away, and no parameters.
@@ -31,8 +32,9 @@ class LatentExpander:
             ``'head'``.
         fold (int, optional): M >= 1, virtual samples per raw sample. Default: ``4``.
         vicinity (Vicinity, optional): The law of the virtual samples. Default: ``Vicinity()``.
-        norm_stats (str, optional): Whose batch statistics normalization layers above the cut use: ``'raw'``: the raw rows' for
-            every row, and running statistics see raw rows only; ``'all'``: those of all rows. Default: ``'raw'``.
+        norm_stats (str, optional): Whose batch statistics normalization layers above the cut use: ``'raw'``: the raw
+            rows' for every row, and running statistics see raw rows only; ``'all'``: those of all rows. Default:
+            ``'raw'``.
         seed (int, optional): Seed of the layer and of the noise, >= 0. Default: ``0``.
 
     Raises:
@@ -40,9 +42,9 @@ class LatentExpander:
         ValueError: If another argument lies outside its range.
 
     Note:
-        The noise comes from a generator seeded by (seed, rank, step, microbatch, layer) in each forward pass. The global
-        random stream is neither read nor moved, also by ``nn.Dropout`` above the cut, whose virtual rows draw from that
-        generator. Under activation checkpointing, stay armed until the backward pass is over.
+        The noise comes from a generator seeded by (seed, rank, step, microbatch, layer) in each forward pass. The
+        global random stream is neither read nor moved, also by ``nn.Dropout`` above the cut, whose virtual rows draw
+        from that generator. Under activation checkpointing, stay armed until the backward pass is over.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
@@ -57,26 +59,24 @@ class LatentExpander:
     def __init__(
         self,
         model: nn.Module,
-        layers: Union[str, Sequence[str]] = 'head',
+        layers: str | Sequence[str] = 'head',
         fold: int = 4,
         vicinity: Vicinity = Vicinity(),
         *,
         norm_stats: NormStats = 'raw',
         seed: int = 0,
     ) -> None:
-        if isinstance(fold, bool) or not isinstance(fold, int) or fold < 1:
-            raise ValueError(f'Expected fold to be an integer >= 1, got {fold!r}.')
-        if norm_stats not in get_args(NormStats):
-            raise ValueError(f'Expected norm_stats to be one of {", ".join(get_args(NormStats))}, got {norm_stats!r}.')
+        check_fold(fold)
+        check_choice('norm_stats', norm_stats, NormStats)
         self.model = model
         self.cuts = find_layers(model, layers)
         self.fold = fold
         self.vicinity = vicinity
         self.seed = seed
-        self.raw_rows: Optional[int] = None  # N, while an augmented batch is above the cut
-        self._armed: Optional[int] = None  # index of the cut that is armed
-        self._key: tuple[int, ...] = ()
-        self._split_rows: Optional[int] = None
+        self.raw_rows: int | None = None  # N, while an augmented batch is above the cut
+        self._armed: int | None = None  # index of the cut that is armed
+        self._key = (seed, 0, 0, 0, 0)
+        self._split_rows: int | None = None
         self._handles = [cut.hook(partial(self._at_cut, index)) for index, cut in enumerate(self.cuts)]
         self._handles += keep_raw_rows(model, self, norm_stats)
 
@@ -110,7 +110,7 @@ class LatentExpander:
         finally:
             self.disarm()
 
-    def split(self, outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def split(self, outputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Split the predictions of an armed forward pass.
 
         Args:
@@ -153,10 +153,10 @@ class LatentExpander:
         self._handles.clear()
 
     def generator(self, device: torch.device, stream: int) -> torch.Generator:
-        """Make the generator of this microbatch's noise (stream 0) or of a layer above the cut, the same at every call."""
+        """Make the generator of this microbatch's noise (stream 0) or of a layer above the cut, anew at every call."""
         return torch.Generator(device).manual_seed(noise_seed(*self._key, stream))
 
-    def _at_cut(self, index: int, latent: Any) -> Optional[torch.Tensor]:
+    def _at_cut(self, index: int, latent: Any) -> torch.Tensor | None:
         return self._expand(latent) if self._armed == index else None
 
     @torch.compiler.disable

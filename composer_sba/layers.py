@@ -1,11 +1,11 @@
-"""Which layers of a network can be cut: names to modules, and the proof that the rows above a cut stand on their own."""
+"""Which layers of a network can be cut: names to modules, and the proof that rows above a cut stand on their own."""
 
 import difflib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,20 +32,20 @@ class CutLayer:
     module: nn.Module
     at_input: bool = False
 
-    def hook(self, edit: Callable[[Any], Optional[torch.Tensor]]) -> RemovableHandle:
-        """Have ``edit`` see the value at the cut at every forward pass; what it returns, unless None, takes its place."""
+    def hook(self, edit: Callable[[Any], torch.Tensor | None]) -> RemovableHandle:
+        """Have ``edit`` see the value at the cut in every forward pass; what it returns, unless None, replaces it."""
         if self.at_input:
             return self.module.register_forward_pre_hook(partial(_edit_input, edit))
         return self.module.register_forward_hook(partial(_edit_output, edit))
 
 
-def _edit_input(edit: Callable[[Any], Optional[torch.Tensor]], module: nn.Module, args: tuple) -> Optional[torch.Tensor]:
+def _edit_input(edit: Callable[[Any], torch.Tensor | None], module: nn.Module, args: tuple) -> torch.Tensor | None:
     return edit(args[0] if len(args) == 1 else args)
 
 
 def _edit_output(
-    edit: Callable[[Any], Optional[torch.Tensor]], module: nn.Module, args: tuple, output: Any
-) -> Optional[torch.Tensor]:
+    edit: Callable[[Any], torch.Tensor | None], module: nn.Module, args: tuple, output: Any
+) -> torch.Tensor | None:
     return edit(output)
 
 
@@ -69,13 +69,13 @@ def _plain(path: str) -> str:
     return '.'.join(parts)
 
 
-def find_layers(model: nn.Module, layers: Union[str, Sequence[str]]) -> list[CutLayer]:
+def find_layers(model: nn.Module, layers: str | Sequence[str]) -> list[CutLayer]:
     """Resolve the set S of eligible layers.
 
     Args:
         model (torch.nn.Module): The network.
-        layers (str | Sequence[str]): ``'head'``: the input of the last ``nn.Linear``; ``'input'``: the network's input; any
-            other name: the output of the module of that name, with or without a leading ``module.``.
+        layers (str | Sequence[str]): ``'head'``: the input of the last ``nn.Linear``; ``'input'``: the network's input;
+            any other name: the output of the module of that name, with or without a leading ``module.``.
 
     Returns:
         list[CutLayer]: One for each name, in the order given.
@@ -98,8 +98,8 @@ def _find(model: nn.Module, known: dict[str, nn.Module], name: str) -> CutLayer:
         linears = [_plain(path) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
         if not linears:
             raise CutLayerError(
-                f"layers='head' is the input of a model's last nn.Linear, and {type(model).__name__} has none. Name the layer "
-                f'whose output is to be cut: {_some(known)}.',
+                f"layers='head' is the input of a model's last nn.Linear, and {type(model).__name__} has none. Name "
+                f'the layer whose output is to be cut: {_some(known)}.',
             )
         return CutLayer(name, known[linears[-1]], at_input=True)
     if _plain(name) not in known:
@@ -116,8 +116,9 @@ def _some(names: Any) -> str:
 def check_cut(model: nn.Module, cut: CutLayer, forward: Forward) -> None:
     """Refuse a layer above which the rows of the batch are not independent of everything but the latent batch.
 
-    The latent batch is doubled with its own rows, rotated by one. At a cut point the predictions must double the same way:
-    a skip connection around the cut meets twice the rows it has, and rows that mix come out changed. The model runs in
+    The latent batch is doubled with its own rows, rotated by one. At a cut point the predictions must double the same
+    way: a skip connection around the cut meets twice the rows it has, and rows that mix come out changed. The model
+        runs in
     evaluation mode, without gradients, and the random state is put back.
 
     Args:
@@ -136,8 +137,8 @@ def check_cut(model: nn.Module, cut: CutLayer, forward: Forward) -> None:
             raise CutLayerError(f'Layer {cut.name!r} is no cut point: {reason}. {remedy}.')
 
 
-def why_no_cut(cut: CutLayer, forward: Forward) -> Optional[str]:
-    """Say why a layer is no cut point, or None if it is one. The model is in evaluation mode, as in :func:`check_cut`."""
+def why_no_cut(cut: CutLayer, forward: Forward) -> str | None:
+    """Say why a layer is no cut point, or None if it is one; the model is in evaluation mode, as in `check_cut`."""
     seen: list[Any] = []
     with _hooked(cut, seen.append):
         logits = forward()
@@ -160,14 +161,17 @@ def why_no_cut(cut: CutLayer, forward: Forward) -> Optional[str]:
     if not cut.at_input and latent.shape == logits.shape and latent.data_ptr() == logits.data_ptr():
         return "it is the model's output, and no layer lies above it"
     if cut.name == 'head' and cut.module.out_features != classes:
-        return f'the last nn.Linear has {cut.module.out_features} outputs, the model {classes} logits: it is not the head'
+        return (
+            f'the last nn.Linear has {cut.module.out_features} outputs, the model {classes} logits: it is not the head'
+        )
     try:
         with _hooked(cut, lambda value: torch.cat([value, value.roll(1, 0)])):
             doubled = forward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever the layers above say of twice the rows is the reason
-        return f'the layers above it cannot take more rows than entered below, as in a residual branch ({_first_line(error)})'
+        said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')
+        return f'the layers above it cannot take more rows than entered below, as in a residual branch ({said})'
     if doubled.shape != (2 * rows, classes):
         return f'{len(doubled)} predictions came back for {2 * rows} rows'
     error_size = (doubled - torch.cat([logits, logits.roll(1, 0)])).abs().max()
@@ -219,7 +223,3 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
         finally:
             for module in training:
                 module.training = True
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')

@@ -1,7 +1,7 @@
-"""When and where SBA augments: the coin λ(t), the cut layer k(t) and the seed of the noise, as functions of (seed, time).
+"""When and where SBA augments: the coin λ(t), the cut layer k(t) and the noise's seed, as functions of (seed, time).
 
-Nothing here has state. Every rank that asks with the same seed and time gets the same answer, and so does a run that was
-resumed, a microbatch that is tried again after running out of memory, and the second pass of SAM.
+Nothing here has state. Every rank that asks with the same seed and time gets the same answer, and so does a run that
+was resumed, a microbatch that is tried again after running out of memory, and the second pass of SAM.
 """
 
 import math
@@ -18,8 +18,8 @@ def _stream(seed: int, *key: int) -> np.random.SeedSequence:
 def bernoulli_prob(omega: float) -> float:
     r"""Turn the paper's angle ω into the probability that a batch is augmented.
 
-    Sec. 3.2 of `Li et al., 2020 <https://arxiv.org/abs/2006.15284>`_: :math:`\lambda(t) \sim \mathcal{B}(\cos\omega)`. The
-    paper's fair schedule, ω = π/3, augments every second batch on average.
+    Sec. 3.2 of `Li et al., 2020 <https://arxiv.org/abs/2006.15284>`_: :math:`\lambda(t) \sim \mathcal{B}(\cos\omega)`.
+    The paper's fair schedule, ω = π/3, augments every second batch on average.
 
     Args:
         omega (float): The angle ω in radians, in [0, π/2].
@@ -88,7 +88,8 @@ def choose_layer(num_layers: int, seed: int, step: int) -> int:
 def noise_seed(seed: int, rank: int, step: int, microbatch: int, layer: int, stream: int) -> int:
     """Seed a generator of one microbatch's virtual samples: different on every rank, the same at every repetition.
 
-    ``stream`` tells apart the generators within one forward pass: 0 is the vicinity's, others belong to layers above the cut.
+    ``stream`` tells apart the generators within one forward pass: 0 is the vicinity's, others belong to layers above
+    the cut.
 
     Returns:
         int: 64 random bits, for ``torch.Generator.manual_seed``.

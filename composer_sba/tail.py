@@ -1,18 +1,20 @@
 """Layers above the cut that look at the whole batch: they see the raw rows, as in a step without SBA.
 
-Batch normalization computes its statistics from the raw rows, and every row is normalized with them; running statistics see
-raw rows only. Dropout draws the raw rows' mask from the global random stream, as it would without SBA, and the virtual rows'
-from the generator of the vicinity. Either way the module itself runs on the raw rows, so for them nothing has changed.
+Batch normalization computes its statistics from the raw rows, and every row is normalized with them; running statistics
+see raw rows only. Dropout draws the raw rows' mask from the global random stream, as it would without SBA, and the
+virtual rows' from the generator of the vicinity. Either way the module itself runs on the raw rows, so for them nothing
+has changed.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Optional, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils.hooks import RemovableHandle
 
@@ -25,7 +27,7 @@ class Window(Protocol):
     """What the layers above the cut need to know of the augmented batch that is passing."""
 
     fold: int
-    raw_rows: Optional[int]  # N between the cut and the end of the step, else None
+    raw_rows: int | None  # N between the cut and the end of the step, else None
 
     def generator(self, device: torch.device, stream: int) -> torch.Generator:
         """Return the same fresh generator whenever one microbatch asks for one stream."""
@@ -35,7 +37,7 @@ def keep_raw_rows(model: nn.Module, window: Window, norm_stats: str) -> list[Rem
     """Hook dropout and, under ``norm_stats='raw'``, every normalization that computes statistics over the batch."""
     handles = []
     for stream, (name, module) in enumerate(model.named_modules(), start=1):
-        layer: Optional[_RawRows] = None
+        layer: _RawRows | None = None
         if isinstance(module, _DROPOUT):
             layer = _RawRows(name, window, partial(_dropout, window, stream))
         elif norm_stats == 'raw' and isinstance(module, _BatchNorm):
@@ -54,18 +56,18 @@ class _RawRows:
         self.name = name
         self.window = window
         self.rule = rule
-        self.virtual: Optional[torch.Tensor] = None
+        self.virtual: torch.Tensor | None = None
 
-    def take(self, module: nn.Module, args: tuple) -> Optional[tuple]:
+    def take(self, module: nn.Module, args: tuple) -> tuple | None:
         if self.window.raw_rows is None or not _depends_on_batch(module):
             return None
         return self._take(module, args)
 
-    def give(self, module: nn.Module, args: tuple, output: torch.Tensor) -> Optional[torch.Tensor]:
+    def give(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
         return None if self.virtual is None else self._give(module, args, output)
 
     @torch.compiler.disable
-    def _take(self, module: nn.Module, args: tuple) -> Optional[tuple]:
+    def _take(self, module: nn.Module, args: tuple) -> tuple | None:
         rows, raw_rows = len(args[0]), self.window.raw_rows
         assert raw_rows is not None
         if rows == raw_rows:  # below the cut, run again by activation checkpointing
@@ -77,8 +79,8 @@ class _RawRows:
             )
         if isinstance(module, nn.SyncBatchNorm) and torch.distributed.is_initialized():
             raise CutLayerError(
-                f"norm_stats='raw' does not reach over the ranks of the SyncBatchNorm {self.name!r}. Use norm_stats='all', or a "
-                f'cut above this layer.',
+                f"norm_stats='raw' does not reach over the ranks of the SyncBatchNorm {self.name!r}. Use "
+                f"norm_stats='all', or a cut above this layer.",
             )
         self.virtual = args[0][raw_rows:]
         return (args[0][:raw_rows], *args[1:])
@@ -114,7 +116,7 @@ def _instance_norm(module: _InstanceNorm, raw: torch.Tensor, virtual: torch.Tens
     return F.instance_norm(virtual, weight=module.weight, bias=module.bias, eps=module.eps)
 
 
-def _dropout(window: Window, stream: int, module: nn.Module, raw: torch.Tensor, virtual: torch.Tensor) -> torch.Tensor:
+def _dropout(window: Window, stream: int, module: _DropoutNd, raw: torch.Tensor, virtual: torch.Tensor) -> torch.Tensor:
     features = virtual.shape[1:] if type(module) is nn.Dropout else (virtual.shape[1], *[1] * (virtual.ndim - 2))
     generator = window.generator(virtual.device, stream)
     mask = torch.empty(len(virtual), *features, device=virtual.device).bernoulli_(1 - module.p, generator=generator)

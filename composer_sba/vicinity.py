@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Optional, get_args
+from typing import Literal
 
 import torch
+
+from composer_sba.checks import check_choice, check_flag, check_number
 
 NoiseScale = Literal['rms', 'absolute']
 Basis = Literal['identity', 'normalized', 'orthogonal']
@@ -16,27 +18,28 @@ MAX_DENSE_FEATURES = 8192  # a dense Σ of this width holds 256 MiB in float32
 class Vicinity:
     r"""The mixed vicinity P′ that virtual samples are drawn from: truncated Gaussian noise and dropout.
 
-    Implements Eq. (5)-(8) of `Li et al., 2020 <https://arxiv.org/abs/2006.15284>`_. Of the M virtual samples of a raw sample
-    :math:`\mathbf{x}`, the first p are Gaussian points and the other q = M - p are dropout points:
+    Implements Eq. (5)-(8) of `Li et al., 2020 <https://arxiv.org/abs/2006.15284>`_. Of the M virtual samples of a raw
+    sample :math:`\mathbf{x}`, the first p are Gaussian points and the other q = M - p are dropout points:
 
     .. math::
-        \mathbf{x} + \mathbf{\Sigma}\,\mathrm{clip}(\varepsilon, \tau), \quad \varepsilon \sim \mathcal{N}(0, \sigma^2 I)
-        \qquad \text{and} \qquad \mathbf{B} \odot \mathbf{x}, \quad \mathbf{B} \sim \mathrm{Bernoulli}(1 - r)^Q
+        \mathbf{x} + \mathbf{\Sigma}\,\mathrm{clip}(\varepsilon, \tau), \quad \varepsilon \sim \mathcal{N}(0, \sigma^2
+        I) \qquad \text{and} \qquad \mathbf{B} \odot \mathbf{x}, \quad \mathbf{B} \sim \mathrm{Bernoulli}(1 - r)^Q
 
     Args:
-        gaussian_fraction (float, optional): Share p / M of Gaussian points, in [0, 1]; p is rounded to the nearest integer,
-            halves up. Default: ``0.5``.
+        gaussian_fraction (float, optional): Share p / M of Gaussian points, in [0, 1]; p is rounded to the nearest
+            integer, halves up. Default: ``0.5``.
         sigma (float, optional): Standard deviation σ of the noise before it is clipped, >= 0, in the unit that
             ``noise_scale`` names. Default: ``0.1``.
         tau (float, optional): Bound τ on each component of the noise, >= 0, in the same unit. Default: ``None``, 2σ.
-        noise_scale (str, optional): ``'rms'``: σ and τ are in units of the root mean square of the raw latent batch (all
-            rows and features of it, as a constant), or ``'absolute'``. Default: ``'rms'``.
-        basis (str, optional): The projection Σ, drawn anew for each batch: ``'identity'``; ``'normalized'``: a Gaussian matrix
-            with columns of unit norm, the paper's; ``'orthogonal'``: a uniformly random orthogonal matrix. Default:
-            ``'identity'``, whose law differs from a rotation's by the clip alone.
-        dropout (float, optional): Probability r that a feature of a dropout point is deleted, in [0, 1). Default: ``0.5``.
-        rescale (bool, optional): Divide dropout points by 1 - r, so that their mean is the raw sample; ``False`` is Eq. (8)
-            to the letter. Default: ``True``.
+        noise_scale (str, optional): ``'rms'``: σ and τ are in units of the root mean square of the raw latent batch
+            (all rows and features of it, as a constant), or ``'absolute'``. Default: ``'rms'``.
+        basis (str, optional): The projection Σ, drawn anew for each batch: ``'identity'``; ``'normalized'``: a Gaussian
+            matrix with columns of unit norm, the paper's; ``'orthogonal'``: a uniformly random orthogonal matrix.
+            Default: ``'identity'``, whose law differs from a rotation's by the clip alone.
+        dropout (float, optional): Probability r that a feature of a dropout point is deleted, in [0, 1). Default:
+            ``0.5``.
+        rescale (bool, optional): Divide dropout points by 1 - r, so that their mean is the raw sample; ``False`` is Eq.
+            (8) to the letter. Default: ``True``.
 
     Raises:
         ValueError: If an argument lies outside its range; the message names it, its range and its value.
@@ -48,29 +51,27 @@ class Vicinity:
 
     gaussian_fraction: float = 0.5
     sigma: float = 0.1
-    tau: Optional[float] = None
+    tau: float | None = None
     noise_scale: NoiseScale = 'rms'
     basis: Basis = 'identity'
     dropout: float = 0.5
     rescale: bool = True
 
     def __post_init__(self) -> None:
-        _check('gaussian_fraction', self.gaussian_fraction, 'a number in [0, 1]', lambda value: 0 <= value <= 1)
-        _check('sigma', self.sigma, 'a finite number >= 0', lambda value: 0 <= value < math.inf)
+        check_number('gaussian_fraction', self.gaussian_fraction, 'a number in [0, 1]', lambda value: 0 <= value <= 1)
+        check_number('sigma', self.sigma, 'a finite number >= 0', lambda value: 0 <= value < math.inf)
         if self.tau is not None:
-            _check('tau', self.tau, 'a number >= 0, or None for 2 * sigma', lambda value: value >= 0)
-        _check('dropout', self.dropout, 'a number in [0, 1)', lambda value: 0 <= value < 1)
-        for name, choices in {'noise_scale': get_args(NoiseScale), 'basis': get_args(Basis)}.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f'Expected {name} to be one of {", ".join(choices)}, got {getattr(self, name)!r}.')
-        if not isinstance(self.rescale, bool):
-            raise ValueError(f'Expected rescale to be true or false, got {self.rescale!r}.')
+            check_number('tau', self.tau, 'a number >= 0, or None for 2 * sigma', lambda value: value >= 0)
+        check_choice('noise_scale', self.noise_scale, NoiseScale)
+        check_choice('basis', self.basis, Basis)
+        check_number('dropout', self.dropout, 'a number in [0, 1)', lambda value: 0 <= value < 1)
+        check_flag('rescale', self.rescale)
 
     def num_gaussian(self, fold: int) -> int:
         """Count the Gaussian points p among ``fold`` virtual samples; the other ``fold - p`` are dropout points."""
         return math.floor(self.gaussian_fraction * fold + 0.5)
 
-    def sample(self, latent: torch.Tensor, fold: int, generator: Optional[torch.Generator] = None) -> torch.Tensor:
+    def sample(self, latent: torch.Tensor, fold: int, generator: torch.Generator | None = None) -> torch.Tensor:
         """Draw ``fold`` virtual samples of each row of a latent batch.
 
         Args:
@@ -81,15 +82,15 @@ class Vicinity:
 
         Returns:
             torch.Tensor: Gaussian points first, then dropout points. Shape ``(M, N, *)``, dtype and memory format of
-            ``latent``. Gradients flow to ``latent``; the noise and its scale are constants. The same generator state gives the
-            same noise in every dtype and memory format.
+            ``latent``. Gradients flow to ``latent``; the noise and its scale are constants. The same generator state
+            gives the same noise in every dtype and memory format.
 
         Raises:
             ValueError: If Σ is dense and Q exceeds 8,192.
         """
         return self.expand(latent, fold, generator)[len(latent) :].unflatten(0, (fold, len(latent)))
 
-    def expand(self, latent: torch.Tensor, fold: int, generator: Optional[torch.Generator] = None) -> torch.Tensor:
+    def expand(self, latent: torch.Tensor, fold: int, generator: torch.Generator | None = None) -> torch.Tensor:
         """Build the augmented batch [X_k; V_g; V_d] of Eq. (6): the raw rows, then the virtual samples, copy by copy.
 
         Args, errors and noise are those of :meth:`sample`.
@@ -109,7 +110,7 @@ class Vicinity:
         return torch.cat(blocks)
 
     @torch.no_grad()
-    def _noise(self, latent: torch.Tensor, copies: int, generator: Optional[torch.Generator]) -> torch.Tensor:
+    def _noise(self, latent: torch.Tensor, copies: int, generator: torch.Generator | None) -> torch.Tensor:
         """Σ clip(ε, τ) for each copy of each row, Eq. (7). Shape ``(copies * N, *)``."""
         tau = 2 * self.sigma if self.tau is None else self.tau
         noise = _empty(latent, copies).normal_(0, self.sigma, generator=generator).clamp_(-tau, tau)
@@ -121,15 +122,10 @@ class Vicinity:
         return noise
 
     @torch.no_grad()
-    def _mask(self, latent: torch.Tensor, copies: int, generator: Optional[torch.Generator]) -> torch.Tensor:
+    def _mask(self, latent: torch.Tensor, copies: int, generator: torch.Generator | None) -> torch.Tensor:
         """B for each copy of each row, Eq. (8). Shape ``(copies * N, *)``."""
         mask = _empty(latent, copies).bernoulli_(1 - self.dropout, generator=generator)
         return mask.div_(1 - self.dropout) if self.rescale else mask
-
-
-def _check(name: str, value: object, expected: str, holds) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
-        raise ValueError(f'Expected {name} to be {expected}, got {value!r}.')
 
 
 def _empty(latent: torch.Tensor, copies: int) -> torch.Tensor:
@@ -145,12 +141,12 @@ def _as_copies(block: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
     return block.to(latent.dtype, memory_format=layout).unflatten(0, (-1, len(latent)))
 
 
-def _draw_basis(basis: Basis, rows: torch.Tensor, generator: Optional[torch.Generator]) -> torch.Tensor:
+def _draw_basis(basis: Basis, rows: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
     """Draw the Q × Q projection Σ, one for the whole batch (Sec. 3.3)."""
     width = rows.shape[1]
     if width > MAX_DENSE_FEATURES:
         raise ValueError(
-            f"basis={basis!r} needs a {width} × {width} matrix; dense bases end at {MAX_DENSE_FEATURES} features. Use "
+            f'basis={basis!r} needs a {width} × {width} matrix; dense bases end at {MAX_DENSE_FEATURES} features. Use '
             f"basis='identity', whose noise has the same law up to the clip, or cut a narrower layer.",
         )
     square = torch.empty(width, width, dtype=rows.dtype, device=rows.device).normal_(generator=generator)

@@ -83,5 +83,7 @@ def batch_norm_by_raw_rows(
     for c in range(x.shape[1]):
         mean = sum(x[i, c] for i in range(raw_rows)) / raw_rows
         variance = sum((x[i, c] - mean) ** 2 for i in range(raw_rows)) / raw_rows
-        columns.append(torch.stack([(x[i, c] - mean) / torch.sqrt(variance + eps) * weight[c] + bias[c] for i in range(len(x))]))
+        columns.append(
+            torch.stack([(x[i, c] - mean) / torch.sqrt(variance + eps) * weight[c] + bias[c] for i in range(len(x))])
+        )
     return torch.stack(columns, dim=1)

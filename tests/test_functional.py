@@ -80,7 +80,9 @@ def test_half_precision_logits_are_compared_in_float32(dtype):
 
 def test_shapes_that_do_not_belong_together_are_refused():
     logits, virtual = make_logits()
-    with pytest.raises(ValueError, match=r'virtual_logits of shape \(M, N, K\) for \(N, K\) = \(4, 7\), got \(3, 5, 7\)'):
+    with pytest.raises(
+        ValueError, match=r'virtual_logits of shape \(M, N, K\) for \(N, K\) = \(4, 7\), got \(3, 5, 7\)'
+    ):
         sbaf.soft_label_kl(logits[:4], virtual)
     with pytest.raises(ValueError, match=r'for the target \(4,\), got \(3, 5, 7\)'):
         sbaf.hard_label_loss(virtual, torch.zeros(4, dtype=torch.long))

@@ -226,7 +226,9 @@ def test_a_network_compiled_before_it_got_hooks_is_an_error_not_silence():
     expander.remove()
     with expander.armed(0):
         out = model(x)
-    with pytest.raises(RuntimeError, match=r"No virtual samples: no layer of \['trunk'\] ran in the armed forward pass"):
+    with pytest.raises(
+        RuntimeError, match=r"No virtual samples: no layer of \['trunk'\] ran in the armed forward pass"
+    ):
         expander.split(out)
 
 

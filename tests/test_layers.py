@@ -74,18 +74,24 @@ def test_the_output_of_the_model_is_refused(resnet):
 
 
 def test_a_misspelt_layer_is_refused_with_the_nearest_names(resnet):
-    with pytest.raises(CutLayerError, match=r"^The model has no layer 'layer9'; it has 'layer4', 'layer3', 'layer2'\.$"):
+    with pytest.raises(
+        CutLayerError, match=r"^The model has no layer 'layer9'; it has 'layer4', 'layer3', 'layer2'\.$"
+    ):
         find_layers(resnet, 'layer9')
 
 
 def test_a_layer_named_twice_is_refused(resnet):
-    with pytest.raises(CutLayerError, match=r"^Layer 'layer1' is named twice in layers=\['layer1', 'module.layer1'\]\.$"):
+    with pytest.raises(
+        CutLayerError, match=r"^Layer 'layer1' is named twice in layers=\['layer1', 'module.layer1'\]\.$"
+    ):
         find_layers(resnet, ['layer1', 'module.layer1'])
 
 
 def test_head_of_a_model_without_linear_is_refused():
     model = torchvision.models.squeezenet1_1(num_classes=5)
-    with pytest.raises(CutLayerError, match=r"has none\. Name the layer whose output is to be cut: 'features', 'classifier'\."):
+    with pytest.raises(
+        CutLayerError, match=r"has none\. Name the layer whose output is to be cut: 'features', 'classifier'\."
+    ):
         find_layers(model, 'head')
 
 
@@ -123,7 +129,9 @@ def test_a_tuple_output_is_refused():
 
 
 def test_rows_that_do_not_follow_the_input_are_refused():
-    model = Net(lambda net, x: net.fc(net.step(x.flatten(0, 1)).view(3, 5, 4).mean(1)), step=nn.Linear(4, 4), fc=nn.Linear(4, 3))
+    model = Net(
+        lambda net, x: net.fc(net.step(x.flatten(0, 1)).view(3, 5, 4).mean(1)), step=nn.Linear(4, 4), fc=nn.Linear(4, 3)
+    )
     assert 'its output has shape (15, 4) for a batch of 3 rows' in refuse(model, 'step', torch.randn(3, 5, 4))
 
 

@@ -24,6 +24,11 @@ import composer_sba.functional as sbaf
 from composer_sba import SBA, LatentExpander, Vicinity, sort_sba_last
 from composer_sba.errors import CutLayerError
 
+# What Composer says of its own algorithms, and of a model without an optimizer, is not ours to mend.
+pytestmark = [
+    pytest.mark.filterwarnings(f'ignore:{message}')
+    for message in ('SAM has', 'SWA has', 'GyroDropout is', 'Some targets have less', 'No optimizer was specified')
+]
 ROWS, BATCH, CLASSES = 48, 16, 5
 NO_NOISE = Vicinity(1.0, sigma=0.0)
 
@@ -85,7 +90,9 @@ def test_one_step_descends_the_gradient_of_eq_11():
     """The update of one augmented step, against autograd on the loss written out on a copy of the model."""
     eta, lr = 3.0, 0.1
     torch.manual_seed(0)
-    model = ComposerClassifier(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, CLASSES)).double(), num_classes=CLASSES)
+    model = ComposerClassifier(
+        nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, CLASSES)).double(), num_classes=CLASSES
+    )
     before = copy.deepcopy(model.module)
     x, y = torch.randn(BATCH, 6, dtype=torch.float64), torch.randint(CLASSES, (BATCH,))
     vicinity = Vicinity(1.0, sigma=0.5, noise_scale='absolute')
@@ -144,7 +151,9 @@ def test_a_composer_scheduler_is_the_probability_of_its_time():
 
 
 def test_a_scheduler_that_leaves_0_1_is_named():
-    with pytest.raises(ValueError, match=r'^Expected augment_prob in \[0, 1\], got 1\.5 from LinearScheduler at batch 3\.$'):
+    with pytest.raises(
+        ValueError, match=r'^Expected augment_prob in \[0, 1\], got 1\.5 from LinearScheduler at batch 3\.$'
+    ):
         train([SBA(augment_prob=LinearScheduler(alpha_i=0.0, alpha_f=3.0))], duration='6ba')
 
 
@@ -162,14 +171,18 @@ def test_microbatches_do_not_change_the_expectation():
 
     def final(microbatch):
         sba = SBA(augment_prob=1.0, eta=2.0, target='hard', vicinity=NO_NOISE)
-        return weights(train([FrozenNorm(), sba], duration='4ba', dtype=torch.float64, device_train_microbatch_size=microbatch)[0])
+        return weights(
+            train([FrozenNorm(), sba], duration='4ba', dtype=torch.float64, device_train_microbatch_size=microbatch)[0]
+        )
 
     difference = (final(16) - final(4)).abs().max().item()
     assert difference < 1e-6, f'weights differ by {difference}'
 
 
 def test_hard_target_without_noise_is_the_task_loss_again():
-    _, log = train([SBA(target='hard', augment_prob=1.0, eta=0.5, vicinity=NO_NOISE)], duration='3ba', loss_fn=cross_entropy_log)
+    _, log = train(
+        [SBA(target='hard', augment_prob=1.0, eta=0.5, vicinity=NO_NOISE)], duration='3ba', loss_fn=cross_entropy_log
+    )
     totals, plain = logged(log, 'loss/train/total'), cross_entropy_log.values
     assert totals == pytest.approx([1.5 * value for value in plain], rel=1e-5)
 
@@ -204,7 +217,9 @@ def test_the_loss_keeps_its_kind(kind):
     if kind == 'tuple':  # the term joins the first loss
         first = [value - term for value, term in zip(first, added, strict=True)]
     else:
-        assert logged(log, 'loss/train/sba') == pytest.approx(added, abs=1e-5), 'a key on every step, zero when not augmented'
+        assert logged(log, 'loss/train/sba') == pytest.approx(added, abs=1e-5), (
+            'a key on every step, zero when not augmented'
+        )
     assert totals == pytest.approx([1.1 * a + term for a, term in zip(first, added, strict=True)], rel=1e-4)
 
 
@@ -215,14 +230,23 @@ def test_training_improves_with_sba():
     assert end < 0.7 * start, f'loss {start:.3f} -> {end:.3f}'
 
 
-@pytest.mark.parametrize('others', [
-    [LabelSmoothing(0.1)], [MixUp()], [CutMix()], [MixUp(interpolate_loss=True)], [SAM(rho=0.05, interval=2)], [SWA(swa_start='1ep', swa_end='2ep')],
-], ids=lambda others: type(others[0]).__name__)  # fmt: skip
-def test_composes_in_either_order(others):
-    for algorithms in ([*others, SBA()], [SBA(), *others]):
-        trainer, log = train(copy.deepcopy(algorithms), algorithm_passes=[sort_sba_last], duration='3ep')
-        assert torch.isfinite(weights(trainer)).all()
-        assert logged(log, 'sba/augmented') == [float(sbaf.should_augment(0.5, 17, t)) for t in range(9)]
+OTHERS = {
+    'label smoothing': lambda: LabelSmoothing(0.1),
+    'mixup': MixUp,
+    'mixup, interpolated loss': lambda: MixUp(interpolate_loss=True),
+    'cutmix': CutMix,
+    'sam': lambda: SAM(rho=0.05, interval=2),
+    'swa': lambda: SWA(swa_start='1ep', swa_end='2ep'),
+}
+
+
+@pytest.mark.parametrize('other', list(OTHERS))
+@pytest.mark.parametrize('sba_first', [True, False])
+def test_composes_in_either_order(other, sba_first):
+    algorithms = [SBA(), OTHERS[other]()] if sba_first else [OTHERS[other](), SBA()]
+    trainer, log = train(algorithms, algorithm_passes=[sort_sba_last], duration='3ep')
+    assert torch.isfinite(weights(trainer)).all()
+    assert logged(log, 'sba/augmented') == [float(sbaf.should_augment(0.5, 17, t)) for t in range(9)]
 
 
 def test_both_passes_of_sam_see_one_coin_and_one_noise():
@@ -297,8 +321,8 @@ def test_nothing_is_saved_but_the_repr():
     [
         ({'fold': 0}, r'Expected fold to be an integer >= 1, got 0\.'),
         ({'fold': 2.5}, r'Expected fold to be an integer >= 1, got 2\.5\.'),
-        ({'augment_prob': 1.5}, r'Expected augment_prob to be a number in \[0, 1\] or a Composer scheduler, got 1\.5\.'),
-        ({'augment_prob': True}, r'Expected augment_prob to be a number in \[0, 1\] or a Composer scheduler, got True\.'),
+        ({'augment_prob': 1.5}, r'Expected augment_prob to be a number in \[0, 1\] or a .* scheduler, got 1\.5\.'),
+        ({'augment_prob': True}, r'Expected augment_prob to be a number in \[0, 1\] or a .* scheduler, got True\.'),
         ({'eta': -1}, r'Expected eta to be a finite number >= 0, got -1\.'),
         ({'eta': float('nan')}, r'Expected eta to be a finite number >= 0, got nan\.'),
         ({'layers': []}, r'Expected layers to be a layer name or a list of them, got \[\]\.'),
@@ -308,7 +332,7 @@ def test_nothing_is_saved_but_the_repr():
         ({'stop_gradient': 'yes'}, r"Expected stop_gradient to be true or false, got 'yes'\."),
         ({'seed': -3}, r'Expected seed to be an integer >= 0, got -3\.'),
         ({'vicinity': {'sigma': -1}}, r'Expected sigma to be a finite number >= 0, got -1\.'),
-        ({'vicinity': {'sgima': 1}}, r"Expected vicinity to be a Vicinity or a mapping of gaussian_fraction, .*, got \{'sgima': 1\}\."),
+        ({'vicinity': {'sgima': 1}}, r"Expected vicinity to be a Vicinity or a mapping of .*, got \{'sgima': 1\}\."),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_named(arguments, message):
@@ -346,7 +370,9 @@ def test_hugging_face_models_are_refused():
     transformers = pytest.importorskip('transformers')
     from composer.models import HuggingFaceModel
 
-    config = transformers.BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    config = transformers.BertConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
     model = HuggingFaceModel(transformers.BertForSequenceClassification(config))
     with pytest.raises(CutLayerError, match='^SBA cannot cut a HuggingFaceModel'):
         Trainer(model=model, algorithms=[SBA()], device='cpu')

@@ -64,7 +64,7 @@ def test_layers_are_uniform_and_independent_of_the_coin():
 
 def test_neither_reads_nor_moves_a_global_random_stream():
     def states():
-        return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+        return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
 
     before = states()
     first = [(sbaf.should_augment(0.5, 7, t), sbaf.choose_layer(3, 7, t)) for t in range(20)]

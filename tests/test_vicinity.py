@@ -33,13 +33,18 @@ def test_samples_are_eq_7_and_8(noise_scale, basis, rescale):
         matrix = reference.normalized_basis(torch.empty(Q, Q, dtype=torch.float64).normal_(generator=g))
     keep = torch.empty(2, N, Q, dtype=torch.float64).bernoulli_(0.7, generator=g)
     unit = reference.root_mean_square(latent) if noise_scale == 'rms' else 1.0
-    theirs = [[reference.gaussian_point(latent[i], unit * noise[j, i], unit * 0.9, matrix) for i in range(N)] for j in range(3)]
+    theirs = [
+        [reference.gaussian_point(latent[i], unit * noise[j, i], unit * 0.9, matrix) for i in range(N)]
+        for j in range(3)
+    ]
     theirs += [[reference.dropout_point(latent[i], keep[j, i], 0.3, rescale) for i in range(N)] for j in range(2)]
     difference = (ours - torch.stack([torch.stack(copy) for copy in theirs])).abs().max()
     assert difference < 1e-10, f'samples differ by {difference}'
 
 
-@pytest.mark.parametrize(('fraction', 'fold', 'gaussian'), [(0.5, 4, 2), (0.5, 1, 1), (0.5, 5, 3), (0, 4, 0), (1, 4, 4), (0.3, 8, 2)])
+@pytest.mark.parametrize(
+    ('fraction', 'fold', 'gaussian'), [(0.5, 4, 2), (0.5, 1, 1), (0.5, 5, 3), (0, 4, 0), (1, 4, 4), (0.3, 8, 2)]
+)
 def test_gaussian_points_come_first_and_are_as_many_as_asked(fraction, fold, gaussian):
     latent = torch.ones(3, 64)
     samples = Vicinity(fraction, sigma=0.1, dropout=0.5).sample(latent, fold, generator())
@@ -142,5 +147,7 @@ def test_bad_arguments_are_named(argument, message):
 
 
 def test_dense_bases_end_at_8192_features():
-    with pytest.raises(ValueError, match="basis='normalized' needs a 8193 × 8193 matrix; dense bases end at 8192 features"):
+    with pytest.raises(
+        ValueError, match="basis='normalized' needs a 8193 × 8193 matrix; dense bases end at 8192 features"
+    ):
         Vicinity(basis='normalized').sample(torch.zeros(2, 8193), 2)

@@ -1,0 +1,28 @@
+"""Arguments that lie outside their range: one line that names the argument, what it may be and what came."""
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+
+def check_number(name: str, value: Any, expected: str, holds: Callable[[Any], bool], kind: type = float) -> None:
+    """Raise ValueError unless ``value`` is a number of ``kind`` for which ``holds``; a bool is no number here."""
+    kinds = (int, float) if kind is float else (kind,)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not holds(value):
+        raise ValueError(f'Expected {name} to be {expected}, got {value!r}.')
+
+
+def check_fold(fold: Any) -> None:
+    """Raise ValueError unless ``fold`` is a number of virtual samples."""
+    check_number('fold', fold, 'an integer >= 1', lambda value: value >= 1, int)
+
+
+def check_choice(name: str, value: Any, literal: Any) -> None:
+    """Raise ValueError unless ``value`` is one of the values of a ``Literal`` type."""
+    if value not in get_args(literal):
+        raise ValueError(f'Expected {name} to be one of {", ".join(get_args(literal))}, got {value!r}.')
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is a bool."""
+    if not isinstance(value, bool):
+        raise ValueError(f'Expected {name} to be true or false, got {value!r}.')
