@@ -1,0 +1,277 @@
+"""Images in MDS shards: what is on disk is checked before it is used, and each random draw can be repeated."""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from streaming.base.dataset import StreamingDataset
+from streaming.base.storage import CloudDownloader
+from streaming.vision.base import StreamingVisionDataset
+from torch.utils.data import Dataset
+
+from composer_sba.errors import DatasetError
+from composer_sba.sharing import registration, shared_samples
+
+INDEX = 'index.json'
+RECORD = 'composer_sba'  # the key of index.json under which convert.py tells about the data set
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Decode an image to RGB; data sets hold grayscale, palette, CMYK and transparent files as well.
+
+    Args:
+        image (PIL.Image.Image): An opened image of any mode.
+
+    Returns:
+        PIL.Image.Image: The image in mode ``'RGB'``; transparency is dropped.
+    """
+    if image.mode == 'P' and 'transparency' in image.info:
+        image = image.convert('RGBA')  # PIL's own advice: straight to RGB it warns
+    return image.convert('RGB')
+
+
+# --- what is on disk --------------------------------------------------------------------------------------------------
+
+
+def read_index(local: Path, remote: str | None, split: str, *, make: str, timeout: float = 60) -> dict[str, Any]:
+    """Read the index of a split, fetched from the remote if need be, and check it against the shards on disk.
+
+    Args:
+        local (Path): Folder of the dataset, or the local cache of ``remote``.
+        remote (str, optional): Where the dataset comes from; ``None`` if ``local`` has it all.
+        split (str): Sub-folder, ``'train'`` or ``'val'``.
+        make (str): The command that makes the dataset, for messages.
+        timeout (float, optional): Longest wait for the remote, in seconds. Default: ``60``.
+
+    Returns:
+        dict[str, Any]: The content of ``index.json``.
+
+    Raises:
+        DatasetError: If a folder, the index or a shard is missing, half-written or not an MDS dataset of images.
+    """
+    folder = local / split
+    path = folder / INDEX
+    if not path.is_file():
+        if remote is not None:
+            _fetch(f'{remote.rstrip("/")}/{split}/{INDEX}', path, timeout)
+        elif not local.is_dir():
+            raise DatasetError(f'{local} does not exist: make it with {make}')
+        elif not folder.is_dir():
+            found = sorted(index.parent.name for index in local.glob(f'*/{INDEX}')) or 'none'
+            raise DatasetError(
+                f'{local} has no split {split!r} (found: {found}): correct split, or make it with {make}'
+            )
+        else:
+            raise DatasetError(f'{folder} has no {INDEX}, it is incomplete: {_again(folder, remote, make)}')
+    again = _again(folder, remote, make)
+    try:
+        index: dict[str, Any] = json.loads(path.read_text())
+        shards = index['shards']
+        samples = sum(shard['samples'] for shard in shards)
+        columns = sorted({column for shard in shards for column in shard['column_names']})
+        files = [[shard[kind] for kind in ('raw_data', 'zip_data') if shard[kind]] for shard in shards]
+        sizes = [[(file['basename'], file['bytes']) for file in kinds] for kinds in files]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatasetError(f'{path} is not the index of an MDS dataset ({error!r}): {again}') from error
+    if not samples:
+        raise DatasetError(f'{folder} holds no samples: {again}')
+    if not {'x', 'y'} <= set(columns):
+        raise DatasetError(f'{folder} has the columns {columns}, images need x and y: {again}')
+    for kinds in sizes:
+        present = [(folder / name, size) for name, size in kinds if (folder / name).is_file()]
+        if not present and remote is None:
+            raise DatasetError(f'{folder / kinds[0][0]} is missing, {INDEX} lists it: {again}')
+        for file, size in present:
+            if file.stat().st_size != size:
+                raise DatasetError(f'{file} has {file.stat().st_size:,} bytes, {INDEX} says {size:,}: {again}')
+    return index
+
+
+def _fetch(remote: str, path: Path, timeout: float) -> None:
+    partial = path.with_name(f'{INDEX}.{os.getpid()}')  # ranks may fetch at the same time
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        CloudDownloader.direct_download(remote, str(partial), timeout)
+        partial.replace(path)
+    except Exception as error:  # each cloud has exceptions of its own
+        raise DatasetError(
+            f'{remote} cannot be fetched ({_line(error)}): check remote and your access to it'
+        ) from error
+
+
+def _again(folder: Path, remote: str | None, make: str) -> str:
+    return f'make it again with {make} --overwrite' if remote is None else f'delete {folder} to fetch it again'
+
+
+def _line(error: BaseException) -> str:
+    return ' '.join(str(error).split()) or type(error).__name__
+
+
+# --- the datasets -----------------------------------------------------------------------------------------------------
+
+
+class ImageDataset(StreamingVisionDataset):
+    """RGB images and labels from MDS shards, written by :mod:`composer_sba.convert` or by Streaming's converters.
+
+    Random transforms draw from a generator that is seeded for each sample from (seed, epoch, sample): what a sample
+    looks like depends neither on workers and ranks nor on whether the run was resumed, and torch's generator is left
+    alone. A transform that draws from NumPy's or Python's generator does not gain from that.
+
+    Args:
+        batch_size (int): Samples of a batch of one rank, as the DataLoader has it.
+        transform (Callable): From an RGB image to a tensor.
+        num_classes (int): Labels are refused unless in [0, num_classes).
+        image_size (int, optional): Height and width that every image must have. ``None``: any.
+        make (str): The command that makes the dataset, for messages.
+        drop_last (bool): Whether every batch must be full.
+        seed (int): Seeds the order and the transforms.
+        **kwargs (Any): Arguments of :class:`streaming.vision.StreamingVisionDataset`.
+
+    Raises:
+        DatasetError: On iteration, if a shard cannot be fetched or a sample cannot be read.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        transform: Callable[[Image.Image], Any],
+        num_classes: int,
+        image_size: int | None,
+        make: str,
+        drop_last: bool,
+        seed: int,
+        **kwargs: Any,
+    ) -> None:
+        with registration():
+            super().__init__(
+                # Neighbouring seeds of Streaming have the same shuffles, one epoch apart.
+                shuffle_seed=_hash(seed) % 2**31,
+                # Shuffles across shards, where its default for images, 'py1s', shuffles inside one shard at a time.
+                shuffle_algo='py1e',
+                partition_algo='each_once_full' if drop_last else 'each_once',
+                batch_size=batch_size,
+                **kwargs,
+            )
+        self.transform: Callable[[Image.Image], Any] = transform  # by name, for Composer's RandAugment and AugMix
+        self.num_classes = num_classes
+        self.image_size = image_size
+        self.remedy = _again(Path(self.folder), self.streams[0].remote, make)
+        self.epoch = 0
+        self._failure: BaseException | None = None
+        world = self._parallel_rank_world
+        shared = shared_samples(self.num_samples, world.num_ranks, batch_size, drop_last)
+        self.length = -(-shared // world.num_ranks)
+
+    @property
+    def folder(self) -> str:
+        """The folder that the samples are in."""
+        return os.path.join(self.streams[0].local, self.streams[0].split)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Iterate over this worker's share of the epoch.
+
+        Yields:
+            tuple[torch.Tensor, int]: Image, shape ``(3, H, W)``, float32, and label.
+
+        Raises:
+            DatasetError: If a shard could not be fetched, where Streaming would end the epoch early.
+        """
+        yield from super().__iter__()
+        if self._failure is not None:
+            raise DatasetError(f'{self.folder}: a shard cannot be fetched ({_line(self._failure)}): {self.remedy}')
+
+    def get_item(self, sample_id: int, retry: int = 7) -> tuple[Any, int]:
+        """Read one sample.
+
+        Args:
+            sample_id (int): Index of the sample in the dataset.
+            retry (int, optional): How often to fetch its shard again. Default: ``7``.
+
+        Returns:
+            tuple[Any, int]: The transformed image and its label.
+
+        Raises:
+            DatasetError: If the sample cannot be read or has an impossible label.
+        """
+        try:
+            sample = StreamingDataset.get_item(self, sample_id, retry)
+            image, label = sample['x'], int(sample['y'])
+            image = to_rgb(Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image)
+        except Exception as error:  # what a decoder raises depends on the format and on where the bytes are broken
+            raise DatasetError(
+                f'{self.folder}: sample {sample_id} cannot be read ({_line(self._failure or error)}): {self.remedy}'
+            ) from error
+        if not 0 <= label < self.num_classes:
+            raise DatasetError(
+                f'{self.folder}: sample {sample_id} has the label {label}, expected 0 to '
+                f'{self.num_classes - 1}: correct num_classes or the data'
+            )
+        if self.image_size and image.size != (self.image_size, self.image_size):
+            raise DatasetError(
+                f'{self.folder}: sample {sample_id} has {image.width}x{image.height} pixels, expected '
+                f'{self.image_size}x{self.image_size}: read it as name: imagefolder'
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(_hash(self.shuffle_seed, self.epoch, int(sample_id)))
+            return self.transform(image), label
+
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """Tell where in the data a run is, for its checkpoint.
+
+        Args:
+            num_samples (int): Samples that were read.
+            from_beginning (bool): Whether they are counted from the start of the epoch.
+
+        Returns:
+            dict[str, Any]: Epoch and sample to go on with, and what the order depends on.
+        """
+        state = super().state_dict(num_samples, from_beginning)
+        if from_beginning and num_samples == 0:
+            # Between two epochs Streaming names the one that has ended, and a resumed run would repeat its order.
+            state['epoch'] = max(state['epoch'], self.next_epoch)
+        return state
+
+    def on_exception(self, future: Future) -> None:
+        """Keep the exception of a thread that fetches shards, for the loop that waits for them to raise."""
+        if future.exception() is not None:
+            self._failure = future.exception()
+            self._event.set()
+
+    def _get_work(self, epoch: int, sample_in_epoch: int) -> np.ndarray:
+        # The one place where each worker learns which epoch it is in, be it a resumed one.
+        self.epoch = epoch
+        return super()._get_work(epoch, sample_in_epoch)
+
+
+class ByIndex(Dataset):
+    """A view of a dataset for evaluation, where a sampler chooses the samples.
+
+    PyTorch's ``DistributedSampler`` repeats samples until every rank has as many, and Composer takes just these out
+    of the metrics again. That way no sample is lost or counted twice and no rank waits for another one's batch, not
+    even with fewer samples than ranks.
+
+    Args:
+        dataset (ImageDataset): The dataset.
+    """
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return self.dataset.num_samples
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.dataset.get_item(index)
+
+
+def _hash(*key: int) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), 'little')

@@ -1,0 +1,70 @@
+"""The README against the repository: its scripts run as printed, and its tree names the files that are there.
+
+Run: pytest tests/test_readme.py
+"""
+
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / 'README.md').read_text()
+
+
+def python_block(heading):
+    return re.search(rf'^## {heading}\n.*?^```python\n(.*?)^```', README, re.M | re.S).group(1)
+
+
+def test_the_composer_script_trains(monkeypatch):
+    images = torchvision.datasets.FakeData(
+        256, (3, 32, 32), num_classes=10, transform=torchvision.transforms.ToTensor()
+    )
+    monkeypatch.setattr(torchvision.datasets, 'CIFAR10', lambda *args, **kwargs: images)  # nothing can be downloaded here
+    names = {}
+    exec(compile(python_block('In a Composer script'), 'README.md', 'exec'), names)
+    trainer = names['trainer']
+    assert trainer.state.timestamp.batch == 2
+    assert [type(algorithm).__name__ for algorithm in trainer.state.algorithms] == ['SBA']
+    assert torch.isfinite(trainer.state.loss).all()
+
+
+def test_the_plain_pytorch_loop_trains(digits):
+    images, labels = digits
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.ReLU(), nn.Linear(32, 10))
+    names = {
+        'F': F,
+        'model': model,
+        'loader': list(zip(images[:1024].split(64), labels[:1024].split(64), strict=True)),
+        'optimizer': torch.optim.SGD(model.parameters(), lr=0.5),
+    }
+    with torch.no_grad():
+        before = F.cross_entropy(model(images), labels).item()
+    exec(compile(python_block('In plain PyTorch'), 'README.md', 'exec'), names)
+    with torch.no_grad():
+        after = F.cross_entropy(model(images), labels).item()
+    assert after < 0.8 * before, f'loss {before:.3f} -> {after:.3f}'
+
+
+def test_the_tree_names_every_module_and_only_those():
+    tree = re.search(r'^## Where things are\n\n```\n(.*?)^```', README, re.M | re.S).group(1)
+    named, folder = set(), ''
+    for line in tree.splitlines():
+        if match := re.match(r'(\w+)/(?:\s|$)', line):
+            folder = f'{match.group(1)}/'
+        elif match := re.match(r'  ([\w./]+)\s', line):
+            named.add(folder + match.group(1))
+    there = {f'composer_sba/{path.name}' for path in (ROOT / 'composer_sba').glob('*.py')}
+    there -= {'composer_sba/__init__.py'}
+    assert {name for name in named if name.startswith('composer_sba/')} == there
+    assert all((ROOT / name).exists() for name in named), sorted(name for name in named if not (ROOT / name).exists())
+
+
+def test_every_recipe_and_link_that_it_names_exists():
+    for path in re.findall(r'yamls/[\w/]+\.yaml', README) + re.findall(r'\]\(([\w./]+)\)', README):
+        assert (ROOT / path).exists(), path

@@ -1,0 +1,3 @@
+from composer_sba.train import main
+
+raise SystemExit(main())
