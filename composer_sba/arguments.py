@@ -22,7 +22,7 @@ def faults(build: Build, arguments: Mapping[str, Any], supplied: Sequence[str] =
 
     Args:
         build (Callable): A class, a dataclass or a function.
-        arguments (Mapping[str, Any]): Its keyword arguments. A mapping given for a dataclass is compared with its fields.
+        arguments (Mapping[str, Any]): Its keyword arguments. A mapping for a dataclass is compared with its fields.
         supplied (Sequence[str]): Parameters that are not the user's to give, such as an optimizer's ``params``.
 
     Yields:
@@ -103,7 +103,7 @@ def spell(hint: Any) -> str:
         elif inspect.isclass(kind) and (is_dataclass(kind) or issubclass(kind, Mapping)):
             words.append('a mapping')
         elif inspect.isclass(kind) and issubclass(kind, Sequence):
-            words.append('a list')
+            words.append(f'a list, each {spell(typing.get_args(option)[0])}' if typing.get_args(option) else 'a list')
     return ' or '.join(dict.fromkeys(words)) or 'something a recipe cannot hold'
 
 
@@ -143,6 +143,6 @@ def _is_time(text: str) -> bool:
 def _hints(build: Build) -> dict[str, Any]:
     """The annotations of what a component is called with; none for what only a type checker could resolve."""
     try:
-        return typing.get_type_hints(build.__init__ if inspect.isclass(build) else build)  # type: ignore[misc]
+        return typing.get_type_hints(build.__init__ if inspect.isclass(build) else build)
     except (NameError, TypeError):
         return {}

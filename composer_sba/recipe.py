@@ -23,7 +23,7 @@ Duration = int | str | Time[int]
 
 @dataclass(kw_only=True)
 class TrainerOptions:
-    """What goes to Composer's ``Trainer`` as it is, under Trainer's names and, unless a comment says so, its defaults."""
+    """What goes to Composer's ``Trainer`` as it is, under Trainer's names; a comment marks a default of ours."""
 
     run_name: str | None = None  # the name of the recipe's file
     max_duration: Duration
@@ -59,7 +59,7 @@ class TrainerOptions:
 
 @dataclass(kw_only=True)
 class Recipe(TrainerOptions):
-    """One training run, complete: what :func:`load` reads and ``composer_sba.train`` runs.
+    """One training run, complete: what :func:`load` reads and :mod:`composer_sba.build` turns into a Trainer.
 
     Args:
         model (dict): ``name`` in ``composer_sba.models.MODELS`` and its arguments, ``num_classes`` among them.
@@ -99,7 +99,9 @@ class Recipe(TrainerOptions):
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and check all that can be checked without its data; :mod:`composer_sba.sources` has the merge rules.
+    """Read a recipe and check all that can be checked without its data.
+
+    :mod:`composer_sba.sources` has the rules by which files and overrides merge.
 
     Args:
         path (str | Path): A YAML file; ``extends: FILE`` in it, relative to itself, is merged under it.
@@ -152,7 +154,7 @@ def _faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for section in NAMED:
         for name, arguments in values[section].items():
             if not isinstance(arguments, dict):
-                yield f'{section}.{name}', f'expected a mapping of arguments, {{}} for its defaults, got {show(arguments)}'
+                yield f'{section}.{name}', f'expected a mapping, {{}} for its defaults, got {show(arguments)}'
             yield from _below(f'{section}.{name}', component_faults(section, name, arguments))
     for section in ('train_dataset', 'eval_dataset'):
         if values[section] is not None:

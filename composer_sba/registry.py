@@ -83,9 +83,10 @@ def component_faults(section: str, name: str, arguments: Mapping[str, Any]) -> I
     plain = dict(arguments)
     for key in [key for key, value in arguments.items() if section == 'algorithms' and _is_scheduler(value)]:
         scheduler = plain.pop(key)
-        known = canonical('scheduler', str(scheduler['name']))
+        given = str(scheduler['name'])
+        known = canonical('scheduler', given)
         if known is None:
-            yield f'{key}.name', f"unknown scheduler '{scheduler['name']}'{nearest(str(scheduler['name']), components('scheduler'))}"
+            yield f'{key}.name', f"unknown scheduler '{given}'{nearest(given, components('scheduler'))}"
         else:
             below = component_faults('scheduler', known, _without_name(scheduler))
             yield from ((f'{key}.{inner}', problem) for inner, problem in below)

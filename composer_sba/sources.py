@@ -37,7 +37,7 @@ class Sources:
     layers: tuple[tuple[str, Mapping[str, Any]], ...] = ()
 
     def error(self, key: str, problem: str) -> RecipeError:
-        """Word a mistake in one line: the layer that last gave the key (else the recipe's file), the key, the problem."""
+        """Word a mistake in one line: the layer that last gave the key (else the recipe), the key, the problem."""
         givers = [name for name, values in self.layers if _has(values, key.split('.'))]
         return RecipeError(f'{[self.file, *givers][-1]}: {key}: {problem}')
 
@@ -63,7 +63,7 @@ class Sources:
             below = merged.get(key)
             if value is None and at.removesuffix('.') in NAMED:
                 if key not in merged:
-                    raise self.error(f'{at}{key}', 'null takes an entry away, and nothing below has it; {} gives defaults')
+                    raise self.error(f'{at}{key}', 'null takes an entry away, and there is none; {} gives defaults')
                 del merged[key]
             elif isinstance(below, dict) and isinstance(value, dict) and _same_component(below, value):
                 merged[key] = self._merge(below, value, f'{at}{key}.')
@@ -128,7 +128,7 @@ def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _spelled(source: Sources, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of one layer with its components under their listed names, so that layers that mean the same one meet."""
+    """The keys of one layer, its components under their listed names, so that layers that mean the same meet."""
     spelled = dict(values)
     for section in NAMED:
         entries = values.get(section) or {}
@@ -138,7 +138,7 @@ def _spelled(source: Sources, values: Mapping[str, Any]) -> dict[str, Any]:
         if len(set(names)) < len(names):
             raise source.error(section, f"'{max(names, key=names.count)}' is named twice")
         if section in values:
-            spelled[section] = dict(zip(names, entries.values()))
+            spelled[section] = dict(zip(names, entries.values(), strict=True))
     for section in SINGLE:
         entry = values.get(section)
         if isinstance(entry, dict) and 'name' in entry:

@@ -22,7 +22,7 @@ class Summary(LoggerDestination):
     """Collect what the summary of a run needs from the metrics it logs.
 
     Runs on the logger's ``log_metrics`` and on ``Event.EPOCH_START``; changes nothing in ``State``. It keeps sums, no
-    history, so memory does not grow with the run. State saved: the sums, so that a resumed run reports on all its steps.
+    history, so memory does not grow. State saved: the sums, so that a resumed run reports on all its steps.
 
     Example:
         >>> summary = Summary()
@@ -75,7 +75,8 @@ class Summary(LoggerDestination):
         Returns:
             Table: To be printed by a ``rich.console.Console``.
         """
-        table = Table(title=f'{state.run_name}: {int(state.timestamp.batch)} steps', show_header=False, title_justify='left')
+        title = f'{state.run_name}: {int(state.timestamp.batch)} steps'
+        table = Table(title=title, title_justify='left', show_header=False)
         table.add_column(style='bold', no_wrap=True)
         table.add_column(overflow='fold')
         for title, text in [*self._rows(state), *places]:

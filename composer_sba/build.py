@@ -1,0 +1,151 @@
+"""A recipe -> Composer's Trainer, and what refuses to be built -> one line that names its key."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from composer import Trainer
+from composer.utils import dist, get_device
+from composer.utils.reproducibility import seed_all
+from torch import nn
+from torch.utils.data import DataLoader
+
+from composer_sba.data import DatasetConfig, build_dataloader, dataset_classes
+from composer_sba.errors import CutLayerError, DatasetError, RecipeError, UserError
+from composer_sba.models import classifier
+from composer_sba.recipe import DECAY_ALL, Recipe, component_arguments
+from composer_sba.registry import construct
+from composer_sba.sba import sort_sba_last
+from composer_sba.sources import NAMED
+from composer_sba.summary import Summary
+
+
+def build_trainer(recipe: Recipe, *destinations: Summary) -> Trainer:
+    """Build Composer's Trainer as a recipe says.
+
+    Args:
+        recipe (Recipe): From :func:`composer_sba.recipe.load`.
+        *destinations (Summary): Loggers beside the recipe's own.
+
+    Returns:
+        Trainer: Ready to ``fit()``.
+
+    Raises:
+        UserError: If a component refuses its arguments, data is missing, the batch size does not divide, or the model
+            and the data differ in classes.
+    """
+    world = dist.get_world_size()
+    if recipe.global_train_batch_size % world:
+        problem = f'expected a multiple of the {world} devices, got {recipe.global_train_batch_size}'
+        raise recipe.sources.error('global_train_batch_size', problem)
+    rows = recipe.global_train_batch_size // world
+    try:
+        dist.initialize_dist(get_device(recipe.device), recipe.dist_timeout)
+        # Model and data are drawn from the seed too, alike on all ranks; Trainer then seeds each rank apart.
+        seed_all(recipe.seed)
+        parts = build_components(recipe)
+        parts['loggers'] += destinations
+        return Trainer(
+            **parts,
+            train_dataloader=_dataloader(recipe, 'train_dataset', rows),
+            eval_dataloader=_dataloader(recipe, 'eval_dataset', recipe.device_eval_batch_size or rows),
+            **recipe.trainer_options(),
+            parallelism_config=recipe.parallelism,
+            algorithm_passes=[sort_sba_last],
+        )
+    except CutLayerError as error:
+        raise recipe.sources.error('algorithms.sba.layers', one_line(error)) from error
+    except UserError:
+        raise
+    except (ValueError, FileNotFoundError) as error:  # how Composer words what it cannot run as asked
+        raise RecipeError(f'{recipe.sources.file}: {one_line(error)}') from error
+
+
+def build_components(recipe: Recipe) -> dict[str, Any]:
+    """Build all that needs no data: model, optimizer, scheduler, algorithms, callbacks and loggers.
+
+    Args:
+        recipe (Recipe): From :func:`composer_sba.recipe.load`.
+
+    Returns:
+        dict[str, Any]: Keyword arguments of ``Trainer``.
+
+    Raises:
+        RecipeError: If one refuses its arguments or needs a library that is not installed.
+    """
+    model = classifier(_component(recipe, 'model'), recipe.model['num_classes'])
+    groups = parameter_groups(model, recipe.optimizer.get(DECAY_ALL, True))
+    parts: dict[str, Any] = {
+        section: [_build(recipe, section, name, arguments) for name, arguments in getattr(recipe, section).items()]
+        for section in NAMED
+    }
+    parts['optimizers'] = _component(recipe, 'optimizer', groups)
+    parts['schedulers'] = _component(recipe, 'scheduler') if recipe.scheduler is not None else None
+    return {'model': model, **parts}
+
+
+def parameter_groups(model: nn.Module, decay_norm_and_bias: bool) -> list[dict[str, Any]]:
+    """Split parameters by whether weight decay acts on them.
+
+    Args:
+        model (torch.nn.Module): The model.
+        decay_norm_and_bias (bool): False puts the parameters of at most one dimension, which are the scales and shifts
+            of normalization layers and all biases, into a group whose ``weight_decay`` is 0, as Hoffer et al. (2020) do
+            for ResNets.
+
+    Returns:
+        list[dict[str, Any]]: Parameter groups for a ``torch.optim.Optimizer``.
+    """
+    parameters = list(model.parameters())
+    if decay_norm_and_bias:
+        return [{'params': parameters}]
+    exempt = [parameter for parameter in parameters if parameter.ndim <= 1]
+    return [{'params': [p for p in parameters if p.ndim > 1]}, {'params': exempt, 'weight_decay': 0.0}]
+
+
+def one_line(error: Exception) -> str:
+    r"""The one line of an error that tells what to do; a DataLoader worker's holds it last, below a traceback.
+
+    Example:
+        >>> one_line(ValueError('Caught ValueError in worker 0.\nTraceback ...\nValueError: no such shard'))
+        'no such shard'
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if 'Traceback' in str(error):
+        return re.sub(r'^[\w.]+: ', '', lines[-1])
+    return ' '.join(lines)
+
+
+def _component(recipe: Recipe, section: str, *supplied: Any) -> Any:
+    entry = getattr(recipe, section)
+    return _build(recipe, section, entry['name'], component_arguments(entry), *supplied)
+
+
+def _build(recipe: Recipe, section: str, name: str, arguments: Mapping[str, Any], *supplied: Any) -> Any:
+    try:
+        return construct(section, name, arguments, *supplied)
+    except (ValueError, TypeError, ImportError) as error:
+        at = section if section not in NAMED else f'{section}.{name}'
+        named = [key for key in _keys(arguments) if re.search(rf'\b{key.rpartition(".")[2]}\b', str(error))]
+        raise recipe.sources.error('.'.join([at, *named[:1]]), one_line(error)) from error
+
+
+def _keys(arguments: Mapping[str, Any], at: str = '') -> Iterator[str]:
+    """Dotted keys, the deepest first."""
+    for key, value in arguments.items():
+        yield from _keys(value, f'{at}{key}.') if isinstance(value, Mapping) else ()
+        yield f'{at}{key}'
+
+
+def _dataloader(recipe: Recipe, section: str, rows: int) -> DataLoader[Any] | None:
+    if getattr(recipe, section) is None:
+        return None
+    config = DatasetConfig(**getattr(recipe, section))
+    try:
+        classes = dataset_classes(config)
+        if classes != recipe.model['num_classes']:
+            problem = f'expected {classes}, as {section} {config.name} has, got {recipe.model["num_classes"]}'
+            raise recipe.sources.error('model.num_classes', problem)
+        return build_dataloader(config, rows, seed=recipe.seed)
+    except DatasetError as error:
+        raise recipe.sources.error(section, one_line(error)) from error

@@ -1,0 +1,237 @@
+"""Recipes: what YAML and overrides say is compared with the Recipe that is read, and each mistake with its one line.
+
+Every file in yamls/ is read and all but its data built, on the meta device. No test here needs data on disk.
+
+    pytest tests/test_recipe.py
+"""
+
+import inspect
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from composer import Trainer
+from composer.algorithms import LabelSmoothing, MixUp
+from composer.callbacks import LRMonitor
+from composer.loggers import FileLogger, MLFlowLogger, TensorboardLogger, WandBLogger
+from composer.optim import CosineAnnealingWithWarmupScheduler, DecoupledAdamW, LinearScheduler, MultiStepScheduler
+from omegaconf import OmegaConf
+
+from composer_sba import SBA
+from composer_sba.build import build_components, parameter_groups
+from composer_sba.errors import UserError
+from composer_sba.recipe import Recipe, TrainerOptions, load, save
+from composer_sba.registry import canonical, components, construct
+
+YAMLS = Path(__file__).parent.parent / 'yamls'
+BASE = """
+model: {name: digits_net, num_classes: 10}
+train_dataset: {name: digits}
+optimizer: {name: sgd, lr: 0.1, weight_decay: 1e-4}
+scheduler: {name: multi_step, milestones: [3ep, 4ep]}
+algorithms:
+  sba: {fold: 2}
+max_duration: 5ep
+global_train_batch_size: 64
+save_folder: runs/${run_name}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    (tmp_path / 'base.yaml').write_text(BASE)
+    path = tmp_path / 'mine.yaml'
+    path.write_text('extends: base.yaml\n')
+    return path
+
+
+def built(path: Path, *overrides: str) -> dict[str, Any]:
+    with torch.device('meta'):
+        return build_components(load(path, overrides))
+
+
+@pytest.mark.parametrize('path', sorted(YAMLS.glob('*.yaml')), ids=lambda path: path.stem)
+def test_every_yaml_is_read_and_built(path: Path) -> None:
+    recipe = load(path)
+    with torch.device('meta'):
+        parts = build_components(recipe)
+    assert [type(algorithm) for algorithm in parts['algorithms']] == ([SBA] if path.stem.endswith('sba') else [])
+    first = path.read_text().splitlines()
+    assert first[0].startswith('#')
+    assert any(f'composer train.py -f yamls/{path.name}' in line for line in first)
+
+
+def test_options_are_trainers_own() -> None:
+    parameters = inspect.signature(Trainer.__init__).parameters
+    ours = {'max_duration', 'run_name', 'seed', 'eval_interval'}
+    for option in fields(TrainerOptions):
+        assert option.name in parameters
+        assert option.name in ours or option.default == parameters[option.name].default, option.name
+
+
+def test_later_layers_win(recipe: Path) -> None:
+    recipe.write_text('extends: base.yaml\noptimizer: {lr: 0.2}\nmax_duration: 6ep\nseed: 1\n')
+    read = load(recipe, ['seed=2', 'algorithms.sba.eta=1e-3'])
+    assert read.optimizer == {'name': 'sgd', 'lr': 0.2, 'weight_decay': 1e-4}
+    assert (read.max_duration, read.seed) == ('6ep', 2)
+    assert read.algorithms == {'sba': {'fold': 2, 'eta': 0.001}}
+
+
+def test_another_component_inherits_no_argument(recipe: Path) -> None:
+    read = load(recipe, ['optimizer.betas=[0.9, 0.99]', 'optimizer.name=adam', 'scheduler.name=linear'])
+    assert read.optimizer == {'name': 'adam', 'betas': [0.9, 0.99]}
+    assert read.scheduler == {'name': 'linear'}
+
+
+def test_null_takes_away(recipe: Path) -> None:
+    read = load(recipe, ['algorithms.SBA=null', 'scheduler=null', 'save_folder=null'])
+    assert (read.algorithms, read.scheduler, read.save_folder) == ({}, None, None)
+
+
+def test_names_of_one_component_meet(recipe: Path) -> None:
+    recipe.write_text('extends: base.yaml\nalgorithms: {mix_up: {alpha: 0.1}}\n')
+    assert load(recipe, ['algorithms.MixUp.interpolate_loss=true']).algorithms['mixup'] == {
+        'alpha': 0.1,
+        'interpolate_loss': True,
+    }
+
+
+def test_interpolation_and_run_name(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('WHERE', 'there')
+    assert load(recipe).save_folder == 'runs/mine'
+    assert load(recipe, ['save_folder=${oc.env:WHERE}/${seed}']).save_folder == 'there/17'
+
+
+def test_saved_recipe_is_read_back_equal(recipe: Path, tmp_path: Path) -> None:
+    read = load(recipe, ['seed=3', 'callbacks.lr_monitor={}', 'optimizer.lr=1e-5', 'algorithms.sba.layers=[a.b, head]'])
+    save(read, tmp_path / 'recipe.yaml')
+    assert load(tmp_path / 'recipe.yaml') == read
+    assert set(OmegaConf.load(tmp_path / 'recipe.yaml')) == {f.name for f in fields(Recipe)} - {'sources'}
+
+
+@pytest.mark.parametrize(
+    ('section', 'names', 'cls'),
+    [
+        ('algorithms', ['mixup', 'mix_up', 'MixUp'], MixUp),
+        ('algorithms', ['label_smoothing', 'labelsmoothing'], LabelSmoothing),
+        ('algorithms', ['sba', 'SBA'], SBA),
+        ('callbacks', ['lr_monitor', 'LRMonitor'], LRMonitor),
+        ('loggers', ['file', 'file_logger'], FileLogger),
+        ('loggers', ['tensorboard', 'TensorboardLogger'], TensorboardLogger),
+        ('loggers', ['wandb'], WandBLogger),
+        ('loggers', ['mlflow'], MLFlowLogger),
+        ('scheduler', ['multi_step', 'MultiStepScheduler'], MultiStepScheduler),
+        ('scheduler', ['cosine_annealing_with_warmup'], CosineAnnealingWithWarmupScheduler),
+        ('optimizer', ['sgd', 'SGD'], torch.optim.SGD),
+        ('optimizer', ['decoupled_adamw'], DecoupledAdamW),
+    ],
+)
+def test_names_are_lenient(section: str, names: list[str], cls: type) -> None:
+    for name in names:
+        assert components(section)[str(canonical(section, name))] is cls
+
+
+def test_loggers_by_name(tmp_path: Path) -> None:
+    assert isinstance(construct('loggers', 'file', {'filename': str(tmp_path / 'log.txt')}), FileLogger)
+    assert isinstance(construct('loggers', 'tensorboard', {'log_dir': str(tmp_path)}), TensorboardLogger)
+
+
+def test_scheduler_for_a_probability(recipe: Path) -> None:
+    [sba] = built(recipe, 'algorithms.sba.augment_prob={name: linear, alpha_i: 0, alpha_f: 1}')['algorithms']
+    assert isinstance(sba.augment_prob, LinearScheduler)
+    assert (sba.augment_prob.alpha_i, sba.augment_prob.alpha_f) == (0, 1)
+
+
+def test_mapping_for_a_vicinity(recipe: Path) -> None:
+    [sba] = built(recipe, 'algorithms.sba.vicinity={sigma: 0.3, basis: normalized}')['algorithms']
+    assert (sba.vicinity.sigma, sba.vicinity.basis) == (0.3, 'normalized')
+
+
+def test_norm_and_bias_are_exempt_from_decay(recipe: Path) -> None:
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 2))
+    decayed, exempt = parameter_groups(network, decay_norm_and_bias=False)
+    assert [id(p) for p in decayed['params']] == [id(network[0].weight), id(network[2].weight)]
+    assert len(exempt['params']) == 4 and exempt['weight_decay'] == 0
+    assert len(parameter_groups(network, decay_norm_and_bias=True)) == 1
+    optimizer = built(recipe, 'optimizer.decay_norm_and_bias=false')['optimizers']
+    assert [group['weight_decay'] for group in optimizer.param_groups] == [1e-4, 0]
+
+
+@pytest.mark.parametrize(
+    ('override', 'line'),
+    [
+        ('optimiser.lr=1', "optimiser: unknown key; did you mean 'optimizer'?"),
+        ('train_dataset.locla=x', "train_dataset.locla: unknown key; did you mean 'local'?"),
+        ('algorithms.sba.foldd=3', "algorithms.sba.foldd: unknown key; did you mean 'fold'?"),
+        ('algorithms.sba.vicinity.taau=3', "algorithms.sba.vicinity.taau: unknown key; did you mean 'tau'?"),
+        ('model.depth=44', 'model.depth: unknown key; expected one of num_classes'),
+        ('parallelism.fsdp.shard=1', 'parallelism.fsdp.shard: unknown key'),
+        ('algorithms.mixpu={}', "algorithms.mixpu: unknown algorithm 'mixpu'; did you mean 'mixup'?"),
+        ('scheduler.name=lineer', "scheduler.name: unknown scheduler 'lineer'; did you mean 'linear'?"),
+        ('loggers.tensorbord={}', "loggers.tensorbord: unknown logger 'tensorbord'; did you mean 'tensorboard'?"),
+        ('seed=1.5', 'seed: expected int, got 1.5'),
+        ('optimizer.lr=fast', "optimizer.lr: expected float, got 'fast'"),
+        ('algorithms.sba=true', 'algorithms.sba: expected a mapping, {} for its defaults, got true'),
+        ('algorithms=[sba]', "algorithms: expected a mapping of names to arguments, got ['sba']"),
+        ('precision=bf16', "precision: expected 'fp32' or 'amp_fp16' or 'amp_bf16' or 'amp_fp8' or null, got 'bf16'"),
+        ('algorithms.sba.augment_prob=1.5', 'algorithms.sba.augment_prob: Expected augment_prob'),
+        ('algorithms.sba.augment_prob={name: lin}', 'algorithms.sba.augment_prob.name: unknown scheduler'),
+        ('algorithms.sba.vicinity.tau=-1', 'algorithms.sba.vicinity.tau: Expected tau'),
+        ('algorithms.sba.fold=0', 'algorithms.sba.fold: Expected fold'),
+        ('optimizer.lr=-1', 'optimizer: Invalid learning rate: -1'),
+        ('optimizer.decay_norm_and_bias=1', 'optimizer.decay_norm_and_bias: expected bool, got 1'),
+        ('max_duration=5epp', "max_duration: expected int or a time such as '5ep' or '100ba', got '5epp'"),
+        ('max_duration="5"', "max_duration: expected int or a time such as '5ep' or '100ba', got '5'"),
+        (
+            'scheduler.milestones=[3]',
+            "scheduler.milestones: expected a list, each a time such as '5ep' or '100ba', got",
+        ),
+        ('global_train_batch_size=0', 'global_train_batch_size: expected at least 1, got 0'),
+        ('algorithms.ema=null', 'algorithms.ema: null takes an entry away, and there is none; {} gives defaults'),
+        ('algorithms={mixup: {}, mix_up: {}}', "algorithms: 'mixup' is named twice"),
+        ('seed', "expected key=value or key.sub=value, got 'seed'"),
+        ('seed=[1,', "seed: expected YAML after =, got 'seed=[1,'"),
+        ('save_folder=${oc.env:SBA_NOWHERE}', 'save_folder: KeyError raised while resolving interpolation'),
+        ('save_folder=${nowhere}', "save_folder: Interpolation key 'nowhere' not found"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(recipe: Path, override: str, line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        built(recipe, override)
+    assert str(caught.value).startswith(f'command line: {line}')
+    assert '\n' not in str(caught.value)
+
+
+def test_a_mistake_is_told_of_the_file_that_has_it(recipe: Path) -> None:
+    (recipe.parent / 'base.yaml').write_text(BASE + 'sede: 1\n')
+    with pytest.raises(UserError, match=r"/base.yaml: sede: unknown key; did you mean 'seed'\?$"):
+        load(recipe)
+
+
+@pytest.mark.parametrize(
+    ('text', 'line'),
+    [
+        ('a: [1,\nb: 2\n', 'mine.yaml: line 3, column 1: not YAML: '),
+        ('a: 1\na: 2\n', 'mine.yaml: line 2, column 1: not YAML: found duplicate key a'),
+        ('a: !!python/name:os.system\n', 'mine.yaml: line 1, column 4: not YAML: could not determine a constructor'),
+        ('- 1\n', 'mine.yaml: expected a mapping of keys, got a list'),
+        ('extends: mine.yaml\n', 'mine.yaml: extends: a cycle, mine.yaml -> mine.yaml'),
+        ('extends: gone.yaml\n', 'gone.yaml: No such file or directory, which'),
+        ('extends: [a]\n', "mine.yaml: extends: expected the name of a file, got ['a']"),
+        ('seed: 1\n', 'mine.yaml: max_duration: is required'),
+    ],
+)
+def test_a_bad_file_is_told_in_one_line(recipe: Path, text: str, line: str) -> None:
+    recipe.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load(recipe)
+    assert line in str(caught.value)
+    assert '\n' not in str(caught.value)
+
+
+def test_a_missing_library_is_named(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__('sys').modules, 'wandb', None)
+    with pytest.raises(UserError, match=r"loggers.wandb: needs a library .*: pip install 'mosaicml\[wandb\]'$"):
+        built(recipe, 'loggers.wandb={}')

@@ -1,0 +1,110 @@
+"""The command: exit codes, what it prints and what it leaves behind, in process and under Composer's launcher.
+
+pytest tests/test_train.py
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from composer_sba.recipe import load
+from composer_sba.train import main
+
+ROOT = Path(__file__).parent.parent
+RECIPE = str(ROOT / 'yamls' / 'digits_sba.yaml')
+SHORT = ['max_duration=2ba', 'eval_subset_num_batches=1', 'progress_bar=false']
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run where the digits, once made, can be shared, and runs/ starts empty for each test."""
+    folder = tmp_path_factory.getbasetemp() / 'work'
+    folder.mkdir(exist_ok=True)
+    monkeypatch.chdir(folder)
+
+
+def test_a_run_leaves_checkpoint_recipe_and_summary(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = tmp_path / 'run'
+    loggers = f'loggers={{file: {{filename: {tmp_path}/log.txt}}, tensorboard: {{log_dir: {tmp_path}/tb}}}}'
+    assert main(['-f', RECIPE, *SHORT, f'save_folder={folder}', 'algorithms.sba.augment_prob=1', loggers]) == 0
+    assert (folder / 'latest-rank0.pt').exists()
+    assert load(folder / 'recipe.yaml').max_duration == '2ba'
+    assert 'sba/kl' in (tmp_path / 'log.txt').read_text()
+    assert any((tmp_path / 'tb').rglob('events.*'))
+    said = capsys.readouterr()
+    rows = ['eval accuracy', 'eval cross-entropy', 'eval calibration error', 'train loss', 'images/s', 'wall time']
+    for row in [*rows, '100.0 % of steps', 'SBA KL']:
+        assert row in said.out
+    assert said.err == ''
+
+
+def test_the_saved_recipe_trains_again(tmp_path: Path) -> None:
+    folder = tmp_path / 'run'
+    assert main(['-f', RECIPE, *SHORT, f'save_folder={folder}']) == 0
+    first = torch.load(folder / 'latest-rank0.pt', weights_only=False)['state']['model']
+    assert main(['-f', str(folder / 'recipe.yaml')]) == 0
+    again = torch.load(folder / 'latest-rank0.pt', weights_only=False)['state']['model']
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_autoresume_goes_on_and_refuses_to_begin_anew(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    again = ['-f', RECIPE, *SHORT, f'save_folder={tmp_path / "run"}', 'save_overwrite=false']
+    assert main(again) == 0
+    assert main(again) == 2
+    assert 'holds a run' in capsys.readouterr().err
+    assert main([*again, 'autoresume=true', 'max_duration=4ba', 'save_interval=1ba']) == 0
+    assert main([*again, 'autoresume=true', 'max_duration=4ba']) == 2
+    assert '4ba behind it' in capsys.readouterr().err
+    saved = torch.load(tmp_path / 'run' / 'latest-rank0.pt', weights_only=False)['state']['timestamp']
+    assert saved['Timestamp']['batch'] == 4
+
+
+@pytest.mark.parametrize(
+    ('override', 'line'),
+    [
+        ('model.num_classes=11', 'command line: model.num_classes: expected 10, as train_dataset digits has, got 11'),
+        ('train_dataset.name=cifar10', 'command line: train_dataset: data/cifar10 does not exist'),
+        ('algorithms.sba.layers=hed', "command line: algorithms.sba.layers: The model has no layer 'hed'"),
+        ('precision=amp_bf16', 'digits_sba.yaml: Precision.AMP_BF16 is not supported for CPU training.'),
+    ],
+)
+def test_a_mistake_found_while_building(capsys: pytest.CaptureFixture[str], override: str, line: str) -> None:
+    assert main(['-f', RECIPE, *SHORT, 'device=cpu', 'save_folder=null', override]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith('error: ') and line in said and '\n' not in said
+
+
+def test_a_batch_that_does_not_divide(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr('composer_sba.build.dist.get_world_size', lambda: 3)
+    assert main(['-f', RECIPE, 'save_folder=null']) == 2
+    assert 'global_train_batch_size: expected a multiple of the 3 devices, got 64' in capsys.readouterr().err
+
+
+def test_dry_run_prints_the_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(['-f', RECIPE, '--dry-run', 'seed=5']) == 0
+    (tmp_path / 'again.yaml').write_text(capsys.readouterr().out)
+    assert load(tmp_path / 'again.yaml') == load(RECIPE, ['seed=5'])
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if not key.endswith(('RANK', 'WORLD_SIZE'))}
+    command = [str(Path(sys.executable).with_name('composer')), str(ROOT / 'train.py'), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+
+
+def test_under_the_launcher(tmp_path: Path) -> None:
+    done = launch('-f', RECIPE, *SHORT, f'save_folder={tmp_path}')
+    assert (done.returncode, done.stderr) == (0, '')
+    assert 'eval accuracy' in done.stdout and (tmp_path / 'recipe.yaml').exists()
+
+
+def test_a_mistake_under_the_launcher() -> None:
+    done = launch('-f', RECIPE, 'algorithms.sba.fold=0')
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if not line.startswith('ERROR:composer.cli')] == [
+        'error: command line: algorithms.sba.fold: Expected fold to be an integer >= 1, got 0.'
+    ]
