@@ -1,5 +1,6 @@
 """Images for training and evaluation: what a recipe says about a data set, its transforms, and the DataLoader."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +66,9 @@ class DatasetConfig:
     """Standard deviations to normalize with. None: those of the data set."""
     num_classes: int | None = None
     """Number of classes. None: as the converter recorded it, else as known by name."""
-    num_workers: int = 0
-    """Processes that decode and transform, for each rank. 0: the training process does it."""
+    num_workers: int | None = None
+    """Processes that decode and transform, for each rank; 0: the training process does it. None: one for each core that
+    the rank has to itself, at most 8."""
     cache_limit: str | None = None
     """Size at which the local cache of ``remote`` drops its oldest shards, as '100gb'. None: it keeps all."""
     download_timeout: float = 60
@@ -212,13 +214,15 @@ def build_dataloader(config: DatasetConfig, batch_size: int, *, seed: int = 17, 
             f'{f" with full batches of {batch_size}" if drop_last else ""}'
         )
     source = dataset if training else ByIndex(dataset)
+    cores = len(os.sched_getaffinity(0)) // dist.get_local_world_size()
+    workers = min(cores, 8) if config.num_workers is None else config.num_workers
     return DataLoader(
         source,
         batch_size=batch_size,
         sampler=None if training else dist.get_sampler(source, drop_last=drop_last),
         drop_last=drop_last,
-        num_workers=config.num_workers,
-        persistent_workers=config.num_workers > 0,
+        num_workers=workers,
+        persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
     )
 

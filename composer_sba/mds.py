@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from streaming.base.dataset import StreamingDataset
+from streaming.base.dataset import StreamingDataset, _ShardState
 from streaming.base.storage import CloudDownloader
 from streaming.vision.base import StreamingVisionDataset
 from torch.utils.data import Dataset
 
 from composer_sba.errors import DatasetError
-from composer_sba.sharing import registration, shared_samples
+from composer_sba.sharing import claim, registration, shared_samples
 
 INDEX = 'index.json'
 RECORD = 'composer_sba'  # the key of index.json under which convert.py tells about the data set
@@ -161,6 +161,7 @@ class ImageDataset(StreamingVisionDataset):
                 batch_size=batch_size,
                 **kwargs,
             )
+            claim(self._shm_prefix_int)
         self.transform: Callable[[Image.Image], Any] = transform  # by name, for Composer's RandAugment and AugMix
         self.num_classes = num_classes
         self.image_size = image_size
@@ -239,6 +240,21 @@ class ImageDataset(StreamingVisionDataset):
             # Between two epochs Streaming names the one that has ended, and a resumed run would repeat its order.
             state['epoch'] = max(state['epoch'], self.next_epoch)
         return state
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Fetch a shard.
+
+        Args:
+            shard_id (int): The shard.
+            blocking (bool, optional): Whether to wait while another worker fetches it. Default: ``True``.
+        """
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except Exception:
+            # Workers that wait for this shard would do so for ever: each shall find it missing and say so itself.
+            self.shards[shard_id].evict()
+            self._shard_states[shard_id] = _ShardState.LOCAL
+            raise
 
     def on_exception(self, future: Future) -> None:
         """Keep the exception of a thread that fetches shards, for the loop that waits for them to raise."""

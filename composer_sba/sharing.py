@@ -1,12 +1,14 @@
 """What processes that read one dataset share: the samples of an epoch, and names in the machine's shared memory."""
 
 import contextlib
+import fcntl
 import functools
 import os
 import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch.distributed
@@ -14,6 +16,9 @@ from composer.utils import dist
 from filelock import FileLock
 from streaming.base.constant import SHM_TO_CLEAN
 from streaming.base.partition import algos
+
+_SHARED_MEMORY = Path('/dev/shm')
+_claimed: list[IO[bytes]] = []  # open files hold their locks
 
 
 def shared_samples(num_samples: int, ranks: int, batch_size: int, drop_last: bool) -> int:
@@ -93,7 +98,7 @@ def registration() -> Iterator[None]:
 
     Streaming takes names that nobody has (``000000_locals``, ...) by looking first, so two runs that start together
     take the same ones; and blocks that a killed run has left make it fail or refuse the folder of the dataset. Here
-    one run chooses after another, and blocks that no living process has mapped are removed first.
+    one run chooses after another, and blocks of runs that have ended are removed first.
 
     Yields:
         None: While this run may choose.
@@ -107,19 +112,45 @@ def registration() -> Iterator[None]:
         yield
 
 
+def claim(prefix: int) -> None:
+    """Mark blocks as this process's own, until it and its workers end, however they end.
+
+    Args:
+        prefix (int): The number that the names of the blocks begin with.
+    """
+    path = _SHARED_MEMORY / f'{prefix:06}_locals'
+    if dist.get_local_rank() == 0 and path.exists():
+        block = path.open('rb')
+        fcntl.flock(block, fcntl.LOCK_SH)
+        os.fchmod(block.fileno(), 0o700)  # tells that the lock tells who lives: Streaming's own runs hold none
+        _claimed.append(block)
+
+
 def _remove_stale_blocks() -> None:
-    folder = Path('/dev/shm')
-    if not folder.is_dir() or not Path('/proc/self/maps').exists():
-        return  # only Linux tells who has mapped what
+    if not _SHARED_MEMORY.is_dir():
+        return  # not Linux: there is no list of blocks
     name = re.compile(rf'(\d{{6}})_({"|".join(SHM_TO_CLEAN)})')
     # Listed before looking who uses them: a run that is starting maps what it makes at once.
-    blocks = [path for path in folder.iterdir() if name.fullmatch(path.name) and path.stat().st_uid == os.getuid()]
-    if not blocks:
-        return
-    living = set()
-    for maps in Path('/proc').glob('[0-9]*/maps'):
+    blocks = [
+        path for path in _SHARED_MEMORY.iterdir() if name.fullmatch(path.name) and path.stat().st_uid == os.getuid()
+    ]
+    mapped: set[str] = set()
+    for maps in Path('/proc').glob('[0-9]*/maps') if blocks else ():
         with contextlib.suppress(OSError):  # it has ended meanwhile, or is another user's
-            living |= set(re.findall(r'/dev/shm/(\d{6})_', maps.read_text()))
-    for block in blocks:
-        if block.name[:6] not in living:
-            block.unlink(missing_ok=True)
+            mapped |= set(re.findall(r'/dev/shm/(\d{6})_', maps.read_text()))
+    for prefix in {block.name[:6] for block in blocks}:
+        owner = _SHARED_MEMORY / f'{prefix}_locals'
+        # Streaming maps every block that it comes across, so blocks may be mapped though their owner has ended.
+        ended = _is_unlocked(owner) if owner.exists() and owner.stat().st_mode & 0o100 else prefix not in mapped
+        for block in blocks if ended else ():
+            if block.name.startswith(prefix):
+                block.unlink(missing_ok=True)
+
+
+def _is_unlocked(path: Path) -> bool:
+    with path.open('rb') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True

@@ -160,7 +160,8 @@ def test_archive_of_a_folder(tmp_path: Path, suffix: str) -> None:
             for path in source.rglob('*'):
                 packed.write(path, path.relative_to(source))
     else:
-        with tarfile.open(archive, f'w:{suffix[4:]}') as packed_tar:
+        opened = tarfile.open(archive, 'w:xz') if suffix == 'tar.xz' else tarfile.open(archive, 'w:gz')
+        with opened as packed_tar:
             packed_tar.add(source / 'train', 'train')
             packed_tar.add(source / 'test', 'test')
     convert('cifar10', source, tmp_path / 'a')
