@@ -8,7 +8,6 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch.distributed
@@ -18,7 +17,6 @@ from streaming.base.constant import SHM_TO_CLEAN
 from streaming.base.partition import algos
 
 _SHARED_MEMORY = Path('/dev/shm')
-_claimed: list[IO[bytes]] = []  # open files hold their locks
 
 
 def shared_samples(num_samples: int, ranks: int, batch_size: int, drop_last: bool) -> int:
@@ -120,10 +118,9 @@ def claim(prefix: int) -> None:
     """
     path = _SHARED_MEMORY / f'{prefix:06}_locals'
     if dist.get_local_rank() == 0 and path.exists():
-        block = path.open('rb')
+        block = os.open(path, os.O_RDONLY)  # never closed, for its lock shall last as long as the process
         fcntl.flock(block, fcntl.LOCK_SH)
-        os.fchmod(block.fileno(), 0o700)  # tells that the lock tells who lives: Streaming's own runs hold none
-        _claimed.append(block)
+        os.fchmod(block, 0o700)  # says that the lock tells who lives: runs without this package hold none
 
 
 def _remove_stale_blocks() -> None:
