@@ -1,19 +1,24 @@
 """Arguments that lie outside their range: one line that names the argument, what it may be and what came."""
 
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any, get_args
 
 
-def check_number(name: str, value: Any, expected: str, holds: Callable[[Any], bool], kind: type = float) -> None:
+def check_number(name: str, value: Any, expected: str, holds: Callable[[Any], bool], kind: type = Real) -> None:
     """Raise ValueError unless ``value`` is a number of ``kind`` for which ``holds``; a bool is no number here."""
-    kinds = (int, float) if kind is float else (kind,)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not holds(value):
+    if isinstance(value, bool) or not isinstance(value, kind) or not holds(value):
         raise ValueError(f'Expected {name} to be {expected}, got {value!r}.')
 
 
 def check_fold(fold: Any) -> None:
     """Raise ValueError unless ``fold`` is a number of virtual samples."""
-    check_number('fold', fold, 'an integer >= 1', lambda value: value >= 1, int)
+    check_number('fold', fold, 'an integer >= 1', lambda value: value >= 1, Integral)
+
+
+def check_seed(seed: Any) -> None:
+    """Raise ValueError unless ``seed`` can seed a stream of random numbers."""
+    check_number('seed', seed, 'an integer >= 0', lambda value: value >= 0, Integral)
 
 
 def check_choice(name: str, value: Any, literal: Any) -> None:

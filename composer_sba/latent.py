@@ -1,6 +1,6 @@
 """LatentExpander: multiplies the batch at a cut layer and splits what comes out. Plain PyTorch, without Composer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -8,12 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from composer_sba.checks import check_choice, check_fold
+from composer_sba.checks import check_choice, check_fold, check_seed
+from composer_sba.cuts import Forward, check_cut, evaluation
 from composer_sba.errors import CutLayerError
-from composer_sba.layers import Forward, check_cut, find_layers
+from composer_sba.layers import find_layers
 from composer_sba.schedule import choose_layer, noise_seed
 from composer_sba.tail import keep_raw_rows
-from composer_sba.vicinity import Vicinity
+from composer_sba.vicinity import Vicinity, as_vicinity
 
 NormStats = Literal['raw', 'all']
 
@@ -31,7 +32,8 @@ class LatentExpander:
             ``nn.Linear``; ``'input'``: the network's input; or module names, meaning those modules' outputs. Default:
             ``'head'``.
         fold (int, optional): M >= 1, virtual samples per raw sample. Default: ``4``.
-        vicinity (Vicinity, optional): The law of the virtual samples. Default: ``Vicinity()``.
+        vicinity (Vicinity | Mapping, optional): The law of the virtual samples, or a mapping of its arguments. Default:
+            ``Vicinity()``.
         norm_stats (str, optional): Whose batch statistics normalization layers above the cut use: ``'raw'``: the raw
             rows' for every row, and running statistics see raw rows only; ``'all'``: those of all rows. Default:
             ``'raw'``.
@@ -42,9 +44,10 @@ class LatentExpander:
         ValueError: If another argument lies outside its range.
 
     Note:
-        The noise comes from a generator seeded by (seed, rank, step, microbatch, layer) in each forward pass. The
-        global random stream is neither read nor moved, also by ``nn.Dropout`` above the cut, whose virtual rows draw
-        from that generator. Under activation checkpointing, stay armed until the backward pass is over.
+        The noise comes from a generator seeded by (seed, rank, step, microbatch, layer) in each forward pass, never
+        from the global random stream. Dropout, RReLU and stochastic depth above the cut, as modules, move that stream
+        for raw rows alone, as without SBA; functions such as ``F.dropout`` move it for all rows. Under activation
+        checkpointing, stay armed until the backward pass is over.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
@@ -61,24 +64,30 @@ class LatentExpander:
         model: nn.Module,
         layers: str | Sequence[str] = 'head',
         fold: int = 4,
-        vicinity: Vicinity = Vicinity(),
+        vicinity: Vicinity | Mapping[str, Any] = Vicinity(),
         *,
         norm_stats: NormStats = 'raw',
         seed: int = 0,
     ) -> None:
         check_fold(fold)
         check_choice('norm_stats', norm_stats, NormStats)
+        check_seed(seed)
         self.model = model
         self.cuts = find_layers(model, layers)
         self.fold = fold
-        self.vicinity = vicinity
-        self.seed = seed
+        self.vicinity = as_vicinity(vicinity)
+        self.norm_stats = norm_stats
+        self._seed = seed
         self.raw_rows: int | None = None  # N, while an augmented batch is above the cut
         self._armed: int | None = None  # index of the cut that is armed
         self._key = (seed, 0, 0, 0, 0)
         self._split_rows: int | None = None
+        self.attach()
+
+    def attach(self) -> None:
+        """Put the hooks in, as the constructor does; after :meth:`remove`, put them back."""
         self._handles = [cut.hook(partial(self._at_cut, index)) for index, cut in enumerate(self.cuts)]
-        self._handles += keep_raw_rows(model, self, norm_stats)
+        self._tail = keep_raw_rows(self.model, self, self.norm_stats)
 
     def arm(self, step: int, microbatch: int = 0) -> int:
         """Have the next forward pass expand the latent batch at the layer k(t).
@@ -90,16 +99,22 @@ class LatentExpander:
         Returns:
             int: Index of the chosen layer in ``cuts``.
         """
-        layer = choose_layer(len(self.cuts), self.seed, step)
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        self.raw_rows = self._split_rows = None
-        self._key = (self.seed, rank, step, microbatch, layer)
-        self._armed = layer
+        layer = choose_layer(len(self.cuts), self._seed, step)
+        self._arm(layer, step, microbatch)
         return layer
+
+    def _arm(self, layer: int, step: int, microbatch: int) -> None:
+        self.disarm()
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        self._split_rows = None
+        self._key = (self._seed, rank, step, microbatch, layer)
+        self._armed = layer
 
     def disarm(self) -> None:
         """Leave the network as it was. What was expanded can still be split."""
         self._armed = self.raw_rows = None
+        for layer in self._tail:
+            layer.virtual = None  # of a forward pass that did not come to its end
 
     @contextmanager
     def armed(self, step: int, microbatch: int = 0) -> Iterator[None]:
@@ -131,8 +146,8 @@ class LatentExpander:
         if not isinstance(outputs, torch.Tensor) or outputs.ndim != 2 or len(outputs) != expected:
             got = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
             raise RuntimeError(f'Expected logits of shape ({expected}, K) from the armed forward pass, got {got}.')
-        raw, virtual = outputs.split([self._split_rows, self.fold * self._split_rows])
-        return raw, virtual.unflatten(0, (self.fold, self._split_rows))
+        virtual = outputs[self._split_rows :].unflatten(0, (self.fold, self._split_rows))
+        return outputs[: self._split_rows], virtual
 
     def check(self, forward: Forward) -> None:
         """Refuse layers that are no cut points, by running the model on a real batch.
@@ -143,18 +158,21 @@ class LatentExpander:
         Raises:
             CutLayerError: Naming the layer, the reason and the nearest layers that would do.
         """
-        for cut in self.cuts:
-            check_cut(self.model, cut, forward)
+        with evaluation(self.model):
+            for index, cut in enumerate(self.cuts):
+                check_cut(self.model, cut, forward)
+                self._arm(index, step=0, microbatch=0)
+                forward()  # for the layers above the cut to look at the rows they get
+                self.disarm()
 
     def remove(self) -> None:
         """Take all hooks off the network."""
-        for handle in self._handles:
+        for handle in [*self._handles, *(handle for layer in self._tail for handle in layer.handles)]:
             handle.remove()
-        self._handles.clear()
 
-    def generator(self, device: torch.device, stream: int) -> torch.Generator:
-        """Make the generator of this microbatch's noise (stream 0) or of a layer above the cut, anew at every call."""
-        return torch.Generator(device).manual_seed(noise_seed(*self._key, stream))
+    def seed(self, stream: int) -> int:
+        """Give the seed of this microbatch's noise (stream 0) or of one call of a layer above the cut."""
+        return noise_seed(*self._key, stream)
 
     def _at_cut(self, index: int, latent: Any) -> torch.Tensor | None:
         return self._expand(latent) if self._armed == index else None
@@ -165,7 +183,7 @@ class LatentExpander:
             got = latent.dtype if isinstance(latent, torch.Tensor) else type(latent).__name__
             raise CutLayerError(f'Expected a floating tensor at layer {self._armed_name()!r}, got {got}.')
         self.raw_rows = self._split_rows = len(latent)
-        return self.vicinity.expand(latent, self.fold, self.generator(latent.device, 0))
+        return self.vicinity.expand(latent, self.fold, torch.Generator(latent.device).manual_seed(self.seed(0)))
 
     def _armed_name(self) -> str:
         assert self._armed is not None

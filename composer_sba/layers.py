@@ -1,8 +1,7 @@
-"""Which layers of a network can be cut: names to modules, and the proof that rows above a cut stand on their own."""
+"""The layers of a network by name, as a user knows them, and the hooks that see what passes there."""
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,9 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from composer_sba.errors import CutLayerError
 
-Forward = Callable[[], torch.Tensor]
 _WRAPPERS = {'_fsdp_wrapped_module', '_checkpoint_wrapped_module', '_orig_mod'}
-_TOLERANCE = 0.05  # of the largest logit: far above what bf16 does to a row, far below what a wrong row does
 
 
 @dataclass(frozen=True)
@@ -84,6 +81,8 @@ def find_layers(model: nn.Module, layers: str | Sequence[str]) -> list[CutLayer]
         CutLayerError: If a name is no layer of the model, or stands there twice.
     """
     known = named_layers(model)
+    if not layers:
+        raise CutLayerError(f"layers={layers!r} names no layer; 'head' is the input of the last nn.Linear.")
     cuts = [_find(model, known, name) for name in ([layers] if isinstance(layers, str) else layers)]
     for position, cut in enumerate(cuts):
         if any(cut.module is other.module and cut.at_input == other.at_input for other in cuts[:position]):
@@ -111,115 +110,3 @@ def _find(model: nn.Module, known: dict[str, nn.Module], name: str) -> CutLayer:
 def _some(names: Any) -> str:
     top = [name for name in names if '.' not in name] or list(names)
     return ', '.join(repr(name) for name in top[:8]) + (', ...' if len(top) > 8 else '')
-
-
-def check_cut(model: nn.Module, cut: CutLayer, forward: Forward) -> None:
-    """Refuse a layer above which the rows of the batch are not independent of everything but the latent batch.
-
-    The latent batch is doubled with its own rows, rotated by one. At a cut point the predictions must double the same
-    way: a skip connection around the cut meets twice the rows it has, and rows that mix come out changed. The model
-        runs in
-    evaluation mode, without gradients, and the random state is put back.
-
-    Args:
-        model (torch.nn.Module): The model that ``forward`` runs.
-        cut (CutLayer): The layer to check.
-        forward (Callable): Runs the model on a batch of at least two rows and returns the logits, ``(N, K)``.
-
-    Raises:
-        CutLayerError: If the layer is no cut point; the message says why, and which layers next to it would do.
-    """
-    with _evaluation(model):
-        reason = why_no_cut(cut, forward)
-        if reason is not None:
-            nearest = _nearest_cuts(model, cut, forward)
-            remedy = f'Near it, {" and ".join(map(repr, nearest))} would do' if nearest else "Try layers='head'"
-            raise CutLayerError(f'Layer {cut.name!r} is no cut point: {reason}. {remedy}.')
-
-
-def why_no_cut(cut: CutLayer, forward: Forward) -> str | None:
-    """Say why a layer is no cut point, or None if it is one; the model is in evaluation mode, as in `check_cut`."""
-    seen: list[Any] = []
-    with _hooked(cut, seen.append):
-        logits = forward()
-    if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
-        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise CutLayerError(f'SBA needs a classifier whose output is one tensor of logits, (N, K); got {got}.')
-    rows, classes = logits.shape
-    if rows < 2:
-        raise CutLayerError(f'Layer {cut.name!r} can only be checked on a batch of two rows or more, got {rows}.')
-    if len(seen) != 1:
-        return f'it runs {len(seen)} times in one forward pass'
-    latent = seen[0]
-    place = 'input' if cut.at_input else 'output'
-    if not isinstance(latent, torch.Tensor):
-        return f'its {place} is a {type(latent).__name__}, not one tensor'
-    if not latent.is_floating_point():
-        return f'its {place} is of {latent.dtype}, not floating'
-    if latent.ndim == 0 or len(latent) != rows:
-        return f'its {place} has shape {tuple(latent.shape)} for a batch of {rows} rows'
-    if not cut.at_input and latent.shape == logits.shape and latent.data_ptr() == logits.data_ptr():
-        return "it is the model's output, and no layer lies above it"
-    if cut.name == 'head' and cut.module.out_features != classes:
-        return (
-            f'the last nn.Linear has {cut.module.out_features} outputs, the model {classes} logits: it is not the head'
-        )
-    try:
-        with _hooked(cut, lambda value: torch.cat([value, value.roll(1, 0)])):
-            doubled = forward()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever the layers above say of twice the rows is the reason
-        said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')
-        return f'the layers above it cannot take more rows than entered below, as in a residual branch ({said})'
-    if doubled.shape != (2 * rows, classes):
-        return f'{len(doubled)} predictions came back for {2 * rows} rows'
-    error_size = (doubled - torch.cat([logits, logits.roll(1, 0)])).abs().max()
-    if not error_size <= _TOLERANCE * logits.abs().max():
-        return 'predictions for the same rows changed when others joined them: the layers above it mix rows'
-    return None
-
-
-def _nearest_cuts(model: nn.Module, cut: CutLayer, forward: Forward) -> list[str]:
-    """Find the cut points that run last before ``cut`` and first after it."""
-    order: dict[str, nn.Module] = {}
-
-    def note(name: str, module: nn.Module, args: tuple, output: Any) -> None:
-        order.setdefault(name, module)
-
-    handles = [module.register_forward_hook(partial(note, name)) for name, module in named_layers(model).items()]
-    try:
-        forward()
-    finally:
-        for handle in handles:
-            handle.remove()
-    names = list(order)
-    at = names.index(cut.name) if cut.name in order else len(names)
-    found = []
-    for candidates in (names[:at][::-1], names[at + 1 :]):
-        found += [name for name in candidates if why_no_cut(CutLayer(name, order[name]), forward) is None][:1]
-    return found
-
-
-@contextmanager
-def _hooked(cut: CutLayer, edit: Callable[[Any], Any]) -> Iterator[None]:
-    handle = cut.hook(edit)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's mode and the random state are put back."""
-    training = [module for module in model.modules() if module.training]
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    # Eagerly: the check's row counts are no reason to compile anything.
-    with torch.no_grad(), torch.random.fork_rng(devices), torch.compiler.set_stance('force_eager'):
-        model.eval()
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True

@@ -3,28 +3,27 @@
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
 from composer.algorithms.warnings import NoEffectWarning, NotIntendedUseWarning
 from composer.core import Algorithm, Event, State
 from composer.core.passes import sort_to_back, sort_to_front
-from composer.core.precision import get_precision_context
 from composer.loggers import Logger
-from composer.models import ComposerClassifier
-from torch.nn.parallel import DistributedDataParallel
 
 from composer_sba import functional as sbaf
-from composer_sba.checks import check_choice, check_flag, check_fold, check_number
-from composer_sba.host import add_term, refuse_model
+from composer_sba.checks import check_choice, check_flag, check_fold, check_number, check_seed
+from composer_sba.errors import UserError
+from composer_sba.host import add_term, at_epoch_start, first_forward, network_of, refuse_model
 from composer_sba.latent import LatentExpander, NormStats
-from composer_sba.vicinity import Vicinity
+from composer_sba.vicinity import Vicinity, as_vicinity
 
 Target = Literal['soft', 'hard']
 Granularity = Literal['batch', 'epoch']
 _EVENTS = (
     Event.AFTER_LOAD,
+    Event.FIT_START,
     Event.BATCH_START,
     Event.BEFORE_TRAIN_BATCH,
     Event.BEFORE_FORWARD,
@@ -32,6 +31,7 @@ _EVENTS = (
     Event.BEFORE_BACKWARD,
     Event.AFTER_BACKWARD,
     Event.BATCH_END,
+    Event.FIT_END,
     Event.EVAL_START,
     Event.PREDICT_START,
 )
@@ -61,7 +61,8 @@ class SBA(Algorithm):
         vicinity (Vicinity | Mapping, optional): The law of the virtual samples, or a mapping of its arguments. Default:
             ``Vicinity()``.
         target (str, optional): ``'soft'``: the KL term of Eq. (10); ``'hard'``: cross-entropy with the raw sample's
-            label, Eq. (9), as in Bamboo. Default: ``'soft'``.
+            label, Eq. (9), as in Bamboo: the label that the batch holds when the loss is known, mixed by MixUp and no
+            longer smoothed by LabelSmoothing. Default: ``'soft'``.
         granularity (str, optional): Whether the coin is drawn for each ``'batch'`` (Alg. 1) or for each ``'epoch'``
             (Sec. 3). Default: ``'batch'``.
         stop_gradient (bool, optional): Let no gradient flow through the soft label :math:`Y_i`. Default: ``True``.
@@ -107,11 +108,11 @@ class SBA(Algorithm):
         seed: int | None = None,
         target_key: str | int | Callable = 1,
     ) -> None:
-        self.layers = [layers] if isinstance(layers, str) else list(layers)
+        self.layers = layers
         self.fold = fold
         self.augment_prob = augment_prob
         self.eta = eta
-        self.vicinity = _vicinity(vicinity)
+        self.vicinity = as_vicinity(vicinity)
         self.target = target
         self.granularity = granularity
         self.stop_gradient = stop_gradient
@@ -124,6 +125,8 @@ class SBA(Algorithm):
         self._repr = f'SBA({", ".join(f"{name}={value!r}" for name, value in self.local_hparams.items())})'
 
         self._expander: LatentExpander | None = None
+        self._run_seed = 0
+        self._hooked = False
         self._checked = False
         self._warned = False
         self._prob = 0.0
@@ -150,19 +153,33 @@ class SBA(Algorithm):
         """Put the hooks in: surgery and loading are over, DDP and torch.compile are still to come."""
         if self._expander is not None:
             self._expander.remove()
-        refuse_model(state.model, state.algorithms)
-        network = state.model.module if isinstance(state.model, ComposerClassifier) else state.model
-        seed = state.rank_zero_seed if self.seed is None else self.seed
+        refuse_model(state.model, state.algorithms, self.target)
+        self._run_seed = state.rank_zero_seed if self.seed is None else self.seed
         self._expander = LatentExpander(
-            network, self.layers, self.fold, self.vicinity, norm_stats=self.norm_stats, seed=seed
+            network_of(state.model),
+            self.layers,
+            self.fold,
+            self.vicinity,
+            norm_stats=self.norm_stats,
+            seed=self._run_seed,
         )
+        self._hooked = True
         self._checked = False
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Put the hooks back for another fit."""
+        if not self._hooked:
+            self._attached.attach()
+            self._hooked = True
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Draw λ(t), once a batch, whatever becomes of the batch."""
-        time = state.timestamp.batch if self.granularity == 'batch' else state.timestamp.epoch
-        self._prob = self._probability(state)
-        self._augment = sbaf.should_augment(self._prob, self._attached.seed, time.value)
+        if self.granularity == 'batch':
+            self._prob, time = self._probability(state), state.timestamp.batch
+        else:
+            with at_epoch_start(state):
+                self._prob, time = self._probability(state), state.timestamp.epoch
+        self._augment = sbaf.should_augment(self._prob, self._run_seed, time.value)
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         """Start from the first microbatch, also when a batch is tried again after running out of memory."""
@@ -174,7 +191,8 @@ class SBA(Algorithm):
         """Arm the cut layer, if λ(t) = 1; before the first batch of all, see whether the layers can be cut."""
         self._disarm()  # what an attempt that failed may have left
         if not self._checked:
-            self._check_cuts(state)
+            self._attached.check(first_forward(state))
+            self._checked = True
         if self._augment:
             self._layer = self._attached.arm(state.timestamp.batch.value, self._microbatch)
         self._microbatch += 1
@@ -183,7 +201,7 @@ class SBA(Algorithm):
         """Hand the raw rows' predictions to the loss, the metrics and every other algorithm."""
         if self._augment:
             self._logits = self._attached.split(state.outputs)
-            state.outputs = self._logits[0]
+            state.outputs = self._logits[0].clone()  # whoever changes it in place leaves the soft label alone
 
     def before_backward(self, state: State, logger: Logger) -> None:
         """Add the second term of Eq. (11)."""
@@ -194,7 +212,7 @@ class SBA(Algorithm):
         if self.target == 'soft':
             loss = sbaf.soft_label_kl(raw, virtual, stop_gradient=self.stop_gradient)
         else:
-            loss = sbaf.hard_label_loss(virtual, state.batch_get_item(self.target_key))
+            loss = sbaf.hard_label_loss(virtual, self._labels(state))
         self._loss = state.loss = add_term(state.loss, self.eta * loss)
         self._measure(raw.detach(), virtual.detach(), loss.detach())
 
@@ -220,6 +238,12 @@ class SBA(Algorithm):
             metrics |= {name: float(total) / self._rows for name, total in self._sums.items()}
         logger.log_metrics(metrics)
 
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Take the hooks off, so that the trained model is exported and copied as it was given."""
+        self._disarm()
+        self._attached.remove()
+        self._hooked = False
+
     def eval_start(self, state: State, logger: Logger) -> None:
         """Disarm, should an exception have broken off a fit."""
         self._disarm()
@@ -235,19 +259,12 @@ class SBA(Algorithm):
             raise ValueError(f'Expected augment_prob in [0, 1], got {prob} from {source}.')
         return prob
 
-    def _check_cuts(self, state: State) -> None:
-        model, batch = state.model, state.batch
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        if isinstance(model, ComposerClassifier) and len(batch[0]) == 1:  # the check needs two rows
-            batch = (batch[0].expand(2, *batch[0].shape[1:]), *batch[1:])
-
-        def forward() -> torch.Tensor:
-            with get_precision_context(state.precision, state.precision_config):
-                return model(batch)
-
-        self._attached.check(forward)
-        self._checked = True
+    def _labels(self, state: State) -> torch.Tensor:
+        try:
+            labels: torch.Tensor = state.batch_get_item(self.target_key)
+        except (KeyError, IndexError, TypeError) as error:
+            raise UserError(f'Expected target_key to find the labels in a batch, got {self.target_key!r}.') from error
+        return labels
 
     def _measure(self, raw: torch.Tensor, virtual: torch.Tensor, loss: torch.Tensor) -> None:
         # Sums stay on the device until the batch is over, when the Trainer waits for the device anyway.
@@ -285,7 +302,8 @@ class SBA(Algorithm):
         return {**hparams, 'vicinity': asdict(self.vicinity)}
 
     def _check_arguments(self) -> None:
-        if not self.layers or not all(isinstance(name, str) and name for name in self.layers):
+        names = [self.layers] if isinstance(self.layers, str) else self.layers
+        if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) and name for name in names):
             raise ValueError(f'Expected layers to be a layer name or a list of them, got {self.layers!r}.')
         check_fold(self.fold)
         if not callable(self.augment_prob):
@@ -297,7 +315,7 @@ class SBA(Algorithm):
         check_flag('stop_gradient', self.stop_gradient)
         check_choice('norm_stats', self.norm_stats, NormStats)
         if self.seed is not None:
-            check_number('seed', self.seed, 'an integer >= 0', lambda value: value >= 0, int)
+            check_seed(self.seed)
         for name in ('eta', 'augment_prob'):
             if getattr(self, name) == 0:
                 warnings.warn(f'SBA with {name}=0 does not change training.', NoEffectWarning, stacklevel=3)
@@ -316,12 +334,3 @@ def sort_sba_last(algorithms: Sequence[Algorithm], event: Event) -> Sequence[Alg
     """
     sort = sort_to_front if event.name.startswith('AFTER_') else sort_to_back
     return sort(algorithms, SBA)
-
-
-def _vicinity(vicinity: Vicinity | Mapping[str, Any]) -> Vicinity:
-    if isinstance(vicinity, Vicinity):
-        return vicinity
-    known = [field.name for field in fields(Vicinity)]
-    if not isinstance(vicinity, Mapping) or not set(vicinity) <= set(known):
-        raise ValueError(f'Expected vicinity to be a Vicinity or a mapping of {", ".join(known)}, got {vicinity!r}.')
-    return Vicinity(**vicinity)

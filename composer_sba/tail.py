@@ -1,13 +1,13 @@
-"""Layers above the cut that look at the whole batch: they see the raw rows, as in a step without SBA.
+"""Layers above the cut that depend on the whole batch: the raw rows pass them as in a step without SBA.
 
-Batch normalization computes its statistics from the raw rows, and every row is normalized with them; running statistics
-see raw rows only. Dropout draws the raw rows' mask from the global random stream, as it would without SBA, and the
-virtual rows' from the generator of the vicinity. Either way the module itself runs on the raw rows, so for them nothing
-has changed.
+Each such module runs as it is on the raw rows alone. Normalization: virtual rows are normalized with the raw rows'
+batch statistics, and running statistics see raw rows only. Dropout and its kin: the raw rows' mask comes from the
+global random stream, as it would without SBA, and the virtual rows' from a stream of their own. Randomness that is no
+module of these (``F.dropout``, attention's) cannot be told apart by row.
 """
 
+import hashlib
 from collections.abc import Callable
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -17,10 +17,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils.hooks import RemovableHandle
+from torchvision.ops import StochasticDepth
 
 from composer_sba.errors import CutLayerError
 
-_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_RANDOM = (_DropoutNd, nn.RReLU, StochasticDepth)
+_NORM = (_BatchNorm, _InstanceNorm)
+_KNOWN_FORWARDS = (_BatchNorm.forward, _InstanceNorm.forward, nn.SyncBatchNorm.forward)
 
 
 class Window(Protocol):
@@ -29,77 +32,91 @@ class Window(Protocol):
     fold: int
     raw_rows: int | None  # N between the cut and the end of the step, else None
 
-    def generator(self, device: torch.device, stream: int) -> torch.Generator:
-        """Return the same fresh generator whenever one microbatch asks for one stream."""
+    def seed(self, stream: int) -> int:
+        """Return the seed of one stream of random numbers in this microbatch."""
 
 
-def keep_raw_rows(model: nn.Module, window: Window, norm_stats: str) -> list[RemovableHandle]:
-    """Hook dropout and, under ``norm_stats='raw'``, every normalization that computes statistics over the batch."""
-    handles = []
-    for stream, (name, module) in enumerate(model.named_modules(), start=1):
-        layer: _RawRows | None = None
-        if isinstance(module, _DROPOUT):
-            layer = _RawRows(name, window, partial(_dropout, window, stream))
-        elif norm_stats == 'raw' and isinstance(module, _BatchNorm):
-            layer = _RawRows(name, window, _batch_norm)
-        elif norm_stats == 'raw' and isinstance(module, _InstanceNorm):
-            layer = _RawRows(name, window, _instance_norm)
-        if layer is not None:
-            handles += [module.register_forward_pre_hook(layer.take), module.register_forward_hook(layer.give)]
-    return handles
+class RawRows:
+    """Sends the raw rows through a module, the virtual rows past it by a rule of ours, and joins them again.
 
+    Args:
+        name (str): The module's name, for messages.
+        module (torch.nn.Module): Dropout, or a normalization over rows.
+        window (Window): The augmented batch.
+    """
 
-class _RawRows:
-    """Sends the raw rows through one module, the virtual rows through ``rule``, and puts them together again."""
-
-    def __init__(self, name: str, window: Window, rule: Callable[..., torch.Tensor]) -> None:
+    def __init__(self, name: str, module: nn.Module, window: Window) -> None:
         self.name = name
         self.window = window
-        self.rule = rule
         self.virtual: torch.Tensor | None = None
+        # First of all hooks after the module: FSDP2 takes the parameters away in its own.
+        self.handles: list[RemovableHandle] = [
+            module.register_forward_pre_hook(self.take),
+            module.register_forward_hook(self.give, prepend=True),
+        ]
 
     def take(self, module: nn.Module, args: tuple) -> tuple | None:
-        if self.window.raw_rows is None or not _depends_on_batch(module):
-            return None
-        return self._take(module, args)
+        """Let the raw rows alone pass, if there are others."""
+        return None if self.window.raw_rows is None else self._take(module, args)
 
     def give(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        """Put the virtual rows below the raw ones."""
         return None if self.virtual is None else self._give(module, args, output)
 
     @torch.compiler.disable
     def _take(self, module: nn.Module, args: tuple) -> tuple | None:
         rows, raw_rows = len(args[0]), self.window.raw_rows
         assert raw_rows is not None
-        if rows == raw_rows:  # below the cut, run again by activation checkpointing
+        below_the_cut = rows == raw_rows and torch._C._current_graph_task_id() != -1  # run again by checkpointing
+        expected = (1 + self.window.fold) * raw_rows
+        if below_the_cut or (rows != expected and isinstance(module, _RANDOM)):
             return None
-        if rows != (1 + self.window.fold) * raw_rows:
-            raise CutLayerError(
-                f"norm_stats='raw' cannot tell the raw rows in {self.name!r}: it sees {rows} rows, not "
-                f"{(1 + self.window.fold) * raw_rows}. Use norm_stats='all', or a cut above this layer.",
-            )
-        if isinstance(module, nn.SyncBatchNorm) and torch.distributed.is_initialized():
-            raise CutLayerError(
-                f"norm_stats='raw' does not reach over the ranks of the SyncBatchNorm {self.name!r}. Use "
-                f"norm_stats='all', or a cut above this layer.",
-            )
+        if isinstance(module, _NORM):
+            self._refuse(module, rows, expected)
+        if not _depends_on_batch(module):
+            return None
         self.virtual = args[0][raw_rows:]
         return (args[0][:raw_rows], *args[1:])
 
     @torch.compiler.disable
     def _give(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         virtual, self.virtual = self.virtual, None
-        return torch.cat([output, self.rule(module, args[0], virtual)])
+        assert virtual is not None
+        rule: Callable[..., torch.Tensor] = _random
+        if isinstance(module, _NORM):
+            rule = _batch_norm if isinstance(module, _BatchNorm) else _instance_norm
+        return torch.cat([output, rule(self.window, module, args[0], virtual)])
+
+    def _refuse(self, module: nn.Module, rows: int, expected: int) -> None:
+        problem = None
+        if rows != expected:
+            problem = f'it sees {rows} rows, not {expected}'
+        elif type(module).forward not in _KNOWN_FORWARDS:
+            problem = f'{type(module).__name__} does more than normalize'
+        elif isinstance(module, nn.SyncBatchNorm) and torch.distributed.is_initialized():
+            if torch.distributed.get_world_size(module.process_group) > 1:
+                problem = 'its statistics are those of all ranks'
+        if problem is not None:
+            raise CutLayerError(
+                f"norm_stats='raw' cannot be had in {self.name!r}: {problem}. Use norm_stats='all', or a cut above it.",
+            )
+
+
+def keep_raw_rows(model: nn.Module, window: Window, norm_stats: str) -> list[RawRows]:
+    """Hook dropout and its kin and, under ``norm_stats='raw'``, every normalization over the rows of a batch."""
+    kinds = (*_RANDOM, *_NORM) if norm_stats == 'raw' else _RANDOM
+    return [RawRows(name, module, window) for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
 def _depends_on_batch(module: nn.Module) -> bool:
-    if isinstance(module, _DROPOUT):
-        return module.training and module.p > 0
     if isinstance(module, _InstanceNorm):
         return module.training and module.track_running_stats
-    return module.training or module.running_mean is None
+    if isinstance(module, _BatchNorm):
+        return module.training or module.running_mean is None
+    return module.training and getattr(module, 'p', 1) > 0
 
 
-def _batch_norm(module: _BatchNorm, raw: torch.Tensor, virtual: torch.Tensor) -> torch.Tensor:
+def _batch_norm(window: Window, module: _BatchNorm, raw: torch.Tensor, virtual: torch.Tensor) -> torch.Tensor:
     """Normalize virtual rows with the raw rows' mean and biased variance; gradients flow through both."""
     rows_and_space = [dim for dim in range(raw.ndim) if dim != 1]
     wide = torch.promote_types(raw.dtype, torch.float32)
@@ -112,12 +129,19 @@ def _batch_norm(module: _BatchNorm, raw: torch.Tensor, virtual: torch.Tensor) ->
     return torch.addcmul(shift.view(per_channel), virtual.to(wide), scale.view(per_channel)).to(virtual.dtype)
 
 
-def _instance_norm(module: _InstanceNorm, raw: torch.Tensor, virtual: torch.Tensor) -> torch.Tensor:
+def _instance_norm(window: Window, module: _InstanceNorm, raw: torch.Tensor, virtual: torch.Tensor) -> torch.Tensor:
     return F.instance_norm(virtual, weight=module.weight, bias=module.bias, eps=module.eps)
 
 
-def _dropout(window: Window, stream: int, module: _DropoutNd, raw: torch.Tensor, virtual: torch.Tensor) -> torch.Tensor:
-    features = virtual.shape[1:] if type(module) is nn.Dropout else (virtual.shape[1], *[1] * (virtual.ndim - 2))
-    generator = window.generator(virtual.device, stream)
-    mask = torch.empty(len(virtual), *features, device=virtual.device).bernoulli_(1 - module.p, generator=generator)
-    return virtual * (mask / (1 - module.p)).to(virtual.dtype) if module.p < 1 else torch.zeros_like(virtual)
+def _random(window: Window, module: nn.Module, raw: torch.Tensor, virtual: torch.Tensor) -> torch.Tensor:
+    """Run the module on the virtual rows, on a stream that differs from call to call and is the same when repeated."""
+    cuda = virtual.device.type == 'cuda'
+    state = torch.cuda.get_rng_state(virtual.device) if cuda else torch.get_rng_state()
+    # Where the raw rows' draw left the global stream tells this call from others; checkpointing puts it back.
+    call = int.from_bytes(hashlib.blake2b(state.numpy().tobytes(), digest_size=8).digest(), 'little')
+    with torch.random.fork_rng([virtual.device] if cuda else []):
+        if cuda:
+            torch.cuda.manual_seed(window.seed(call))
+        else:
+            torch.default_generator.manual_seed(window.seed(call))
+        return module.forward(virtual)

@@ -1,8 +1,9 @@
 """The vicinity P′ of a latent batch: the law from which virtual samples are drawn (Eq. 5-8 of Li et al., 2020)."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
 
@@ -83,7 +84,7 @@ class Vicinity:
         Returns:
             torch.Tensor: Gaussian points first, then dropout points. Shape ``(M, N, *)``, dtype and memory format of
             ``latent``. Gradients flow to ``latent``; the noise and its scale are constants. The same generator state
-            gives the same noise in every dtype and memory format.
+            gives the same noise in every memory format and every dtype up to float32.
 
         Raises:
             ValueError: If Σ is dense and Q exceeds 8,192.
@@ -126,6 +127,16 @@ class Vicinity:
         """B for each copy of each row, Eq. (8). Shape ``(copies * N, *)``."""
         mask = _empty(latent, copies).bernoulli_(1 - self.dropout, generator=generator)
         return mask.div_(1 - self.dropout) if self.rescale else mask
+
+
+def as_vicinity(vicinity: Vicinity | Mapping[str, Any]) -> Vicinity:
+    """Make a Vicinity of a mapping of its arguments, as a recipe holds it; ValueError names what is none of them."""
+    if isinstance(vicinity, Vicinity):
+        return vicinity
+    known = [field.name for field in fields(Vicinity)]
+    if not isinstance(vicinity, Mapping) or not set(vicinity) <= set(known):
+        raise ValueError(f'Expected vicinity to be a Vicinity or a mapping of {", ".join(known)}, got {vicinity!r}.')
+    return Vicinity(**vicinity)
 
 
 def _empty(latent: torch.Tensor, copies: int) -> torch.Tensor:

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
+from torchvision.ops import StochasticDepth
 
 import composer_sba.functional as sbaf
 import reference
 from composer_sba import LatentExpander, Vicinity
+from composer_sba.errors import CutLayerError
 
 N, M = 6, 3
 GAUSSIAN = Vicinity(1.0, sigma=0.5, noise_scale='absolute')
@@ -55,7 +57,9 @@ def test_the_loss_and_its_gradients_are_eq_11_with_batch_norm_above_the_cut():
     latent = model.trunk(x)
     stream = LatentExpander(model, 'trunk', M, GAUSSIAN)
     stream.arm(0)
-    noise = torch.empty(M, N, 5, dtype=torch.float64).normal_(0, 0.5, generator=stream.generator(x.device, 0))
+    noise = torch.empty(M, N, 5, dtype=torch.float64).normal_(
+        0, 0.5, generator=torch.Generator().manual_seed(stream.seed(0))
+    )
     stream.remove()
     rows = [latent[i] for i in range(N)]
     rows += [reference.gaussian_point(latent[i], noise[j, i], 1.0, torch.eye(5)) for j in range(M) for i in range(N)]
@@ -109,6 +113,80 @@ def test_evaluation_mode_normalizes_with_running_statistics():
     raw, virtual = predict(model, x, 'trunk', vicinity=Vicinity(1.0, sigma=0.0))
     assert torch.equal(raw, model(x))
     assert torch.allclose(virtual, raw.expand(M, N, 3))
+
+
+class Activated(nn.BatchNorm2d):
+    """Does more than normalize, as timm's fused layers do."""
+
+    def forward(self, x):
+        return torch.relu(super().forward(x))
+
+
+class Ghost(nn.Module):
+    """Normalizes chunks of the batch, as Composer's GhostBatchNorm does."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return torch.cat([self.norm(chunk) for chunk in x.split(N)])
+
+
+@pytest.mark.parametrize(
+    ('norm', 'reason'), [(Activated(4), 'Activated does more than normalize'), (Ghost(), 'it sees 6 rows, not 24')]
+)
+def test_normalization_whose_raw_rows_cannot_be_kept_is_refused_before_training(norm, reason):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Flatten(), nn.Linear(4 * 36, 3))
+    x = torch.randn(N, 3, 8, 8)
+    expander = LatentExpander(model, '0', M)
+    with pytest.raises(CutLayerError, match=f"norm_stats='raw' cannot be had in '1[.norm]*': {reason}"):
+        expander.check(lambda: model(x))
+    expander.remove()
+    LatentExpander(model, '0', M, norm_stats='all').check(lambda: model(x))
+    LatentExpander(model, 'head', M).check(lambda: model(x))
+
+
+def test_a_dropout_module_that_runs_twice_draws_twice():
+    drop = nn.Dropout(0.5)
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.drop = nn.Identity(), drop
+
+        def forward(self, x):
+            h = self.body(x)
+            return (self.drop(h) > 0).float() * 2 + (self.drop(h) > 0).float()  # 0 to 3: which of the masks kept it
+
+    _, virtual = predict(Twice(), torch.ones(64, 100), 'body', vicinity=Vicinity(1.0, sigma=0.0))
+    agree = ((virtual == 0) | (virtual == 3)).float().mean().item()
+    assert agree == pytest.approx(0.5, abs=0.03), f'masks agree in {agree:.3f} of the places'
+
+
+@pytest.mark.parametrize('layer', [nn.Dropout(0.5), nn.AlphaDropout(0.5), nn.RReLU(), StochasticDepth(0.5, 'row')])
+def test_random_layers_above_the_cut_leave_raw_rows_and_the_global_stream_alone(layer):
+    model = nn.Sequential(nn.Linear(8, 8), layer, nn.Linear(8, 3)).double()
+    x = torch.randn(N, 8, dtype=torch.float64)
+    torch.manual_seed(3)
+    expected, after = model(x), torch.get_rng_state()
+    torch.manual_seed(3)
+    raw, virtual = predict(model, x, '0', vicinity=Vicinity(1.0, sigma=0.0))
+    assert torch.allclose(raw, expected, atol=1e-12)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert not torch.allclose(virtual[0], virtual[1]), 'virtual rows draw their own'
+
+
+def test_a_forward_pass_that_breaks_above_the_cut_leaves_nothing_behind():
+    model, x, _ = make()
+    expander = LatentExpander(model, 'trunk', M)
+    handle = model.norm.register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError), expander.armed(0):
+        model(x)
+    handle.remove()
+    assert len(model(x)) == N
+    model.eval()
+    assert len(model(x)) == N
 
 
 @pytest.mark.parametrize('layer', [nn.Dropout(0.4), nn.Dropout1d(0.4), nn.Dropout(0.4, inplace=True), nn.Dropout(1.0)])
@@ -220,7 +298,7 @@ def test_compiled_models_expand_and_stop_compiling_once_both_row_counts_were_see
     torch._dynamo.reset()
 
 
-def test_a_network_compiled_before_it_got_hooks_is_an_error_not_silence():
+def test_an_armed_pass_without_the_layer_is_an_error_not_silence():
     model, x, _ = make()
     expander = LatentExpander(model, 'trunk', M)
     expander.remove()
@@ -245,3 +323,18 @@ def test_a_copied_model_is_not_tied_to_the_original():
 def test_fold_is_checked(fold, got):
     with pytest.raises(ValueError, match=rf'^Expected fold to be an integer >= 1, got {got}\.$'):
         LatentExpander(Net(), fold=fold)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ({'seed': -1}, 'Expected seed to be an integer >= 0, got -1'),
+        ({'seed': 1.5}, 'Expected seed to be an integer >= 0, got 1.5'),
+        ({'layers': []}, r'layers=\[\] names no layer'),
+        ({'vicinity': {'sigma': -1}}, 'Expected sigma to be a finite number >= 0, got -1'),
+        ({'norm_stats': 'none'}, "Expected norm_stats to be one of raw, all, got 'none'"),
+    ],
+)
+def test_other_arguments_are_checked_too(arguments, message):
+    with pytest.raises(ValueError, match=f'^{message}'):
+        LatentExpander(Net(), **arguments)

@@ -1,10 +1,11 @@
-"""Cut layers: names to modules through wrappers, and refusals, on networks whose valid cuts are known.
+"""Cut layers: names to modules through wrappers, and refusals, on networks whose cut points are known.
 
 Run: pytest tests/test_layers.py
 """
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -135,11 +136,32 @@ def test_rows_that_do_not_follow_the_input_are_refused():
     assert 'its output has shape (15, 4) for a batch of 3 rows' in refuse(model, 'step', torch.randn(3, 5, 4))
 
 
-def test_layers_above_that_mix_rows_are_refused():
-    model = Net(lambda net, x: net.fc(net.body(x) - net.body(x).mean(0)), body=nn.Identity(), fc=nn.Linear(4, 3))
-    model.body2 = nn.Identity()
-    model._run = lambda net, x: net.fc((h := net.body2(x)) - h[: len(h) // 2 + 1].mean(0))
-    assert 'the layers above it mix rows' in refuse(model, 'body2', torch.randn(3, 4))
+MIXERS = {
+    'mean over rows': lambda h: h - h.mean(0),
+    'batch statistics in evaluation': lambda h: F.batch_norm(h, None, None, training=True),
+    'attention over rows': lambda h: torch.softmax(h @ h.T, -1) @ h,
+    'a part of the rows': lambda h: h - h[: len(h) // 2 + 1].mean(0),
+}
+
+
+@pytest.mark.parametrize('mixer', list(MIXERS))
+def test_layers_above_that_mix_rows_are_refused(mixer):
+    model = Net(lambda net, x: net.fc(MIXERS[mixer](net.body(x))), body=nn.Identity(), fc=nn.Linear(4, 3))
+    assert 'the layers above it mix rows' in refuse(model, 'body', torch.randn(6, 4))
+
+
+def test_a_refusal_tries_no_more_layers_than_it_needs():
+    """Counted in forward passes: each of up to three layers takes four at most, whatever the size of the network."""
+    model = torchvision.models.resnet18(num_classes=7)
+    passes = []
+    model.register_forward_hook(lambda module, args, output: passes.append(len(output)))
+    refuse(model, 'layer4.1.conv1')
+    assert len(passes) <= 16, f'{len(passes)} forward passes'
+
+
+def test_predictions_that_are_not_finite_are_told_apart():
+    model = Net(lambda net, x: net.fc(x) / 0, fc=nn.Linear(4, 3))
+    assert 'the predictions for the first batch are not finite' in refuse(model, 'head', torch.randn(3, 4))
 
 
 def test_outputs_that_are_no_logits_are_refused():

@@ -5,6 +5,7 @@ Run: pytest tests/test_sba.py
 
 import copy
 import warnings
+from collections import namedtuple
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import composer_sba.functional as sbaf
 from composer_sba import SBA, LatentExpander, Vicinity, sort_sba_last
-from composer_sba.errors import CutLayerError
+from composer_sba.errors import CutLayerError, UserError
 
 # What Composer says of its own algorithms, and of a model without an optimizer, is not ours to mend.
 pytestmark = [
@@ -47,8 +48,8 @@ class Net(nn.Module):
         return self.fc(torch.relu(self.norm(self.block(self.stem(x)))).mean((2, 3)))
 
 
-def train(algorithms, *, dtype=torch.float32, loss_fn=None, duration='2ep', **options):
-    """Train Net for a few batches from one fixed start; return the Trainer and what it logged."""
+def make_trainer(algorithms, *, dtype=torch.float32, loss_fn=None, duration='2ep', **options):
+    """Net and its data, from one fixed start; return the Trainer and what it will log."""
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(ROWS, 3, 8, 8, dtype=dtype), torch.randint(CLASSES, (ROWS,)))
     model = ComposerClassifier(Net().to(dtype), num_classes=CLASSES, **({'loss_fn': loss_fn} if loss_fn else {}))
@@ -65,6 +66,12 @@ def train(algorithms, *, dtype=torch.float32, loss_fn=None, duration='2ep', **op
         progress_bar=False,
         **options,
     )
+    return trainer, log
+
+
+def train(algorithms, **options):
+    """Train Net for a few batches; return the Trainer and what it logged."""
+    trainer, log = make_trainer(algorithms, **options)
     trainer.fit()
     return trainer, log
 
@@ -113,7 +120,7 @@ def test_one_step_descends_the_gradient_of_eq_11():
     with expander.armed(step=0):
         logits, virtual = expander.split(before(x))
         noise = torch.empty(4, BATCH, 8, dtype=torch.float64)
-        noise.normal_(0, 0.5, generator=expander.generator(x.device, 0)).clamp_(-1, 1)
+        noise.normal_(0, 0.5, generator=torch.Generator().manual_seed(expander.seed(0))).clamp_(-1, 1)
     assert torch.allclose(virtual, before[2](latent + noise), atol=1e-12)
     (F.cross_entropy(before[2](latent), y) + eta * sbaf.soft_label_kl(logits, before[2](latent + noise))).backward()
     for start, end in zip(before.parameters(), model.module.parameters(), strict=True):
@@ -142,6 +149,14 @@ def test_epoch_granularity_keeps_the_coin_within_an_epoch():
     _, log = train([SBA(granularity='epoch')], duration='6ep')
     per_epoch = torch.tensor(logged(log, 'sba/augmented')).view(6, ROWS // BATCH)
     assert per_epoch[:, 0].tolist() == [float(sbaf.should_augment(0.5, 17, epoch)) for epoch in range(6)]
+    assert (per_epoch == per_epoch[:, :1]).all()
+
+
+def test_epoch_granularity_asks_a_scheduler_once_an_epoch():
+    linear = LinearScheduler(alpha_i=0.0, alpha_f=1.0)
+    _, log = train([SBA(granularity='epoch', augment_prob=linear)], duration='6ep')
+    assert logged(log, 'sba/augment_prob') == pytest.approx([epoch / 6 for epoch in range(6) for _ in range(3)])
+    per_epoch = torch.tensor(logged(log, 'sba/augmented')).view(6, 3)
     assert (per_epoch == per_epoch[:, :1]).all()
 
 
@@ -201,20 +216,23 @@ class _LoggedCrossEntropy:
 cross_entropy_log = _LoggedCrossEntropy()
 
 
-@pytest.mark.parametrize('kind', ['dict with total', 'dict', 'tuple'])
+Losses = namedtuple('Losses', ['a', 'b'])
+
+
+@pytest.mark.parametrize('kind', ['dict with total', 'dict', 'tuple', 'namedtuple'])
 def test_the_loss_keeps_its_kind(kind):
     def loss_fn(outputs, target):
         loss = F.cross_entropy(outputs, target)
-        if kind == 'tuple':
-            return (loss, 0.1 * loss)
+        if 'tuple' in kind:
+            return (loss, 0.1 * loss) if kind == 'tuple' else Losses(loss, 0.1 * loss)
         return {'a': loss, 'b': 0.1 * loss, **({'total': 1.1 * loss} if kind == 'dict with total' else {})}
 
     trainer, log = train([SBA(eta=1.0)], duration='8ba', loss_fn=loss_fn)
-    assert isinstance(trainer.state.loss, tuple if kind == 'tuple' else dict)
+    assert type(trainer.state.loss) is {'tuple': tuple, 'namedtuple': Losses}.get(kind, dict)
     totals, kls = logged(log, 'loss/train/total'), iter(logged(log, 'sba/kl'))
     added = [next(kls) if coin else 0.0 for coin in logged(log, 'sba/augmented')]
-    first = logged(log, 'loss/train/loss0' if kind == 'tuple' else 'loss/train/a')
-    if kind == 'tuple':  # the term joins the first loss
+    first = logged(log, 'loss/train/loss0' if 'tuple' in kind else 'loss/train/a')
+    if 'tuple' in kind:  # the term joins the first loss
         first = [value - term for value, term in zip(first, added, strict=True)]
     else:
         assert logged(log, 'loss/train/sba') == pytest.approx(added, abs=1e-5), (
@@ -293,12 +311,39 @@ def test_a_step_that_fails_leaves_no_expanded_rows():
     def loss_fn(outputs, target):
         raise Broken
 
-    sba = SBA(augment_prob=1.0)
+    trainer, _ = make_trainer([SBA(augment_prob=1.0)], loss_fn=loss_fn)
     with pytest.raises(Broken):
-        train([sba], loss_fn=loss_fn)
-    trainer_model = sba._attached.model
-    sba.apply(Event.EVAL_START, None, None)
-    assert len(trainer_model(torch.randn(4, 3, 8, 8))) == 4
+        trainer.fit()
+    trainer.eval(DataLoader(TensorDataset(torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)), 4))
+    assert len(trainer.state.model.module(torch.randn(4, 3, 8, 8))) == 4
+
+
+def test_a_loss_that_changes_logits_in_place_leaves_the_soft_label_alone():
+    def loss_fn(outputs, target):
+        return F.cross_entropy(outputs.mul_(2.0), target)
+
+    def plain_loss_fn(outputs, target):
+        return F.cross_entropy(outputs * 2.0, target)
+
+    runs = [train([SBA(augment_prob=1.0)], loss_fn=fn)[1] for fn in (loss_fn, plain_loss_fn)]
+    assert logged(runs[0], 'sba/kl') == logged(runs[1], 'sba/kl')
+
+
+def test_compiled_by_the_trainer_it_trains_as_eagerly():
+    torch._dynamo.reset()
+    eager, compiled = (
+        weights(train([SBA('block')], compile_config=config)[0]) for config in (None, {'backend': 'eager'})
+    )
+    torch._dynamo.reset()
+    assert torch.allclose(eager, compiled, atol=1e-5), f'weights differ by {(eager - compiled).abs().max()}'
+
+
+def test_after_a_fit_the_model_has_no_hooks_and_another_fit_augments_again():
+    trainer, log = train([SBA(augment_prob=1.0)], duration='1ep')
+    torch.jit.script(trainer.state.model.module)  # what an export does; hooks would not pass
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in trainer.state.model.modules())
+    trainer.fit(duration='1ep')
+    assert len(logged(log, 'sba/kl')) == 6
 
 
 def test_attached_to_a_second_trainer_it_leaves_the_first_model():
@@ -354,6 +399,18 @@ def test_a_misspelt_layer_stops_the_trainer_before_training():
 def test_a_layer_that_is_no_cut_point_stops_the_first_batch():
     with pytest.raises(CutLayerError, match="^Layer 'fc' is no cut point: it is the model's output"):
         train([SBA('fc', augment_prob=0.01)])
+
+
+def test_hard_labels_that_interpolation_does_not_mix_are_refused():
+    with pytest.raises(
+        UserError, match="^target='hard' needs the mixed labels of MixUp in the batch: give it interpol"
+    ):
+        train([MixUp(interpolate_loss=True), SBA(target='hard')])
+
+
+def test_a_target_key_that_is_not_in_the_batch_is_named():
+    with pytest.raises(UserError, match="^Expected target_key to find the labels in a batch, got 'label'"):
+        train([SBA(target='hard', augment_prob=1.0, target_key='label')])
 
 
 def test_gyro_dropout_is_refused():
