@@ -262,7 +262,7 @@ class SBA(Algorithm):
     def _labels(self, state: State) -> torch.Tensor:
         try:
             labels: torch.Tensor = state.batch_get_item(self.target_key)
-        except (KeyError, IndexError, TypeError) as error:
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise UserError(f'Expected target_key to find the labels in a batch, got {self.target_key!r}.') from error
         return labels
 

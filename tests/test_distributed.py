@@ -6,6 +6,8 @@ Run: pytest tests/test_distributed.py
 import json
 from pathlib import Path
 
+import pytest
+
 import composer_sba.functional as sbaf
 
 SCRIPT = Path(__file__).parent / 'sba_on_ranks.py'
@@ -14,8 +16,11 @@ WRAPPER = {'ddp': 'DistributedDataParallel', 'fsdp1': 'FullyShardedDataParallel'
 
 def test_ranks_agree_on_coin_and_layer_and_draw_their_own_noise(run_ranks):
     printed = [json.loads(line) for line in run_ranks(SCRIPT, 2, *WRAPPER).splitlines() if line.startswith('{')]
+    ranks = {strategy: [rank for rank in printed if rank['strategy'] == strategy] for strategy in WRAPPER}
     for strategy in WRAPPER:
-        check([ranks for ranks in printed if ranks['strategy'] == strategy], strategy)
+        check(ranks[strategy], strategy)
+    for ddp, fsdp1 in zip(ranks['ddp'], ranks['fsdp1'], strict=True):
+        assert ddp['sba/kl'] == pytest.approx(fsdp1['sba/kl'], abs=1e-5)
 
 
 def check(ranks, strategy):

@@ -241,11 +241,17 @@ def test_the_loss_keeps_its_kind(kind):
     assert totals == pytest.approx([1.1 * a + term for a, term in zip(first, added, strict=True)], rel=1e-4)
 
 
-def test_training_improves_with_sba():
-    _, log = train([SBA('block', eta=0.5)], duration='40ep')
-    losses = logged(log, 'loss/train/total')
-    start, end = sum(losses[:6]) / 6, sum(losses[-6:]) / 6
-    assert end < 0.7 * start, f'loss {start:.3f} -> {end:.3f}'
+def test_training_improves_and_the_term_makes_predictions_consistent():
+    """The loss falls, and virtual predictions come closer to raw ones than without the term's gradient."""
+    kls = {}
+    for eta in (1e-30, 1.0):
+        sba = SBA('block', augment_prob=1.0, eta=eta, vicinity=Vicinity(sigma=0.5))
+        trainer, log = train([sba], duration='40ep')
+        losses, kl = logged(log, 'loss/train/total'), logged(log, 'sba/kl')
+        kls[eta] = sum(kl[-6:]) / 6
+        start, end = sum(losses[:6]) / 6, sum(losses[-6:]) / 6
+        assert end < 0.8 * start, f'eta {eta}: loss {start:.3f} -> {end:.3f}'
+    assert kls[1.0] < 0.5 * kls[1e-30], f'mean KL {kls[1.0]:.4f} with the term, {kls[1e-30]:.4f} without its gradient'
 
 
 OTHERS = {
@@ -263,8 +269,11 @@ OTHERS = {
 def test_composes_in_either_order(other, sba_first):
     algorithms = [SBA(), OTHERS[other]()] if sba_first else [OTHERS[other](), SBA()]
     trainer, log = train(algorithms, algorithm_passes=[sort_sba_last], duration='3ep')
+    without, _ = train([OTHERS[other]()], duration='3ep')
     assert torch.isfinite(weights(trainer)).all()
+    assert not torch.equal(weights(trainer), weights(without)), 'SBA had no effect'
     assert logged(log, 'sba/augmented') == [float(sbaf.should_augment(0.5, 17, t)) for t in range(9)]
+    assert min(logged(log, 'sba/kl')) > 0
 
 
 def test_both_passes_of_sam_see_one_coin_and_one_noise():
@@ -402,9 +411,7 @@ def test_a_layer_that_is_no_cut_point_stops_the_first_batch():
 
 
 def test_hard_labels_that_interpolation_does_not_mix_are_refused():
-    with pytest.raises(
-        UserError, match="^target='hard' needs the mixed labels of MixUp in the batch: give it interpol"
-    ):
+    with pytest.raises(UserError, match="^target='hard' needs the mixed labels of MixUp in the batch"):
         train([MixUp(interpolate_loss=True), SBA(target='hard')])
 
 
