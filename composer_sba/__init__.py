@@ -1,7 +1,9 @@
 """Stochastic Batch Augmentation (Li et al., 2020, arXiv 2006.15284) for MosaicML Composer."""
 
+from composer_sba.batch_augmentation import BatchAugmentation
 from composer_sba.latent import LatentExpander
+from composer_sba.majority_vote import MajorityVote
 from composer_sba.sba import SBA, sort_sba_last
 from composer_sba.vicinity import Vicinity
 
-__all__ = ['SBA', 'LatentExpander', 'Vicinity', 'sort_sba_last']
+__all__ = ['SBA', 'BatchAugmentation', 'LatentExpander', 'MajorityVote', 'Vicinity', 'sort_sba_last']

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from composer_sba.convert import convert
+from composer_sba.cutout import Cutout
 from composer_sba.errors import DatasetError
 from composer_sba.mds import RECORD, ByIndex, ImageDataset, read_index, to_rgb
 
@@ -56,6 +57,8 @@ class DatasetConfig:
     """Whether to shuffle, anew in each epoch. None: if split is 'train'."""
     shuffle_seed: int | None = None
     """Seeds the order and the random transforms. None: the recipe's seed."""
+    cutout: int | None = None
+    """Side of the square that Cutout erases from each training image, in pixels. None: nothing is erased."""
     crop_size: int | None = None
     """Height and width of the images of imagenet and imagefolder after cropping, in pixels. None: 224."""
     resize_size: int | None = None
@@ -113,7 +116,8 @@ def transform(config: DatasetConfig) -> transforms.Compose:
         record = _index(config).get(RECORD, {})
         mean, std = mean or record.get('mean'), std or record.get('std')
     normalize = transforms.Normalize(mean or known.mean, std or known.std)
-    return transforms.Compose([to_rgb, *crop, *flip, transforms.ToTensor(), normalize])
+    cutout = [Cutout(config.cutout)] if config.cutout is not None and train else []
+    return transforms.Compose([to_rgb, *crop, *flip, transforms.ToTensor(), normalize, *cutout])
 
 
 def dataset_classes(config: DatasetConfig) -> int:
@@ -256,6 +260,8 @@ def _check(config: DatasetConfig) -> _Known:
             f'crop_size and resize_size do not apply to {config.name}, whose images are '
             f'{known.size}x{known.size}: remove them, or read the data as name: imagefolder'
         )
+    if config.cutout is not None and config.cutout < 1:
+        raise DatasetError(f'cutout: expected a number of pixels >= 1, got {config.cutout}')
     if config.cache_limit is not None and config.remote in (None, config.local):
         raise DatasetError('cache_limit without a remote would delete the only copy of the data: remove the key')
     for key, values in (('mean', config.mean), ('std', config.std)):

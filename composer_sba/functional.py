@@ -3,12 +3,14 @@
 Names of tensors end in their shape: N raw samples, M virtual samples of each (the fold), K classes.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 from composer_sba.schedule import bernoulli_prob, choose_layer, should_augment
 
-__all__ = ['bernoulli_prob', 'choose_layer', 'hard_label_loss', 'should_augment', 'soft_label_kl']
+__all__ = ['bernoulli_prob', 'choose_layer', 'hard_label_loss', 'majority_vote', 'should_augment', 'soft_label_kl']
 
 
 def soft_label_kl(
@@ -77,6 +79,39 @@ def hard_label_loss(virtual_logits: torch.Tensor, target: torch.Tensor) -> torch
     _check_shapes(target.shape, expected, f'the target {tuple(target.shape)}', virtual_logits)
     target_MN = target.expand(len(virtual_logits), *target.shape)
     return F.cross_entropy(_wide(virtual_logits).flatten(0, 1), target_MN.flatten(0, 1))
+
+
+def majority_vote(logits: torch.Tensor) -> torch.Tensor:
+    r"""Let the predictions for a raw sample and its virtual samples vote on its class.
+
+    Sec. 3.4 of `Li et al., 2020 <https://arxiv.org/abs/2006.15284>`_. With :math:`v_k` votes for class k among the 1 +
+    M predictions and their mean probability :math:`\bar{Y}_k`, the outcome is the distribution
+
+    .. math:: \frac{v_k + \bar{Y}_k}{2 + M}
+
+    whose most probable class has most votes and, among classes with as many votes, the highest mean probability.
+
+    Args:
+        logits (torch.Tensor): Raw predictions first, then virtual ones. Shape ``(1 + M, N, K)``, unnormalized.
+
+    Returns:
+        torch.Tensor: Log-probabilities, so that cross-entropy takes them as logits. Shape ``(N, K)``, float32, or
+        float64 for float64 logits.
+
+    Raises:
+        ValueError: If ``logits`` has not three dimensions.
+
+    Example:
+        >>> votes = torch.tensor([[[3.0, 0.0]], [[0.0, 1.0]], [[0.0, 1.0]]])  # one vote against two
+        >>> majority_vote(votes).argmax(-1)
+        tensor([1])
+    """
+    if logits.ndim != 3:
+        raise ValueError(f'Expected logits of shape (1 + M, N, K), got {tuple(logits.shape)}.')
+    log_probs = _log_softmax(logits)
+    votes_NK = F.one_hot(logits.argmax(-1), logits.shape[-1]).sum(0).to(log_probs.dtype)
+    log_mean_NK = log_probs.logsumexp(0) - math.log(len(logits))
+    return torch.logaddexp(votes_NK.log(), log_mean_NK) - math.log(len(logits) + 1)
 
 
 def _check_shapes(given: torch.Size, expected: torch.Size, name: str, virtual_logits: torch.Tensor) -> None:

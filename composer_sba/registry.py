@@ -17,6 +17,8 @@ from composer.loggers import LoggerDestination
 from composer.utils import MissingConditionalImportError
 
 from composer_sba.arguments import Build, faults, nearest
+from composer_sba.batch_augmentation import BatchAugmentation
+from composer_sba.majority_vote import MajorityVote
 from composer_sba.models import MODELS
 from composer_sba.sba import SBA
 
@@ -42,7 +44,7 @@ def components(section: str) -> dict[str, Build]:
     if section == 'model':
         return dict(MODELS)
     own, module, base = {
-        'algorithms': ([SBA], algorithms, Algorithm),
+        'algorithms': ([SBA, BatchAugmentation, MajorityVote], algorithms, Algorithm),
         'callbacks': ([], callbacks, Callback),
         'loggers': ([], loggers, LoggerDestination),
         'scheduler': ([], optim, optim.ComposerScheduler),
