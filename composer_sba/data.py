@@ -14,7 +14,8 @@ from torchvision import transforms
 from composer_sba.convert import convert
 from composer_sba.cutout import Cutout
 from composer_sba.errors import DatasetError
-from composer_sba.mds import RECORD, ByIndex, ImageDataset, read_index, to_rgb
+from composer_sba.index import RECORD, read_index
+from composer_sba.mds import ByIndex, ImageDataset, to_rgb
 
 
 @dataclass(frozen=True)

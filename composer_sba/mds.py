@@ -1,8 +1,7 @@
-"""Images in MDS shards: what is on disk is checked before it is used, and each random draw can be repeated."""
+"""Images in MDS shards: each is checked when it is read, and each random draw can be repeated."""
 
 import hashlib
 import io
-import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -13,15 +12,12 @@ import numpy as np
 import torch
 from PIL import Image
 from streaming.base.dataset import StreamingDataset, _ShardState
-from streaming.base.storage import CloudDownloader
 from streaming.vision.base import StreamingVisionDataset
 from torch.utils.data import Dataset
 
 from composer_sba.errors import DatasetError
+from composer_sba.index import remake, said
 from composer_sba.sharing import claim, registration, shared_samples
-
-INDEX = 'index.json'
-RECORD = 'composer_sba'  # the key of index.json under which convert.py tells about the data set
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -36,86 +32,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == 'P' and 'transparency' in image.info:
         image = image.convert('RGBA')  # PIL's own advice: straight to RGB it warns
     return image.convert('RGB')
-
-
-# --- what is on disk --------------------------------------------------------------------------------------------------
-
-
-def read_index(local: Path, remote: str | None, split: str, *, make: str, timeout: float = 60) -> dict[str, Any]:
-    """Read the index of a split, fetched from the remote if need be, and check it against the shards on disk.
-
-    Args:
-        local (Path): Folder of the dataset, or the local cache of ``remote``.
-        remote (str, optional): Where the dataset comes from; ``None`` if ``local`` has it all.
-        split (str): Sub-folder, ``'train'`` or ``'val'``.
-        make (str): The command that makes the dataset, for messages.
-        timeout (float, optional): Longest wait for the remote, in seconds. Default: ``60``.
-
-    Returns:
-        dict[str, Any]: The content of ``index.json``.
-
-    Raises:
-        DatasetError: If a folder, the index or a shard is missing, half-written or not an MDS dataset of images.
-    """
-    folder = local / split
-    path = folder / INDEX
-    if not path.is_file():
-        if remote is not None:
-            _fetch(f'{remote.rstrip("/")}/{split}/{INDEX}', path, timeout)
-        elif not local.is_dir():
-            raise DatasetError(f'{local} does not exist: make it with {make}')
-        elif not folder.is_dir():
-            found = sorted(index.parent.name for index in local.glob(f'*/{INDEX}')) or 'none'
-            raise DatasetError(
-                f'{local} has no split {split!r} (found: {found}): correct split, or make it with {make}'
-            )
-        else:
-            raise DatasetError(f'{folder} has no {INDEX}, it is incomplete: {_again(folder, remote, make)}')
-    again = _again(folder, remote, make)
-    try:
-        index: dict[str, Any] = json.loads(path.read_text())
-        shards = index['shards']
-        samples = sum(shard['samples'] for shard in shards)
-        columns = sorted({column for shard in shards for column in shard['column_names']})
-        files = [[shard[kind] for kind in ('raw_data', 'zip_data') if shard[kind]] for shard in shards]
-        sizes = [[(file['basename'], file['bytes']) for file in kinds] for kinds in files]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DatasetError(f'{path} is not the index of an MDS dataset ({error!r}): {again}') from error
-    if not samples:
-        raise DatasetError(f'{folder} holds no samples: {again}')
-    if not {'x', 'y'} <= set(columns):
-        raise DatasetError(f'{folder} has the columns {columns}, images need x and y: {again}')
-    for kinds in sizes:
-        present = [(folder / name, size) for name, size in kinds if (folder / name).is_file()]
-        if not present and remote is None:
-            raise DatasetError(f'{folder / kinds[0][0]} is missing, {INDEX} lists it: {again}')
-        for file, size in present:
-            if file.stat().st_size != size:
-                raise DatasetError(f'{file} has {file.stat().st_size:,} bytes, {INDEX} says {size:,}: {again}')
-    return index
-
-
-def _fetch(remote: str, path: Path, timeout: float) -> None:
-    partial = path.with_name(f'{INDEX}.{os.getpid()}')  # ranks may fetch at the same time
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        CloudDownloader.direct_download(remote, str(partial), timeout)
-        partial.replace(path)
-    except Exception as error:  # each cloud has exceptions of its own
-        raise DatasetError(
-            f'{remote} cannot be fetched ({_line(error)}): check remote and your access to it'
-        ) from error
-
-
-def _again(folder: Path, remote: str | None, make: str) -> str:
-    return f'make it again with {make} --overwrite' if remote is None else f'delete {folder} to fetch it again'
-
-
-def _line(error: BaseException) -> str:
-    return ' '.join(str(error).split()) or type(error).__name__
-
-
-# --- the datasets -----------------------------------------------------------------------------------------------------
 
 
 class ImageDataset(StreamingVisionDataset):
@@ -165,7 +81,7 @@ class ImageDataset(StreamingVisionDataset):
         self.transform: Callable[[Image.Image], Any] = transform  # by name, for Composer's RandAugment and AugMix
         self.num_classes = num_classes
         self.image_size = image_size
-        self.remedy = _again(Path(self.folder), self.streams[0].remote, make)
+        self.remedy = remake(Path(self.folder), self.streams[0].remote, make)
         self.epoch = 0
         self._failure: BaseException | None = None
         world = self._parallel_rank_world
@@ -188,7 +104,7 @@ class ImageDataset(StreamingVisionDataset):
         """
         yield from super().__iter__()
         if self._failure is not None:
-            raise DatasetError(f'{self.folder}: a shard cannot be fetched ({_line(self._failure)}): {self.remedy}')
+            raise DatasetError(f'{self.folder}: a shard cannot be fetched ({said(self._failure)}): {self.remedy}')
 
     def get_item(self, sample_id: int, retry: int = 7) -> tuple[Any, int]:
         """Read one sample.
@@ -209,7 +125,7 @@ class ImageDataset(StreamingVisionDataset):
             image = to_rgb(Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image)
         except Exception as error:  # what a decoder raises depends on the format and on where the bytes are broken
             raise DatasetError(
-                f'{self.folder}: sample {sample_id} cannot be read ({_line(self._failure or error)}): {self.remedy}'
+                f'{self.folder}: sample {sample_id} cannot be read ({said(self._failure or error)}): {self.remedy}'
             ) from error
         if not 0 <= label < self.num_classes:
             raise DatasetError(

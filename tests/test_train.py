@@ -43,7 +43,7 @@ def test_a_run_leaves_checkpoint_recipe_and_summary(capsys: pytest.CaptureFixtur
 
 
 def test_the_demo_learns_the_digits() -> None:
-    """In a third of the demo's epochs; the demo itself promises 95 %."""
+    """In half of the demo's epochs; the demo itself promises 95 %."""
     trainer = train(load(RECIPE, ['max_duration=6ep', 'progress_bar=false', 'save_folder=null']))
     accuracy = trainer.state.eval_metric_values['MulticlassAccuracy'].item()
     assert accuracy >= 0.95, f'{100 * accuracy:.1f} %'
