@@ -19,7 +19,7 @@ from composer.loggers import FileLogger, MLFlowLogger, TensorboardLogger, WandBL
 from composer.optim import CosineAnnealingWithWarmupScheduler, DecoupledAdamW, LinearScheduler, MultiStepScheduler
 from omegaconf import OmegaConf
 
-from composer_sba import SBA
+from composer_sba import SBA, BatchAugmentation
 from composer_sba.build import build_components, parameter_groups
 from composer_sba.errors import UserError
 from composer_sba.recipe import Recipe, TrainerOptions, load, save
@@ -57,7 +57,10 @@ def test_every_yaml_is_read_and_built(path: Path) -> None:
     recipe = load(path)
     with torch.device('meta'):
         parts = build_components(recipe)
-    assert [type(algorithm) for algorithm in parts['algorithms']] == ([SBA] if path.stem.endswith('sba') else [])
+    method = path.stem.rpartition('_')[2]  # of latent_ba and cutout_ba too
+    algorithm = SBA if 'latent' in path.stem else {'sba': SBA, 'ba': BatchAugmentation}.get(method)
+    assert [type(each) for each in parts['algorithms']] == ([algorithm] if algorithm else [])
+    assert ('cutout' in recipe.train_dataset) == ('cutout' in path.stem)
     first = path.read_text().splitlines()
     assert first[0].startswith('#')
     assert any(f'composer train.py -f yamls/{path.name}' in line for line in first)
