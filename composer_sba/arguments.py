@@ -45,7 +45,7 @@ def faults(build: Build, arguments: Mapping[str, Any], supplied: Sequence[str] =
         if key not in named and not takes_any:
             yield key, f'unknown key{nearest(key, named)}'
         elif nested is not None:
-            yield from ((f'{key}.{below}', problem) for below, problem in faults(nested, value))  # type: ignore[arg-type]
+            yield from ((f'{key}.{below}', problem) for below, problem in faults(nested, value))  # type: ignore[arg-type]  # a dataclass is a type
         elif not fits(hint, value):
             yield key, f'expected {spell(hint)}, got {show(value)}'
     for key in named:

@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from composer_sba.checks import check_choice, check_fold, check_seed
 from composer_sba.cuts import Forward, check_cut, evaluation
 from composer_sba.errors import CutLayerError
 from composer_sba.layers import find_layers
 from composer_sba.schedule import choose_layer, noise_seed
-from composer_sba.tail import keep_raw_rows
+from composer_sba.tail import RawRows, keep_raw_rows
 from composer_sba.vicinity import Vicinity, as_vicinity
 
 NormStats = Literal['raw', 'all']
@@ -82,10 +83,13 @@ class LatentExpander:
         self._armed: int | None = None  # index of the cut that is armed
         self._key = (seed, 0, 0, 0, 0)
         self._split_rows: int | None = None
+        self._handles: list[RemovableHandle] = []
+        self._tail: list[RawRows] = []
         self.attach()
 
     def attach(self) -> None:
-        """Put the hooks in, as the constructor does; after :meth:`remove`, put them back."""
+        """Put the hooks in, as the constructor does, in place of those that are there."""
+        self.remove()
         self._handles = [cut.hook(partial(self._at_cut, index)) for index, cut in enumerate(self.cuts)]
         self._tail = keep_raw_rows(self.model, self, self.norm_stats)
 
@@ -169,6 +173,7 @@ class LatentExpander:
         """Take all hooks off the network."""
         for handle in [*self._handles, *(handle for layer in self._tail for handle in layer.handles)]:
             handle.remove()
+        self._handles, self._tail = [], []
 
     def seed(self, stream: int) -> int:
         """Give the seed of this microbatch's noise (stream 0) or of one call of a layer above the cut."""

@@ -13,16 +13,6 @@ from composer_sba.host import first_forward, network_of
 from composer_sba.latent import LatentExpander
 from composer_sba.vicinity import Vicinity, as_vicinity
 
-_EVENTS = (
-    Event.AFTER_LOAD,
-    Event.EVAL_BATCH_START,
-    Event.EVAL_BEFORE_FORWARD,
-    Event.EVAL_AFTER_FORWARD,
-    Event.PREDICT_BATCH_START,
-    Event.PREDICT_BEFORE_FORWARD,
-    Event.PREDICT_AFTER_FORWARD,
-)
-
 
 class MajorityVote(Algorithm):
     """Lets virtual samples vote with the raw sample on its class, in evaluation and prediction.
@@ -75,11 +65,11 @@ class MajorityVote(Algorithm):
         return f'MajorityVote(layers={self.layers!r}, fold={self.fold}, vicinity={self.vicinity}, seed={self.seed})'
 
     def match(self, event: Event, state: State) -> bool:
-        """Run on every event that a method below is named after."""
-        return event in _EVENTS
+        """Run on every event that a method below is named after; evaluation's serve prediction too."""
+        return hasattr(self, event.value.replace('predict_', 'eval_'))
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Call the method that has the name of the event; prediction is served by evaluation's."""
+        """Call the method that has the name of the event."""
         getattr(self, event.value.replace('predict_', 'eval_'))(state, logger)
 
     def after_load(self, state: State, logger: Logger) -> None:

@@ -50,7 +50,7 @@ def components(section: str) -> dict[str, Build]:
         'scheduler': ([], optim, optim.ComposerScheduler),
         'optimizer': ([torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW], optim, torch.optim.Optimizer),
     }[section]
-    return {_spelling(cls): cls for cls in [*own, *_public(module, base)]}  # type: ignore[misc]
+    return {_spelling(cls): cls for cls in [*own, *_public(module, base)]}  # type: ignore[misc]  # a list of classes that share no base
 
 
 def canonical(section: str, name: str) -> str | None:

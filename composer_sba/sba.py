@@ -21,20 +21,6 @@ from composer_sba.vicinity import Vicinity, as_vicinity
 
 Target = Literal['soft', 'hard']
 Granularity = Literal['batch', 'epoch']
-_EVENTS = (
-    Event.AFTER_LOAD,
-    Event.FIT_START,
-    Event.BATCH_START,
-    Event.BEFORE_TRAIN_BATCH,
-    Event.BEFORE_FORWARD,
-    Event.AFTER_FORWARD,
-    Event.BEFORE_BACKWARD,
-    Event.AFTER_BACKWARD,
-    Event.BATCH_END,
-    Event.FIT_END,
-    Event.EVAL_START,
-    Event.PREDICT_START,
-)
 
 
 class SBA(Algorithm):
@@ -126,7 +112,6 @@ class SBA(Algorithm):
 
         self._expander: LatentExpander | None = None
         self._run_seed = 0
-        self._hooked = False
         self._checked = False
         self._warned = False
         self._prob = 0.0
@@ -143,7 +128,7 @@ class SBA(Algorithm):
 
     def match(self, event: Event, state: State) -> bool:
         """Run on every event that a method below is named after."""
-        return event in _EVENTS
+        return hasattr(self, event.value)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Call the method that has the name of the event."""
@@ -163,14 +148,11 @@ class SBA(Algorithm):
             norm_stats=self.norm_stats,
             seed=self._run_seed,
         )
-        self._hooked = True
         self._checked = False
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Put the hooks back for another fit."""
-        if not self._hooked:
-            self._attached.attach()
-            self._hooked = True
+        self._attached.attach()
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Draw λ(t), once a batch, whatever becomes of the batch."""
@@ -242,7 +224,6 @@ class SBA(Algorithm):
         """Take the hooks off, so that the trained model is exported and copied as it was given."""
         self._disarm()
         self._attached.remove()
-        self._hooked = False
 
     def eval_start(self, state: State, logger: Logger) -> None:
         """Disarm, should an exception have broken off a fit."""

@@ -124,7 +124,7 @@ def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             together = OmegaConf.merge(together, OmegaConf.from_dotlist([text]))
         except (YAMLError, OmegaConfBaseException) as error:
             raise RecipeError(f"{COMMAND_LINE}: {key}: expected YAML after =, got '{text}'") from error
-    return OmegaConf.to_container(together)  # type: ignore[return-value]
+    return OmegaConf.to_container(together)  # type: ignore[return-value]  # its keys are text
 
 
 def _spelled(source: Sources, values: Mapping[str, Any]) -> dict[str, Any]:
