@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
 from functools import partial
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from composer_sba.errors import CutLayerError
 from composer_sba.layers import find_layers
 from composer_sba.schedule import choose_layer, noise_seed
 from composer_sba.tail import RawRows, keep_raw_rows
-from composer_sba.vicinity import Vicinity, as_vicinity
+from composer_sba.vicinity import Vicinity, as_vicinity, draw_by_seed
 
 NormStats = Literal['raw', 'all']
 
@@ -82,6 +83,8 @@ class LatentExpander:
         self.raw_rows: int | None = None  # N, while an augmented batch is above the cut
         self._armed: int | None = None  # index of the cut that is armed
         self._key = (seed, 0, 0, 0, 0)
+        self._law = astuple(self.vicinity)
+        self._noise_seed = torch.zeros((), dtype=torch.int64)
         self._split_rows: int | None = None
         self._handles: list[RemovableHandle] = []
         self._tail: list[RawRows] = []
@@ -112,6 +115,7 @@ class LatentExpander:
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         self._split_rows = None
         self._key = (self._seed, rank, step, microbatch, layer)
+        self._noise_seed.fill_((self.seed(0) + 2**63) % 2**64 - 2**63)  # 64 bits, in int64
         self._armed = layer
 
     def disarm(self) -> None:
@@ -180,16 +184,11 @@ class LatentExpander:
         return noise_seed(*self._key, stream)
 
     def _at_cut(self, index: int, latent: Any) -> torch.Tensor | None:
-        return self._expand(latent) if self._armed == index else None
-
-    @torch.compiler.disable
-    def _expand(self, latent: Any) -> torch.Tensor:
+        if self._armed != index:
+            return None
         if not isinstance(latent, torch.Tensor) or not latent.is_floating_point():
             got = latent.dtype if isinstance(latent, torch.Tensor) else type(latent).__name__
-            raise CutLayerError(f'Expected a floating tensor at layer {self._armed_name()!r}, got {got}.')
+            raise CutLayerError(f'Expected a floating tensor at layer {self.cuts[index].name!r}, got {got}.')
         self.raw_rows = self._split_rows = len(latent)
-        return self.vicinity.expand(latent, self.fold, torch.Generator(latent.device).manual_seed(self.seed(0)))
-
-    def _armed_name(self) -> str:
-        assert self._armed is not None
-        return self.cuts[self._armed].name
+        drawn = draw_by_seed(latent.detach(), self._noise_seed, self.fold, *self._law)
+        return self.vicinity.place(latent, drawn)

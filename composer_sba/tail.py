@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -49,10 +50,11 @@ class RawRows:
         self.name = name
         self.window = window
         self.virtual: torch.Tensor | None = None
-        # First of all hooks after the module: FSDP2 takes the parameters away in its own.
+        # FSDP2 takes the parameters away in its own hook. (Elsewhere torch.compile cannot guard a hook put first.)
+        first = isinstance(module, FSDPModule)
         self.handles: list[RemovableHandle] = [
             module.register_forward_pre_hook(self.take),
-            module.register_forward_hook(self.give, prepend=True),
+            module.register_forward_hook(self.give, prepend=first),
         ]
 
     def take(self, module: nn.Module, args: tuple) -> tuple | None:
@@ -63,11 +65,12 @@ class RawRows:
         """Put the virtual rows below the raw ones."""
         return None if self.virtual is None else self._give(module, args, output)
 
-    @torch.compiler.disable
     def _take(self, module: nn.Module, args: tuple) -> tuple | None:
         rows, raw_rows = len(args[0]), self.window.raw_rows
         assert raw_rows is not None
-        below_the_cut = rows == raw_rows and torch._C._current_graph_task_id() != -1  # run again by checkpointing
+        # Run again by activation checkpointing, whose compiled form is no call from Python.
+        recomputed = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        below_the_cut = rows == raw_rows and recomputed
         expected = (1 + self.window.fold) * raw_rows
         if below_the_cut or (rows != expected and isinstance(module, _RANDOM)):
             return None
@@ -78,7 +81,6 @@ class RawRows:
         self.virtual = args[0][raw_rows:]
         return (args[0][:raw_rows], *args[1:])
 
-    @torch.compiler.disable
     def _give(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         virtual, self.virtual = self.virtual, None
         assert virtual is not None
@@ -133,6 +135,7 @@ def _instance_norm(window: Window, module: _InstanceNorm, raw: torch.Tensor, vir
     return F.instance_norm(virtual, weight=module.weight, bias=module.bias, eps=module.eps)
 
 
+@torch.compiler.disable
 def _random(window: Window, module: nn.Module, raw: torch.Tensor, virtual: torch.Tensor) -> torch.Tensor:
     """Run the module on the virtual rows, on a stream that differs from call to call and is the same when repeated."""
     cuda = virtual.device.type == 'cuda'

@@ -99,18 +99,37 @@ class Vicinity:
         Returns:
             torch.Tensor: Shape ``((1 + M) * N, *)``, dtype and memory format of ``latent``.
         """
+        return self.place(latent, self.draw(latent, fold, generator))
+
+    @torch.no_grad()
+    def draw(self, latent: torch.Tensor, fold: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Draw all that is random in the virtual samples: Σ clip(ε, τ) for Gaussian points, B for dropout points.
+
+        Returns:
+            torch.Tensor: Shape ``(M * N, *)``, contiguous and at least float32, so that one seed means one noise
+            whatever the dtype and the memory format. No gradient flows to ``latent``, which gives shape and scale.
+        """
         gaussian = self.num_gaussian(fold)
+        with torch.autocast(latent.device.type, enabled=False):
+            blocks = []
+            if gaussian > 0:
+                blocks.append(self._noise(latent, gaussian, generator))
+            if gaussian < fold:
+                blocks.append(self._mask(latent, fold - gaussian, generator))
+            return torch.cat(blocks)
+
+    def place(self, latent: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+        """Place the virtual samples that :meth:`draw` drew around the latent batch, below it; shapes as there."""
+        rows = len(latent)
+        gaussian = self.num_gaussian(len(drawn) // rows) * rows
         blocks = [latent]
         with torch.autocast(latent.device.type, enabled=False):
             if gaussian > 0:
-                noise = _as_copies(self._noise(latent, gaussian, generator), latent)
-                blocks.append((latent + noise).flatten(0, 1))
-            if gaussian < fold:
-                mask = _as_copies(self._mask(latent, fold - gaussian, generator), latent)
-                blocks.append((latent * mask).flatten(0, 1))
-        return torch.cat(blocks)
+                blocks.append((latent + _as_copies(drawn[:gaussian], latent)).flatten(0, 1))
+            if gaussian < len(drawn):
+                blocks.append((latent * _as_copies(drawn[gaussian:], latent)).flatten(0, 1))
+            return torch.cat(blocks)
 
-    @torch.no_grad()
     def _noise(self, latent: torch.Tensor, copies: int, generator: torch.Generator | None) -> torch.Tensor:
         """Σ clip(ε, τ) for each copy of each row, Eq. (7). Shape ``(copies * N, *)``."""
         tau = 2 * self.sigma if self.tau is None else self.tau
@@ -122,7 +141,6 @@ class Vicinity:
             noise *= torch.linalg.vector_norm(latent, dtype=noise.dtype) / math.sqrt(latent.numel())
         return noise
 
-    @torch.no_grad()
     def _mask(self, latent: torch.Tensor, copies: int, generator: torch.Generator | None) -> torch.Tensor:
         """B for each copy of each row, Eq. (8). Shape ``(copies * N, *)``."""
         mask = _empty(latent, copies).bernoulli_(1 - self.dropout, generator=generator)
@@ -140,7 +158,6 @@ def as_vicinity(vicinity: Vicinity | Mapping[str, Any]) -> Vicinity:
 
 
 def _empty(latent: torch.Tensor, copies: int) -> torch.Tensor:
-    # Contiguous and at least float32, so that one seed means one noise whatever the dtype and the memory format.
     dtype = torch.promote_types(latent.dtype, torch.float32)
     return torch.empty((copies * len(latent), *latent.shape[1:]), dtype=dtype, device=latent.device)
 
@@ -165,3 +182,42 @@ def _draw_basis(basis: Basis, rows: torch.Tensor, generator: torch.Generator | N
         return square / torch.linalg.vector_norm(square, dim=0)
     factor, triangle = torch.linalg.qr(square)
     return factor * triangle.diagonal().sign()  # without these signs QR does not draw uniformly
+
+
+@torch.library.custom_op('composer_sba::draw', mutates_args=())
+def draw_by_seed(
+    latent: torch.Tensor,
+    seed: torch.Tensor,
+    fold: int,
+    gaussian_fraction: float,
+    sigma: float,
+    tau: float | None,
+    noise_scale: str,
+    basis: str,
+    dropout: float,
+    rescale: bool,
+) -> torch.Tensor:
+    """Run :meth:`Vicinity.draw` on a generator of this seed, as one operator: torch.compile cannot trace a generator.
+
+    Args:
+        latent (torch.Tensor): The raw latent batch, detached. Shape ``(N, *)``.
+        seed (torch.Tensor): 64 bits; a tensor, since a number would be compiled in. Shape ``()``, int64, on the CPU.
+        fold (int): M.
+        gaussian_fraction (float): As the arguments below, one of the vicinity's.
+        sigma (float): Likewise.
+        tau (float, optional): Likewise.
+        noise_scale (str): Likewise.
+        basis (str): Likewise.
+        dropout (float): Likewise.
+        rescale (bool): Likewise.
+
+    Returns:
+        torch.Tensor: Shape ``(M * N, *)``.
+    """
+    vicinity = Vicinity(gaussian_fraction, sigma, tau, noise_scale, basis, dropout, rescale)  # type: ignore[arg-type]
+    return vicinity.draw(latent, fold, torch.Generator(latent.device).manual_seed(int(seed) % 2**64))
+
+
+@draw_by_seed.register_fake
+def _(latent: torch.Tensor, seed: torch.Tensor, fold: int, *vicinity: Any) -> torch.Tensor:
+    return _empty(latent, fold)
