@@ -199,21 +199,10 @@ def draw_by_seed(
 ) -> torch.Tensor:
     """Run :meth:`Vicinity.draw` on a generator of this seed, as one operator: torch.compile cannot trace a generator.
 
-    Args:
-        latent (torch.Tensor): The raw latent batch, detached. Shape ``(N, *)``.
-        seed (torch.Tensor): 64 bits; a tensor, since a number would be compiled in. Shape ``()``, int64, on the CPU.
-        fold (int): M.
-        gaussian_fraction (float): As the arguments below, one of the vicinity's.
-        sigma (float): Likewise.
-        tau (float, optional): Likewise.
-        noise_scale (str): Likewise.
-        basis (str): Likewise.
-        dropout (float): Likewise.
-        rescale (bool): Likewise.
-
-    Returns:
-        torch.Tensor: Shape ``(M * N, *)``.
+    ``latent`` is detached. ``seed`` is 64 bits in a tensor of shape ``()`` on the CPU, since a number would be compiled
+    in. The rest are the fold and the vicinity's own arguments, since an operator takes no dataclass.
     """
+    # An operator's schema knows str, where Vicinity asks for one of a few.
     vicinity = Vicinity(gaussian_fraction, sigma, tau, noise_scale, basis, dropout, rescale)  # type: ignore[arg-type]
     return vicinity.draw(latent, fold, torch.Generator(latent.device).manual_seed(int(seed) % 2**64))
 
