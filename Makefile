@@ -6,11 +6,12 @@ SHELL := bash
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 INSTALLED := .venv/installed
 
-.PHONY: help setup demo test lint types check format clean
+.PHONY: help setup demo test study-smoke lint types check format clean
 
 help:
 	@echo 'make demo    train a small network with SBA on handwritten digits'
 	@echo 'make test    run all tests'
+	@echo 'make study-smoke  train every method on the digits and write the report, in minutes'
 	@echo 'make lint    check style and format'
 	@echo 'make types   check types'
 	@echo 'make check   lint, types and test'
@@ -36,6 +37,11 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	.venv/bin/python -m pytest --durations=10
+
+study-smoke: $(INSTALLED)
+	.venv/bin/python -m composer_sba.study rivals --datasets digits --seeds 2 --jobs 2 --epochs-scale 0.25 \
+		--results runs/study-smoke --set train_dataset.in_memory=true eval_dataset.in_memory=true
+	.venv/bin/python -m composer_sba.study report --results runs/study-smoke --page runs/study-smoke/report.md
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check

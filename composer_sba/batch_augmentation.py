@@ -16,7 +16,8 @@ class Copies:
     """Applies a random transform M times to one image and stacks the results, each with draws of its own.
 
     Args:
-        transform (Callable): From an image to a tensor, shape ``(*)``.
+        transform (Callable): From an image to a tensor, shape ``(*)``; or, if it has an attribute ``batched`` that is
+            true, from a batch of images to a tensor, shape ``(N, *)``.
         fold (int): M >= 1.
 
     Example:
@@ -27,10 +28,11 @@ class Copies:
     def __init__(self, transform: Callable[[Any], torch.Tensor], fold: int) -> None:
         self.transform = transform
         self.fold = fold
+        self.dim = 1 if getattr(transform, 'batched', False) else 0
 
     def __call__(self, image: Any) -> torch.Tensor:
-        """Stack the copies of ``image``, shape ``(M, *)``."""
-        return torch.stack([self.transform(image) for _ in range(self.fold)])
+        """Stack the copies of ``image``, shape ``(M, *)``, or of a batch of images, shape ``(N, M, *)``."""
+        return torch.stack([self.transform(image) for _ in range(self.fold)], self.dim)
 
 
 def batch_augment(inputs: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,8 +57,8 @@ class BatchAugmentation(Algorithm):
     """Trains on M independently transformed copies of every input, at every step, with hard labels.
 
     Implements `Hoffer et al., 2019 <https://arxiv.org/abs/1901.09335>`_: the loss is the plain mean over M N rows,
-    batch statistics are those of all rows, and the learning rate is left alone. The training transform makes the copies
-    in the workers of the DataLoader, so every copy has its own crop, flip and Cutout.
+    batch statistics are those of all rows, and the learning rate is left alone. The training transform makes the
+    copies, in the workers of the DataLoader if it has any, so every copy has its own crop, flip and Cutout.
 
     Args:
         fold (int, optional): M >= 1, copies of each input. Default: ``4``.

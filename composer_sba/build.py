@@ -4,8 +4,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from composer import Trainer
-from composer.utils import dist, get_device
+from composer.core import Event, State, TimeUnit
+from composer.loggers import LoggerDestination
+from composer.utils import create_interval_scheduler, dist, get_device
 from composer.utils.reproducibility import seed_all
 from torch import nn
 from torch.utils.data import DataLoader
@@ -17,15 +20,14 @@ from composer_sba.recipe import DECAY_ALL, Recipe, component_arguments
 from composer_sba.registry import construct
 from composer_sba.sba import sort_sba_last
 from composer_sba.sources import NAMED
-from composer_sba.summary import Summary
 
 
-def build_trainer(recipe: Recipe, *destinations: Summary) -> Trainer:
+def build_trainer(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
     """Build Composer's Trainer as a recipe says.
 
     Args:
         recipe (Recipe): From :func:`composer_sba.recipe.load`.
-        *destinations (Summary): Loggers beside the recipe's own.
+        *destinations (LoggerDestination): Loggers beside the recipe's own.
 
     Returns:
         Trainer: Ready to ``fit()``.
@@ -49,7 +51,7 @@ def build_trainer(recipe: Recipe, *destinations: Summary) -> Trainer:
             **parts,
             train_dataloader=_dataloader(recipe, 'train_dataset', rows),
             eval_dataloader=_dataloader(recipe, 'eval_dataset', recipe.device_eval_batch_size or rows),
-            **recipe.trainer_options(),
+            **(recipe.trainer_options() | {'eval_interval': _eval_interval(recipe)}),
             parallelism_config=recipe.parallelism,
             algorithm_passes=[sort_sba_last],
         )
@@ -116,6 +118,23 @@ def one_line(error: Exception) -> str:
     return ' '.join(lines)
 
 
+def _eval_interval(recipe: Recipe) -> Any:
+    """What Trainer takes: the recipe's interval, or a function of state and event that adds the last epochs."""
+    if not recipe.eval_last_epochs:
+        return recipe.eval_interval
+    periodically = create_interval_scheduler(
+        recipe.eval_interval, include_end_of_training=False, checkpoint_events=False
+    )
+
+    def due(state: State, event: Event) -> bool:
+        if state.max_duration is None or state.max_duration.unit != TimeUnit.EPOCH:
+            return periodically(state, event) or event == Event.FIT_END
+        left = int(state.max_duration) - int(state.timestamp.epoch)
+        return periodically(state, event) or (event == Event.EPOCH_END and left < recipe.eval_last_epochs)
+
+    return due
+
+
 def _component(recipe: Recipe, section: str, *supplied: Any) -> Any:
     entry = getattr(recipe, section)
     return _build(recipe, section, entry['name'], component_arguments(entry), *supplied)
@@ -146,6 +165,7 @@ def _dataloader(recipe: Recipe, section: str, rows: int) -> DataLoader[Any] | No
         if classes != recipe.model['num_classes']:
             problem = f'expected {classes}, as {section} {config.name} has, got {recipe.model["num_classes"]}'
             raise recipe.sources.error('model.num_classes', problem)
-        return build_dataloader(config, rows, seed=recipe.seed)
+        device = get_device(recipe.device).tensor_to_device(torch.empty(0)).device  # of this rank
+        return build_dataloader(config, rows, seed=recipe.seed, device=device)
     except DatasetError as error:
         raise recipe.sources.error(section, one_line(error)) from error

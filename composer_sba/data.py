@@ -14,8 +14,10 @@ from torchvision import transforms
 from composer_sba.convert import convert
 from composer_sba.cutout import Cutout
 from composer_sba.errors import DatasetError
-from composer_sba.index import RECORD, read_index
-from composer_sba.mds import ByIndex, ImageDataset, to_rgb
+from composer_sba.index import RECORD, read_index, remake
+from composer_sba.mds import ByIndex, Expected, ImageDataset, to_rgb
+from composer_sba.memory import BatchTransform, EachOnce, MemoryDataset
+from composer_sba.sharing import shared_samples
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,11 @@ class DatasetConfig:
     """Size at which the local cache of ``remote`` drops its oldest shards, as '100gb'. None: it keeps all."""
     download_timeout: float = 60
     """Longest wait for a shard from ``remote``, in seconds."""
+    in_memory: bool = False
+    """Whether the images are decoded once, kept as uint8 on the training device and transformed there, a batch at a
+    time and without workers. For digits, cifar10 and cifar100."""
+    subset: int | None = None
+    """Use this many samples, the same ones in every run, drawn by a fixed seed; needs ``in_memory``. None: all."""
 
 
 def transform(config: DatasetConfig) -> transforms.Compose:
@@ -154,7 +161,14 @@ def dataset_classes(config: DatasetConfig) -> int:
     return int(count)
 
 
-def build_dataloader(config: DatasetConfig, batch_size: int, *, seed: int = 17, drop_last: bool = False) -> DataLoader:
+def build_dataloader(
+    config: DatasetConfig,
+    batch_size: int,
+    *,
+    seed: int = 17,
+    drop_last: bool = False,
+    device: torch.device | str | None = None,
+) -> DataLoader:
     """Build the DataLoader of a data set.
 
     Evaluation (neither shuffled nor augmented): each sample once. A ``DistributedSampler`` gives all ranks as many
@@ -166,6 +180,9 @@ def build_dataloader(config: DatasetConfig, batch_size: int, *, seed: int = 17, 
     last global batch that is not full is always left out. The order and the random transforms of an epoch follow
     from the seed alone, and Composer resumes in mid-epoch, as Streaming keeps the place.
 
+    In memory all this holds too, in another order and with other draws of the same law. There the draws of a sample
+    depend on its batch as well, and Composer resumes by skipping batches, which costs little.
+
     Where there are several ranks, call ``composer.utils.dist.initialize_dist`` with the device first.
 
     Args:
@@ -173,14 +190,16 @@ def build_dataloader(config: DatasetConfig, batch_size: int, *, seed: int = 17, 
         batch_size (int): Samples of a batch of one rank, >= 1.
         seed (int, optional): Seeds the order and the transforms unless ``config.shuffle_seed`` does. Default: ``17``.
         drop_last (bool, optional): Whether every batch must be full. Default: ``False``.
+        device (torch.device | str, optional): Where images in memory are kept. Default: the CPU.
 
     Returns:
         torch.utils.data.DataLoader: Batches of images, shape ``(N, 3, H, W)``, float32, and labels, shape ``(N,)``,
-        int64.
+        int64; on ``device`` if they are in memory.
 
     Raises:
-        DatasetError: If the config is wrong or the dataset missing, incomplete or too small; on iteration, if a sample
-            is unreadable or has an impossible label. The message is one line, and its last line where a worker raised.
+        DatasetError: If the config is wrong or the dataset missing, incomplete or too small; on iteration, or at once
+            with images in memory, if a sample is unreadable or has an impossible label. The message is one line, and
+            its last line where a worker raised.
 
     Example:
         >>> images, labels = next(iter(build_dataloader(DatasetConfig('digits'), batch_size=32)))
@@ -190,17 +209,34 @@ def build_dataloader(config: DatasetConfig, batch_size: int, *, seed: int = 17, 
     num_classes, pipeline = dataset_classes(config), transform(config)
     shuffle = _default_for_training(config, config.shuffle)
     training = shuffle or _default_for_training(config, config.augment)
+    shards, folder = _index(config)['shards'], _local(config) / config.split
+    size = sum(shard['samples'] for shard in shards)
+    if config.subset is not None and config.subset > size:
+        raise DatasetError(f'subset: {config.subset} is more than the {size} samples of {folder}: choose a smaller one')
+    if training and not shared_samples(config.subset or size, dist.get_world_size(), batch_size, drop_last):
+        raise DatasetError(
+            f'{folder} has {config.subset or size} samples, too few for {dist.get_world_size()} ranks'
+            f'{f" with full batches of {batch_size}" if drop_last else ""}'
+        )
+    remedy = remake(folder, config.remote, _make(config))
+    expected = Expected(str(folder), num_classes, _KNOWN[config.name].size, remedy)
+    seed = seed if config.shuffle_seed is None else config.shuffle_seed
+    if config.in_memory:
+        images = MemoryDataset(
+            shards, expected, BatchTransform(pipeline, device), subset=config.subset, seed=seed, device=device
+        )
+        order = EachOnce(images, batch_size, shuffle=shuffle, drop_last=drop_last)
+        sampler = order if training else dist.get_sampler(images, drop_last=drop_last)
+        return DataLoader(images, batch_size, sampler=sampler, drop_last=drop_last, collate_fn=lambda batch: batch)
     # Streaming compares hashes when it fetches a shard, at gigabytes a second, but fails where there are none.
-    hashed = config.remote is not None and all('xxh64' in shard['hashes'] for shard in _index(config)['shards'])
+    hashed = config.remote is not None and all('xxh64' in shard['hashes'] for shard in shards)
     if dist.get_world_size() > 1 and not torch.distributed.is_initialized():
         dist.initialize_dist()
     try:
         dataset = ImageDataset(
-            num_classes=num_classes,
-            image_size=_KNOWN[config.name].size,
-            make=_make(config),
+            expected=expected,
             drop_last=drop_last,
-            seed=seed if config.shuffle_seed is None else config.shuffle_seed,
+            seed=seed,
             local=str(_local(config)),
             remote=config.remote,
             split=config.split,
@@ -212,12 +248,7 @@ def build_dataloader(config: DatasetConfig, batch_size: int, *, seed: int = 17, 
             download_timeout=config.download_timeout,
         )
     except (ValueError, RuntimeError) as error:
-        raise DatasetError(f'{_local(config) / config.split}: {error}') from error
-    if training and not len(dataset):
-        raise DatasetError(
-            f'{dataset.folder} has {dataset.size} samples, too few for {dist.get_world_size()} ranks'
-            f'{f" with full batches of {batch_size}" if drop_last else ""}'
-        )
+        raise DatasetError(f'{folder}: {error}') from error
     source = dataset if training else ByIndex(dataset)
     cores = len(os.sched_getaffinity(0)) // dist.get_local_world_size()
     workers = min(cores, 8) if config.num_workers is None else config.num_workers
@@ -265,7 +296,38 @@ def _check(config: DatasetConfig) -> _Known:
         raise DatasetError(f'cutout: expected a number of pixels >= 1, got {config.cutout}')
     if config.cache_limit is not None and config.remote in (None, config.local):
         raise DatasetError('cache_limit without a remote would delete the only copy of the data: remove the key')
+    if config.in_memory and known.size is None:
+        raise DatasetError(f'in_memory does not apply to {config.name}, whose images differ in size: remove the key')
+    if config.in_memory and config.remote is not None:
+        raise DatasetError('in_memory reads the shards of local: fetch the dataset there, and remove remote')
+    if config.in_memory and config.num_workers:
+        raise DatasetError(f'num_workers: {config.num_workers} workers have no work with in_memory: remove the key')
+    if config.subset is not None and not config.in_memory:
+        raise DatasetError('subset needs in_memory: true')
+    if config.subset is not None and config.subset < 1:
+        raise DatasetError(f'subset: expected a number of samples >= 1, got {config.subset}')
     for key, values in (('mean', config.mean), ('std', config.std)):
         if values is not None and (len(values) != 3 or (key == 'std' and min(values) <= 0)):
             raise DatasetError(f'{key}: expected three {"positive " * (key == "std")}numbers, got {list(values)}')
     return known
+
+
+def image_size(config: DatasetConfig) -> int:
+    """Tell height and width of the images after the transforms; unit: pixels.
+
+    Example:
+        >>> image_size(DatasetConfig('cifar10')), image_size(DatasetConfig('imagenet'))
+        (32, 224)
+    """
+    return _check(config).size or config.crop_size or 224
+
+
+def dataset_size(config: DatasetConfig) -> int:
+    """Count the samples of a data set; errors are those of :func:`dataset_classes`.
+
+    Example:
+        >>> dataset_size(DatasetConfig('digits'))
+        1437
+    """
+    _check(config)
+    return config.subset or sum(shard['samples'] for shard in _index(config)['shards'])

@@ -9,6 +9,10 @@ class RecipeError(UserError):
     """A recipe, or an override of it, that cannot be trained: names the file and the key."""
 
 
+class AlreadyTrainedError(RecipeError):
+    """A run that is resumed and has its whole duration behind it."""
+
+
 class DatasetError(UserError):
     """Data that is missing, half-written or corrupted: names the path and the command that makes it."""
 

@@ -1,11 +1,11 @@
 """Images in MDS shards: each is checked when it is read, and each random draw can be repeated."""
 
+import contextlib
 import hashlib
 import io
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from streaming.vision.base import StreamingVisionDataset
 from torch.utils.data import Dataset
 
 from composer_sba.errors import DatasetError
-from composer_sba.index import remake, said
+from composer_sba.index import said
 from composer_sba.sharing import claim, registration, shared_samples
 
 
@@ -34,6 +34,81 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert('RGB')
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What every sample of a dataset must be, or its reader says in one line what it is instead.
+
+    Args:
+        folder (str): Where the dataset is, for messages.
+        num_classes (int): Labels are refused unless in [0, num_classes).
+        image_size (int, optional): Height and width that every image must have. ``None``: any.
+        remedy (str): What to do about a broken dataset, for messages.
+    """
+
+    folder: str
+    num_classes: int
+    image_size: int | None
+    remedy: str
+
+    def read(self, sample_id: int, read: Callable[..., Mapping], *args: Any) -> tuple[Image.Image, int]:
+        """Read and check one sample.
+
+        Args:
+            sample_id (int): Index of the sample in the dataset, for messages.
+            read (Callable): Called with ``args``, gives the columns ``x``, an image or its file, and ``y``.
+            *args (Any): Its arguments.
+
+        Returns:
+            tuple[PIL.Image.Image, int]: The image in mode ``'RGB'`` and its label.
+
+        Raises:
+            DatasetError: If the sample cannot be read, has an impossible label or the wrong size.
+        """
+        try:
+            sample = read(*args)
+            image, label = sample['x'], int(sample['y'])
+            image = to_rgb(Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image)
+        except Exception as error:  # what a decoder raises depends on the format and on where the bytes are broken
+            raise DatasetError(
+                f'{self.folder}: sample {sample_id} cannot be read ({said(error)}): {self.remedy}'
+            ) from error
+        if not 0 <= label < self.num_classes:
+            raise DatasetError(
+                f'{self.folder}: sample {sample_id} has the label {label}, expected 0 to '
+                f'{self.num_classes - 1}: correct num_classes or the data'
+            )
+        if self.image_size and image.size != (self.image_size, self.image_size):
+            raise DatasetError(
+                f'{self.folder}: sample {sample_id} has {image.width}x{image.height} pixels, expected '
+                f'{self.image_size}x{self.image_size}: read it as name: imagefolder'
+            )
+        return image, label
+
+
+@contextlib.contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Seed torch's CPU generator from a key, and put it back afterwards.
+
+    Yields:
+        None: While what is drawn depends on the key alone.
+
+    Example:
+        >>> def draw():
+        ...     with seeded(17, 0, 5):
+        ...         return torch.rand(()).item()
+        >>> draw() == draw()
+        True
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(hash_key(*key))
+        yield
+
+
+def hash_key(*key: int) -> int:
+    """Turn the integers that a draw depends on into one seed in [0, 2^64); neighbouring keys have unrelated seeds."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), 'little')
+
+
 class ImageDataset(StreamingVisionDataset):
     """RGB images and labels from MDS shards, written by :mod:`composer_sba.convert` or by Streaming's converters.
 
@@ -44,9 +119,7 @@ class ImageDataset(StreamingVisionDataset):
     Args:
         batch_size (int): Samples of a batch of one rank, as the DataLoader has it.
         transform (Callable): From an RGB image to a tensor.
-        num_classes (int): Labels are refused unless in [0, num_classes).
-        image_size (int, optional): Height and width that every image must have. ``None``: any.
-        make (str): The command that makes the dataset, for messages.
+        expected (Expected): What every sample must be.
         drop_last (bool): Whether every batch must be full.
         seed (int): Seeds the order and the transforms.
         **kwargs (Any): Arguments of :class:`streaming.vision.StreamingVisionDataset`.
@@ -60,9 +133,7 @@ class ImageDataset(StreamingVisionDataset):
         *,
         batch_size: int,
         transform: Callable[[Image.Image], Any],
-        num_classes: int,
-        image_size: int | None,
-        make: str,
+        expected: Expected,
         drop_last: bool,
         seed: int,
         **kwargs: Any,
@@ -70,7 +141,7 @@ class ImageDataset(StreamingVisionDataset):
         with registration():
             super().__init__(
                 # Neighbouring seeds of Streaming have the same shuffles, one epoch apart.
-                shuffle_seed=_hash(seed) % 2**31,
+                shuffle_seed=hash_key(seed) % 2**31,
                 # Shuffles across shards, where its default for images, 'py1s', shuffles inside one shard at a time.
                 shuffle_algo='py1e',
                 partition_algo='each_once_full' if drop_last else 'each_once',
@@ -79,19 +150,12 @@ class ImageDataset(StreamingVisionDataset):
             )
             claim(self._shm_prefix_int)
         self.transform: Callable[[Image.Image], Any] = transform  # by name, for Composer's RandAugment and AugMix
-        self.num_classes = num_classes
-        self.image_size = image_size
-        self.remedy = remake(Path(self.folder), self.streams[0].remote, make)
+        self.expected = expected
         self.epoch = 0
         self._failure: BaseException | None = None
         world = self._parallel_rank_world
         shared = shared_samples(self.num_samples, world.num_ranks, batch_size, drop_last)
         self.length = -(-shared // world.num_ranks)
-
-    @property
-    def folder(self) -> str:
-        """The folder that the samples are in."""
-        return os.path.join(self.streams[0].local, self.streams[0].split)
 
     def __iter__(self) -> Iterator[Any]:
         """Iterate over this worker's share of the epoch.
@@ -104,7 +168,9 @@ class ImageDataset(StreamingVisionDataset):
         """
         yield from super().__iter__()
         if self._failure is not None:
-            raise DatasetError(f'{self.folder}: a shard cannot be fetched ({said(self._failure)}): {self.remedy}')
+            raise DatasetError(
+                f'{self.expected.folder}: a shard cannot be fetched ({said(self._failure)}): {self.expected.remedy}'
+            )
 
     def get_item(self, sample_id: int, retry: int = 7) -> tuple[Any, int]:
         """Read one sample.
@@ -119,27 +185,15 @@ class ImageDataset(StreamingVisionDataset):
         Raises:
             DatasetError: If the sample cannot be read or has an impossible label.
         """
-        try:
-            sample = StreamingDataset.get_item(self, sample_id, retry)
-            image, label = sample['x'], int(sample['y'])
-            image = to_rgb(Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image)
-        except Exception as error:  # what a decoder raises depends on the format and on where the bytes are broken
-            raise DatasetError(
-                f'{self.folder}: sample {sample_id} cannot be read ({said(self._failure or error)}): {self.remedy}'
-            ) from error
-        if not 0 <= label < self.num_classes:
-            raise DatasetError(
-                f'{self.folder}: sample {sample_id} has the label {label}, expected 0 to '
-                f'{self.num_classes - 1}: correct num_classes or the data'
-            )
-        if self.image_size and image.size != (self.image_size, self.image_size):
-            raise DatasetError(
-                f'{self.folder}: sample {sample_id} has {image.width}x{image.height} pixels, expected '
-                f'{self.image_size}x{self.image_size}: read it as name: imagefolder'
-            )
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(_hash(self.shuffle_seed, self.epoch, int(sample_id)))
+        image, label = self.expected.read(sample_id, self._read, sample_id, retry)
+        with seeded(self.shuffle_seed, self.epoch, int(sample_id)):
             return self.transform(image), label
+
+    def _read(self, sample_id: int, retry: int) -> dict[str, Any]:
+        try:
+            return StreamingDataset.get_item(self, sample_id, retry)
+        except Exception as error:
+            raise self._failure or error from None  # the thread that fetched the shard knows why it is not there
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         """Tell where in the data a run is, for its checkpoint.
@@ -203,7 +257,3 @@ class ByIndex(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         return self.dataset.get_item(index)
-
-
-def _hash(*key: int) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), 'little')

@@ -73,6 +73,8 @@ class Recipe(TrainerOptions):
             the environment has ``FSDP_VERSION=2``. Default: ``None``, plain data parallelism.
         global_train_batch_size (int): Unit: rows over all devices.
         device_eval_batch_size (int, optional): Unit: rows on one device. Default: ``None``, as in training.
+        eval_last_epochs (int): Evaluate at the end of each of this many last epochs too, whatever ``eval_interval`` is;
+            ``max_duration`` in batches or samples has no last epochs. Default: ``0``.
         sources (Sources): Where each key was written, for messages; no part of the recipe itself.
     """
 
@@ -87,6 +89,7 @@ class Recipe(TrainerOptions):
     parallelism: dict[str, Any] | None = None
     global_train_batch_size: int
     device_eval_batch_size: int | None = None
+    eval_last_epochs: int = 0
     sources: Sources = field(default=Sources(), compare=False, repr=False)
 
     def trainer_options(self) -> dict[str, Any]:
@@ -98,13 +101,14 @@ class Recipe(TrainerOptions):
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name != 'sources'}
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load(path: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and check all that can be checked without its data.
 
     :mod:`composer_sba.sources` has the rules by which files and overrides merge.
 
     Args:
-        path (str | Path): A YAML file; ``extends: FILE`` in it, relative to itself, is merged under it.
+        path (str | Path | Sequence): A YAML file; ``extends: FILE`` in it, relative to itself, is merged under it. Or
+            several files, each merged over the one before, as a method over a baseline.
         overrides (Sequence[str]): ``key.sub=value``, as on the command line; the value is YAML.
 
     Returns:
@@ -117,11 +121,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         >>> load('yamls/digits_sba.yaml', ['algorithms.sba.eta=0.5']).algorithms['sba']['eta']
         0.5
     """
-    sources = read(path, overrides)
+    paths = [path] if isinstance(path, str | Path) else path
+    sources = read(paths, overrides)
     defaults = {each.name: each.default for each in fields(Recipe) if each.default is not MISSING}
     values = sources.merged(defaults | {section: {} for section in NAMED})
     del values['sources']
-    values['run_name'] = values['run_name'] or Path(path).stem
+    values['run_name'] = values['run_name'] or '+'.join(Path(each).stem for each in paths)
     try:
         resolved: Any = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
     except OmegaConfBaseException as error:
@@ -163,6 +168,8 @@ def _faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key in ('global_train_batch_size', 'device_eval_batch_size', 'device_train_microbatch_size'):
         if isinstance(values[key], int) and values[key] < 1:
             yield key, f'expected at least 1, got {values[key]}'
+    if values['eval_last_epochs'] < 0:
+        yield 'eval_last_epochs', f'expected at least 0, got {values["eval_last_epochs"]}'
     if values['autoresume'] and values['save_folder'] is None:
         yield 'autoresume', 'expected a save_folder, where it looks for the checkpoint to resume from; got none'
 

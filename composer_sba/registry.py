@@ -18,8 +18,11 @@ from composer.utils import MissingConditionalImportError
 
 from composer_sba.arguments import Build, faults, nearest
 from composer_sba.batch_augmentation import BatchAugmentation
+from composer_sba.last_epochs_median import LastEpochsMedian
 from composer_sba.majority_vote import MajorityVote
+from composer_sba.manifold_mixup import ManifoldMixup
 from composer_sba.models import MODELS
+from composer_sba.r_drop import RDrop
 from composer_sba.sba import SBA
 
 _SUFFIX = re.compile(r'_?(logger|scheduler|callback)$')
@@ -44,8 +47,8 @@ def components(section: str) -> dict[str, Build]:
     if section == 'model':
         return dict(MODELS)
     own, module, base = {
-        'algorithms': ([SBA, BatchAugmentation, MajorityVote], algorithms, Algorithm),
-        'callbacks': ([], callbacks, Callback),
+        'algorithms': ([SBA, BatchAugmentation, MajorityVote, ManifoldMixup, RDrop], algorithms, Algorithm),
+        'callbacks': ([LastEpochsMedian], callbacks, Callback),
         'loggers': ([], loggers, LoggerDestination),
         'scheduler': ([], optim, optim.ComposerScheduler),
         'optimizer': ([torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW], optim, torch.optim.Optimizer),

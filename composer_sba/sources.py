@@ -1,4 +1,4 @@
-"""Where a recipe's keys come from: the files of an ``extends`` chain and the command line, and how they merge.
+"""Where a recipe's keys come from: files, the files they extend and the command line, and how they merge.
 
 Each layer lies over the one before. Three rules merge them:
 
@@ -43,7 +43,7 @@ class Sources:
 
     @property
     def file(self) -> str:
-        """The recipe's own file, the last of its ``extends`` chain."""
+        """The recipe's own file, the last of its files."""
         return next((name for name, _ in reversed(self.layers) if name != COMMAND_LINE), 'recipe')
 
     def merged(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,21 +72,22 @@ class Sources:
         return merged
 
 
-def read(path: str | Path, overrides: Sequence[str] = ()) -> Sources:
-    """Read a file, the files it extends, and overrides; spell every component as the registry lists it.
+def read(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Sources:
+    """Read files, the files they extend, and overrides; spell every component as the registry lists it.
 
     Args:
-        path (str | Path): A YAML file; ``extends: FILE`` in it is relative to itself.
+        paths (Sequence[str | Path]): YAML files, each over the one before; ``extends: FILE`` is relative to the file.
         overrides (Sequence[str]): ``key.sub=value``, the value in YAML.
 
     Returns:
-        Sources: Root of the ``extends`` chain first, overrides last.
+        Sources: Root of the first ``extends`` chain first, overrides last.
 
     Raises:
         RecipeError: On a file that is missing or not YAML, a cycle, an override without a key and ``=``, or a component
             nobody knows.
     """
-    layers = [*_read_file(Path(path)), (COMMAND_LINE, _read_overrides(overrides))]
+    files = [layer for path in paths for layer in _read_file(Path(path))]
+    layers = [*files, (COMMAND_LINE, _read_overrides(overrides))]
     return Sources(tuple((name, _spelled(Sources(((name, values),)), values)) for name, values in layers))
 
 

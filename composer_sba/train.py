@@ -1,4 +1,4 @@
-"""``composer train.py -f FILE [key.sub=value ...]``: read a recipe, train what it says, sum up.
+"""``composer train.py -f FILE [-f FILE ...] [key.sub=value ...]``: read a recipe, train what it says, sum up.
 
 Exit codes: 0 trained, 2 a mistake in the recipe or its data (one line on stderr says which), 130 interrupted.
 """
@@ -13,13 +13,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 from composer import Trainer
-from composer.loggers import ProgressBarLogger
+from composer.loggers import LoggerDestination, ProgressBarLogger
 from composer.utils import dist, format_name_with_dist, maybe_create_object_store_from_uri, parse_uri
 from omegaconf import OmegaConf
 from rich.console import Console
 
 from composer_sba.build import build_components, build_trainer, one_line
-from composer_sba.errors import CutLayerError, UserError
+from composer_sba.errors import AlreadyTrainedError, CutLayerError, UserError
 from composer_sba.recipe import Recipe, load, save
 from composer_sba.summary import Summary
 
@@ -58,11 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def train(recipe: Recipe) -> Trainer:
+def train(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
     """Train a recipe, save it beside its checkpoints and print the summary.
 
     Args:
         recipe (Recipe): From :func:`composer_sba.recipe.load`.
+        *destinations (LoggerDestination): Loggers beside the recipe's own.
 
     Returns:
         Trainer: Composer's, closed, with the trained model in its state.
@@ -75,10 +76,10 @@ def train(recipe: Recipe) -> Trainer:
     with warnings.catch_warnings():
         # Composer, of the last batch of every epoch, which is as short as the data makes it
         warnings.filterwarnings('ignore', message='Cannot split tensor of length', category=UserWarning)
-        trainer = build_trainer(recipe, summary)
+        trainer = build_trainer(recipe, summary, *destinations)
         if trainer.state.max_duration is not None and trainer.state.timestamp >= trainer.state.max_duration:
             problem = f'{folder} has {trainer.state.max_duration} behind it; raise it, or give another run_name'
-            raise recipe.sources.error('max_duration', problem)
+            raise AlreadyTrainedError(*recipe.sources.error('max_duration', problem).args)
         if folder is not None and dist.get_global_rank() == 0:
             _save_recipe(recipe, folder)
         trainer.logger.log_hyperparameters(recipe.to_dict())
@@ -106,7 +107,12 @@ def _is_interrupt(error: BaseException | None) -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='composer train.py', description='Train what a recipe says.')
-    parser.add_argument('-f', '--file', required=True, help='the recipe, a YAML file; yamls/ has some')
+    parser.add_argument(
+        *('-f', '--file'),
+        required=True,
+        action='append',
+        help='the recipe, a YAML file; yamls/ has some. Given again: a file merged over it, as those in yamls/methods',
+    )
     parser.add_argument('--dry-run', action='store_true', help='check and print the resolved recipe, train nothing')
     parser.add_argument('--traceback', action='store_true', help='show where a refusal came from')
     parser.add_argument('overrides', nargs='*', metavar='key.sub=value', help='what to change in the recipe')

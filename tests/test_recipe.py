@@ -57,13 +57,29 @@ def test_every_yaml_is_read_and_built(path: Path) -> None:
     recipe = load(path)
     with torch.device('meta'):
         parts = build_components(recipe)
-    method = path.stem.rpartition('_')[2]  # of latent_ba and cutout_ba too
-    algorithm = SBA if 'latent' in path.stem else {'sba': SBA, 'ba': BatchAugmentation}.get(method)
-    assert [type(each) for each in parts['algorithms']] == ([algorithm] if algorithm else [])
+    ours = [type(each) for each in parts['algorithms'] if isinstance(each, SBA | BatchAugmentation)]
+    words = set(path.stem.split('_'))
+    if words & {'sba', 'latent'}:
+        assert ours == [SBA]
+    else:
+        assert ours == ([BatchAugmentation] if words & {'ba', 'ba2'} else [])
     assert ('cutout' in recipe.train_dataset) == ('cutout' in path.stem)
     first = path.read_text().splitlines()
     assert first[0].startswith('#')
     assert any(f'composer train.py -f yamls/{path.name}' in line for line in first)
+
+
+@pytest.mark.parametrize('path', sorted((YAMLS / 'methods').glob('*.yaml')), ids=lambda path: path.stem)
+@pytest.mark.filterwarnings('ignore:SAM has known issues')
+def test_every_method_goes_over_a_baseline(path: Path) -> None:
+    baseline = YAMLS / 'resnet44_cifar10_baseline.yaml'
+    recipe = load([baseline, path])
+    with torch.device('meta'):
+        build_components(recipe)
+    changed = {key for key, value in recipe.to_dict().items() if value != load(baseline).to_dict()[key]}
+    assert recipe.run_name == f'resnet44_cifar10_baseline+{path.stem}'
+    assert changed - {'run_name', 'save_folder'}, 'the method changes nothing'
+    assert f'-f yamls/methods/{path.name}' in path.read_text()
 
 
 def test_options_are_trainers_own() -> None:

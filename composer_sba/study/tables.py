@@ -1,0 +1,168 @@
+"""A group of runs as a table in Markdown, with the line that says where its numbers come from."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from composer_sba.study import paper
+from composer_sba.study.groups import Group, rows
+from composer_sba.study.names import name
+from composer_sba.study.records import Record
+from composer_sba.study.statistics import TOLERANCE, cost_ratios, difference, median_ratio, paired_ratio, spread
+
+BASELINE = 'baseline'
+LEGEND = (
+    'Error, NLL and calibration error of a run are medians over the evaluations of its last five epochs; below, mean ± '
+    "standard deviation over n seeds. Differences have Welch's 95 % interval, and are bold where it excludes 0, as one "
+    'in twenty does by chance alone. Ratios of training time, evaluations left out, and of FLOP are medians over pairs '
+    'of equal seed.'
+)
+COST_LEGEND = (
+    f't1 is the training time of latent BA until an evaluation first shows its final accuracy less {100 * TOLERANCE:g} '
+    'points, t2 that of SBA until one shows the same accuracy: median over seeds [least, greatest]. Where SBA never '
+    'does, t2 is infinite.'
+)
+
+_Row = Sequence[Record]
+
+
+def table(group: Group, runs: _Row) -> str:
+    """Write the table of a group and what it rests on.
+
+    Args:
+        group (Group): What the runs have in common.
+        runs (Sequence[Record]): The runs.
+
+    Returns:
+        str: Markdown: the table, the doubts about cells of the paper that it shows, hardware, versions, dates, commits
+        and seeds. Columns in which nothing would stand are left out.
+    """
+    titles, ordered = zip(*_ordered(group, rows(runs).items()), strict=True)
+    baseline: _Row = next((row for row in ordered if row[0]['method'] == BASELINE), [])
+
+    def column(cell: Callable[[_Row], str]) -> list[str]:
+        return [cell(row) for row in ordered]
+
+    columns = {
+        'method': list(titles),
+        'error, %': column(lambda row: _mean(errors(row), 2)),
+        'n': column(lambda row: str(len(row))),
+        'difference from the baseline, points': column(lambda row: _difference(row, baseline)),
+        't1 / t2': column(lambda row: _cost(row, runs)),
+        'NLL, nats': column(lambda row: _mean([run['loss'] for run in row], 3)),
+        'calibration error, %': column(lambda row: _mean(_percent(run['calibration_error'] for run in row), 1)),
+        'time ÷ baseline': column(lambda row: _ratio(row, baseline, lambda run: run['train_seconds'])),
+        'FLOP ÷ baseline': column(lambda row: _ratio(row, baseline, lambda run: run['flops'])),
+        "paper's error, %": column(_paper),
+    }
+    shown = {heading: cells for heading, cells in columns.items() if any(cells)}
+    lines = [list(shown), ['---', *['---:'] * (len(shown) - 1)], *zip(*shown.values(), strict=True)]
+    parts = ['\n'.join(f'| {" | ".join(line)} |' for line in lines)]
+    if not baseline:
+        parts.append('No run of the baseline: nothing to compare with.')
+    cells = [(row[0]['method'], _paper_cell(row)) for row in ordered]
+    parts += [f'† {name(method)} in the paper: {cell.doubt}.' for method, cell in cells if cell and cell.doubt]
+    return '\n\n'.join([*parts, _provenance(runs)])
+
+
+def errors(row: _Row) -> list[float]:
+    """The error of each run, in per cent."""
+    return [100 - 100 * run['accuracy'] for run in row]
+
+
+def _ordered(group: Group, items: Iterable[tuple[str, list[Record]]]) -> list[tuple[str, list[Record]]]:
+    """The baseline first, then by what the study varies, else by error."""
+    listed = list(items)
+    layers = list(dict.fromkeys(row[0]['setting'].get('layer') for _, row in listed))
+
+    def place(item: tuple[str, list[Record]]) -> tuple[float, ...]:
+        first = item[1][0]
+        by = {
+            'eta': (float(first['setting'].get('eta', 0)),),
+            'layers': (layers.index(first['setting'].get('layer')), first['method'] == 'sba'),
+        }
+        return (first['method'] != BASELINE, *by.get(group.study, (spread(errors(item[1])).mean,)))
+
+    return sorted(listed, key=place)
+
+
+def _percent(values: Iterable[float | None]) -> list[float | None]:
+    return [None if value is None else 100 * value for value in values]
+
+
+def _mean(values: Sequence[float | None], digits: int) -> str:
+    given = [value for value in values if value is not None]
+    if len(given) < len(values):  # a mean over some of the n seeds would pass for one over all
+        return ''
+    mean, sd, _ = spread(given)
+    return f'{mean:.{digits}f}' if sd is None else f'{mean:.{digits}f} ± {sd:.{digits}f}'
+
+
+def _difference(row: _Row, baseline: _Row) -> str:
+    if not baseline or row is baseline:
+        return ''
+    found = difference(errors(row), errors(baseline))
+    if found.low is None or found.high is None:
+        return _signed(found.mean)
+    text = f'{_signed(found.mean)} [{_signed(found.low)}, {_signed(found.high)}]'
+    return f'**{text}**' if found.excludes_zero else text
+
+
+def _signed(value: float) -> str:
+    return f'{round(value, 2) + 0.0:+.2f}'.replace('-', '−')  # adding 0 turns -0.0 into 0.0
+
+
+def _ratio(row: _Row, baseline: _Row, cost: Callable[[Record], float | None]) -> str:
+    own, reference = ({run['seed']: cost(run) or 0.0 for run in runs} for runs in (row, baseline))
+    ratio = paired_ratio(own, reference) if all(own.values()) else None
+    return '' if ratio is None else f'{ratio:.2f}'
+
+
+def _cost(row: _Row, runs: _Row) -> str:
+    if row[0]['method'] != 'sba' or 'layer' not in row[0]['setting']:
+        return ''
+    ba = [run for run in runs if run['method'] == 'latent_ba' and run['setting'] == row[0]['setting']]
+    ratios = list(cost_ratios(ba, row).values())
+    if not ratios:
+        return ''
+    middle, least, greatest = (
+        f'{ratio:.2f}' if ratio else 'never' for ratio in (median_ratio(ratios), min(ratios), max(ratios))
+    )
+    reached = sum(ratio > 0 for ratio in ratios)
+    text = middle if least == greatest else f'{middle} [{least}, {greatest}]'
+    return text if reached == len(ratios) else f'{text}, reached with {reached} of {len(ratios)} seeds'
+
+
+def _paper_cell(row: _Row) -> paper.Cell | None:
+    first = row[0]
+    if first['study'] not in ('table1', 'rivals'):  # the other figures are of networks that the records may not be of
+        return None
+    return paper.cell(first['dataset'], first['network'], first['method'])
+
+
+def _paper(row: _Row) -> str:
+    cell = _paper_cell(row)
+    if cell is None:
+        return ''
+    return f'{cell.error:.2f}{f" (M = {cell.fold})" if cell.fold else ""}{" †" if cell.doubt else ""}'
+
+
+def _provenance(runs: _Row) -> str:
+    """What the numbers rest on; where runs differ, all that occurs."""
+    jobs = _any(f'{run["jobs"]}' for run in runs)
+    packages = dict.fromkeys(package for run in runs for package in run['versions'])
+    versions = ', '.join(
+        f'{package} {_any(run["versions"].get(package, "unknown") for run in runs)}' for package in packages
+    )
+    dates = sorted(run['date'][:10] for run in runs)
+    dated = dates[0] if dates[0] == dates[-1] else f'{dates[0]} to {dates[-1]}'
+    commits = _any(run['commit'] for run in runs)
+    seeds = sorted({run['seed'] for run in runs})
+    contiguous = len(seeds) > 2 and seeds == list(range(seeds[0], seeds[-1] + 1))
+    seeded = f'{seeds[0]} to {seeds[-1]}' if contiguous else _any(map(str, seeds))
+    devices = _any(run['device'] for run in runs)
+    counted = f'{len(runs)} run{"s" if len(runs) > 1 else ""}, seed{"s" if len(seeds) > 1 else ""} {seeded}'
+    measured = f'Measured on {runs[0]["hardware"]} ({devices}), {jobs} at a time'
+    return f'{measured}; {versions}; {dated}; commit {commits}; {counted}.'
+
+
+def _any(values: Iterable[str]) -> str:
+    return ' and '.join(dict.fromkeys(values))

@@ -1,0 +1,360 @@
+"""Images in memory compared with Streaming's: the same samples, the same law of the transforms; and what repeats.
+
+Run: pytest tests/test_memory.py
+"""
+
+import copy
+from collections import Counter
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as TF
+from composer import Callback, Trainer
+from composer.models import ComposerClassifier
+from PIL import Image
+from scipy.stats import chisquare
+from torch import nn
+from torchvision import transforms
+
+from composer_sba import BatchAugmentation, sharing
+from composer_sba.batch_augmentation import Copies
+from composer_sba.convert import convert
+from composer_sba.data import DatasetConfig, build_dataloader, transform
+from composer_sba.errors import DatasetError
+from composer_sba.memory import BatchTransform, EachOnce, MemoryDataset
+from composer_sba.recipe import load
+from composer_sba.train import train
+from test_data import encoded, write
+
+RECIPE = str(Path(__file__).parent.parent / 'yamls' / 'digits_sba.yaml')
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp('data') / 'digits')
+    convert('digits', None, folder)
+    return folder
+
+
+@pytest.fixture
+def loader(folder):
+    """``loader(batch_size, seed=17, **keys)`` gives a DataLoader of the digits, in memory unless the keys say no."""
+
+    def build(batch_size=100, *, seed=17, drop_last=False, **keys):
+        config = DatasetConfig('digits', **({'local': folder, 'in_memory': True, 'num_workers': 0} | keys))
+        return build_dataloader(config, batch_size, seed=seed, drop_last=drop_last)
+
+    return build
+
+
+def epoch(loader):
+    batches = list(loader)
+    return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
+
+
+def multiset(images, labels):
+    return Counter(zip((image.numpy().tobytes() for image in images), labels.tolist(), strict=True))
+
+
+# --- the same as Streaming --------------------------------------------------------------------------------------------
+
+
+def test_every_epoch_has_the_samples_that_streaming_has(loader):
+    memory, streaming = loader(augment=False), loader(augment=False, in_memory=False)
+    assert len(memory) == len(streaming) == 15
+    for _ in range(2):
+        samples = multiset(*epoch(memory))
+        assert samples == multiset(*epoch(streaming))
+        assert samples.total() == 1437
+
+
+def test_evaluation_has_the_batches_that_streaming_has(loader):
+    memory, streaming = loader(split='val'), loader(split='val', in_memory=False)
+    assert len(memory) == len(streaming) == 4
+    for _ in range(2):
+        for ours, theirs in zip(memory, streaming, strict=True):
+            assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+            assert ours[0].dtype == torch.float32 and ours[1].dtype == torch.int64
+
+
+def both_paths(config, image, draws):
+    """``draws`` transforms of one image, by the transform for single images and by that for batches."""
+    pipeline = transform(config)
+    batch = torch.from_numpy(np.array(image)).permute(2, 0, 1).expand(draws, -1, -1, -1)
+    return {'streaming': [pipeline(image) for _ in range(draws)], 'memory': BatchTransform(pipeline)(batch)}
+
+
+def assert_uniform(counts, outcomes, path):
+    """Chi-square at 1 in 1,000, of draws that the seed of the test fixes."""
+    assert set(counts) <= set(outcomes), f'{path}: {len(set(counts) - set(outcomes))} of its outcomes are impossible'
+    assert set(counts) == set(outcomes), f'{path}: {len(set(outcomes) - set(counts))} of {len(outcomes)} never came'
+    test = chisquare(list(counts.values()))
+    assert test.pvalue > 1e-3, f'{path}: chi2 {test.statistic:.1f}, {len(counts) - 1} degrees of freedom: {counts}'
+
+
+def test_every_crop_and_flip_is_as_likely_as_in_streaming():
+    image = Image.fromarray(np.random.default_rng(0).integers(1, 256, (32, 32, 3), np.uint8))
+    config = DatasetConfig('cifar10')
+    normalized = transforms.Compose(transform(config).transforms[-2:])
+    outcomes = set()
+    for top, left, flipped in product(range(9), range(9), (False, True)):
+        moved = TF.crop(TF.pad(image, [4]), top, left, 32, 32)
+        outcomes.add(normalized(TF.hflip(moved) if flipped else moved).numpy().tobytes())
+    assert len(outcomes) == 162
+    for path, images in both_paths(config, image, 50 * 162).items():
+        assert_uniform(Counter(moved.numpy().tobytes() for moved in images), outcomes, path)
+
+
+@pytest.mark.parametrize('size', [3, 4])
+def test_cutout_has_every_centre_as_often_as_in_streaming(size):
+    def erased(row, column):
+        square = np.zeros((8, 8), bool)
+        square[
+            max(row - size // 2, 0) : row - size // 2 + size, max(column - size // 2, 0) : column - size // 2 + size
+        ] = 1
+        return square.tobytes()
+
+    outcomes = {erased(row, column) for row in range(8) for column in range(8)}
+    assert len(outcomes) == 64
+    config = DatasetConfig('digits', cutout=size)  # no pixel is the mean, so zeros are what was erased
+    for path, images in both_paths(config, Image.new('RGB', (8, 8), 'white'), 50 * 64).items():
+        squares = [image == 0 for image in images]
+        assert all(torch.equal(square[:1].expand(3, -1, -1), square) for square in squares), path
+        assert_uniform(Counter(square[0].numpy().tobytes() for square in squares), outcomes, path)
+
+
+def test_a_transform_without_batched_form_is_refused():
+    pipeline = transforms.Compose([*transform(DatasetConfig('cifar10')).transforms, transforms.RandomErasing()])
+    with pytest.raises(ValueError, match=r'(?s)^Expected only transforms that have a batched form.*RandomErasing'):
+        BatchTransform(pipeline)
+
+
+# --- the same again ---------------------------------------------------------------------------------------------------
+
+
+def test_seed_and_epoch_decide_order_and_transforms(loader):
+    def epochs(seed, **keys):
+        epochs_of_it = loader(seed=seed, cutout=2, **keys)
+        return [epoch(epochs_of_it) for _ in range(2)]
+
+    for images, again in zip(epochs(1), epochs(1), strict=True):
+        assert torch.equal(images[0], again[0])
+    labels = [labels for seed in (1, 2) for _, labels in epochs(seed)]
+    for i, j in product(range(4), range(4)):
+        assert i == j or not torch.equal(labels[i], labels[j]), 'two epochs have one order'
+    images = [images for seed in (1, 2) for images, _ in epochs(seed, shuffle=False)]
+    for i, j in product(range(4), range(4)):
+        assert i == j or not torch.equal(images[i], images[j]), 'two epochs have the same crops'
+    chosen = loader(seed=1, cutout=2)
+    chosen.sampler.set_epoch(1)
+    assert torch.equal(epoch(chosen)[0], epochs(1)[1][0])
+
+
+def test_batches_of_one_epoch_have_draws_of_their_own(loader):
+    train = loader(64)
+    train.dataset.images[:] = train.dataset.images[0].clone()
+    batches = [images.numpy().tobytes() for images, _ in train]
+    assert len(set(batches)) == len(batches) == 23
+
+
+def test_the_global_generator_is_left_alone(loader):
+    batches = iter(loader(cutout=2))  # the DataLoader draws a seed here
+    state = torch.get_rng_state()
+    next(batches)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+class Seen(Callback):
+    def __init__(self):
+        self.batches = []
+
+    def batch_end(self, state, logger):
+        self.batches.append(copy.deepcopy(state.batch))
+
+
+def fit(loader, algorithms=(), **options):
+    """Train for three epochs, whatever ``options`` say else; returns the weights and the batches."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.Dropout(), nn.ReLU(), nn.Linear(32, 10))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    seen = Seen()
+    options = {'max_duration': '3ep', 'device': 'cpu', 'progress_bar': False, 'callbacks': [seen]} | options
+    model = ComposerClassifier(network, num_classes=10)
+    trainer = Trainer(
+        model=model, train_dataloader=loader, optimizers=optimizer, algorithms=list(algorithms), **options
+    )
+    trainer.fit()
+    trainer.close()
+    return nn.utils.parameters_to_vector(network.parameters()).detach(), seen.batches
+
+
+@pytest.mark.filterwarnings('ignore:Cannot split tensor of length:UserWarning')  # of the last batch of an epoch
+@pytest.mark.parametrize('checkpoint', ['ep0-ba2-rank0.pt', 'ep1-ba5-rank0.pt'])
+def test_a_run_resumed_in_mid_epoch_ends_with_the_same_bits(tmp_path, loader, checkpoint):
+    weights, batches = fit(loader(512, cutout=2), save_folder=str(tmp_path), save_interval='1ba')
+    resumed, rest = fit(loader(512, cutout=2), load_path=str(tmp_path / checkpoint))
+    assert len(batches) == 9
+    for ours, unbroken in zip(rest, batches[int(checkpoint[6]) :], strict=True):
+        assert torch.equal(ours[0], unbroken[0]) and torch.equal(ours[1], unbroken[1])
+    assert torch.equal(resumed, weights), f'differ by {(resumed - weights).abs().max():.2g}'
+
+
+# --- ranks ------------------------------------------------------------------------------------------------------------
+
+
+class Samples:
+    """As much of a MemoryDataset as a sampler asks for."""
+
+    def __init__(self, size):
+        self.size, self.seed, self.epoch = size, 3, 0
+
+    def __len__(self):
+        return self.size
+
+
+def batches_of_ranks(size, ranks, batch_size, drop_last=False, epoch=0):
+    dealt = []
+    for rank in range(ranks):
+        sampler = EachOnce(Samples(size), batch_size, num_replicas=ranks, rank=rank, drop_last=drop_last)
+        sampler.set_epoch(epoch)
+        samples = list(sampler)
+        assert len(samples) == len(sampler) and sampler.dataset.epoch == epoch
+        dealt.append([samples[i : i + batch_size] for i in range(0, len(samples), batch_size)])
+    return dealt
+
+
+@pytest.mark.parametrize('drop_last', [False, True])
+@pytest.mark.parametrize('size', [1, 5, 16, 97])
+@pytest.mark.parametrize('ranks', [1, 2, 3, 4])
+def test_ranks_share_an_epoch_as_streaming_shares_it(ranks, size, drop_last):
+    for batch_size in (1, 4):
+        dealt = batches_of_ranks(size, ranks, batch_size, drop_last)
+        positions = sharing.partition(size, 1, 1, ranks, 1, batch_size, drop_last=drop_last)[0, :, 0]
+        sizes = [[len(batch) for batch in batches] for batches in dealt]
+        assert sizes == (positions >= 0).sum(-1).tolist()
+        assert len({len(batches) for batches in dealt}) == 1, f'ranks differ in batches: {sizes}'
+        samples = [sample for batches in dealt for batch in batches for sample in batch]
+        assert len(samples) == len(set(samples)) == sharing.shared_samples(size, ranks, batch_size, drop_last)
+        assert set(samples) <= set(range(size))
+
+
+def test_global_batches_do_not_depend_on_the_number_of_ranks():
+    whole = [set(batch) for batch in batches_of_ranks(97, 1, 12)[0][:8]]
+    for ranks in (2, 3, 4):
+        dealt = batches_of_ranks(97, ranks, 12 // ranks)
+        assert [set().union(*batches) for batches in zip(*dealt, strict=True)] == whole, ranks
+
+
+def test_each_epoch_leaves_out_others():
+    left_out = [set(range(97)).difference(*batches_of_ranks(97, 2, 4, drop_last=True, epoch=i)[0]) for i in range(2)]
+    assert left_out[0] != left_out[1]
+
+
+def test_batches_that_cannot_be_filled_are_refused(loader, folder):
+    with pytest.raises(
+        DatasetError, match=f'^{folder}/train has 5 samples, too few for 1 ranks with full batches of 6$'
+    ):
+        loader(6, subset=5, drop_last=True)
+
+
+# --- subset, copies, recipe -------------------------------------------------------------------------------------------
+
+
+def test_a_subset_is_the_same_whatever_the_seed(loader):
+    everything = loader(augment=False, shuffle=False)
+    chosen = torch.randperm(1437, generator=torch.Generator().manual_seed(0))[:500]
+    expected = multiset(everything.dataset.images[chosen].float(), everything.dataset.labels[chosen])
+    for seed in (1, 2):
+        part = loader(seed=seed, subset=500)
+        assert len(part.dataset) == len(epoch(part)[1]) == 500
+        assert multiset(part.dataset.images.float(), part.dataset.labels) == expected
+
+
+def test_copies_of_one_image_have_crops_of_their_own(loader):
+    train = loader(64, subset=640)
+    originals = {
+        TF.pad(image, [1])[:, top : top + 8, left : left + 8].numpy().tobytes(): i
+        for i, image in enumerate(train.dataset.images)
+        for top, left in product(range(3), range(3))
+    }
+    mean, std = train.dataset.transform.mean, train.dataset.transform.std
+    train.dataset.transform = Copies(train.dataset.transform, 4)
+    different = 0
+    for images, labels in train:
+        assert images.shape == (64, 4, 3, 8, 8) and labels.shape == (64,)
+        pixels = ((images * std + mean) * 255).round().to(torch.uint8)
+        for copies, label in zip(pixels, labels, strict=True):
+            (original,) = {originals[image.numpy().tobytes()] for image in copies}
+            assert train.dataset.labels[original] == label
+            different += len({image.numpy().tobytes() for image in copies})
+    # Of 9 crops, 4 draws meet 9 (1 - (8/9)^4) on average, 3.39.
+    assert different / 640 == pytest.approx(3.39, abs=0.1)
+
+
+@pytest.mark.filterwarnings('ignore:Cannot split tensor of length:UserWarning')
+def test_batch_augmentation_trains_on_them(loader):
+    _, batches = fit(loader(512), [BatchAugmentation(fold=3)])
+    assert [len(images) for images, _ in batches] == [1536, 1536, 1239] * 3
+    for images, labels in batches:
+        assert torch.equal(labels[::3], labels[1::3]) and torch.equal(labels[::3], labels[2::3])
+        assert not torch.equal(images[::3], images[1::3])
+
+
+def test_a_recipe_chooses_it(folder):
+    keys = [f'local={folder}', 'in_memory=true']
+    overrides = [f'{section}.{key}' for section in ('train_dataset', 'eval_dataset') for key in keys]
+    overrides += ['max_duration=2ba', 'progress_bar=false', 'save_folder=null', 'device=cpu']
+    trainer = train(load(RECIPE, [*overrides, 'train_dataset.subset=200']))
+    assert isinstance(trainer.state.dataloader.dataset, MemoryDataset)
+    assert trainer.state.timestamp.sample == 128 and len(trainer.state.dataloader.dataset) == 200
+    evaluation = trainer.state.evaluators[0].dataloader.dataloader.dataset
+    assert isinstance(evaluation, MemoryDataset) and len(evaluation) == 360
+    assert 0 < trainer.state.eval_metric_values['MulticlassAccuracy'] < 1
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('keys', 'message'),
+    [
+        ({'name': 'imagenet'}, 'in_memory does not apply to imagenet, whose images differ in size: remove the key'),
+        (
+            {'name': 'imagefolder'},
+            'in_memory does not apply to imagefolder, whose images differ in size: remove the key',
+        ),
+        ({'remote': 's3://x'}, 'in_memory reads the shards of local: fetch the dataset there, and remove remote'),
+        ({'num_workers': 2}, 'num_workers: 2 workers have no work with in_memory: remove the key'),
+        ({'in_memory': False, 'subset': 5}, 'subset needs in_memory: true'),
+        ({'subset': 0}, 'subset: expected a number of samples >= 1, got 0'),
+        ({'subset': 1438}, 'subset: 1438 is more than the 1437 samples of FOLDER/train: choose a smaller one'),
+    ],
+)
+def test_wrong_keys_are_refused(folder, keys, message):
+    with pytest.raises(DatasetError) as caught:
+        build_dataloader(DatasetConfig(**({'name': 'digits', 'local': folder, 'in_memory': True} | keys)), 4)
+    assert str(caught.value) == message.replace('FOLDER', folder)
+
+
+BLACK = encoded(Image.new('RGB', (32, 32)))
+
+
+@pytest.mark.parametrize(
+    ('image', 'label', 'message'),
+    [
+        (b'no image', 0, r'sample 1 cannot be read \(cannot identify image file .+\): make it again with python -m'),
+        (BLACK, 10, 'sample 1 has the label 10, expected 0 to 9: correct num_classes or the data$'),
+        (
+            encoded(Image.new('RGB', (8, 8))),
+            0,
+            'sample 1 has 8x8 pixels, expected 32x32: read it as name: imagefolder$',
+        ),
+    ],
+)
+def test_broken_samples_are_named(tmp_path, image, label, message):
+    write(tmp_path / 'train', [BLACK, image], [0, label])
+    with pytest.raises(DatasetError, match=f'^{tmp_path}/train: {message}'):
+        build_dataloader(DatasetConfig('cifar10', local=str(tmp_path), in_memory=True), 2)
