@@ -1,5 +1,6 @@
 """A recipe -> Composer's Trainer, and what refuses to be built -> one line that names its key."""
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,7 +18,7 @@ from composer_sba.data import DatasetConfig, build_dataloader, dataset_classes
 from composer_sba.errors import CutLayerError, DatasetError, RecipeError, UserError
 from composer_sba.models import classifier
 from composer_sba.recipe import DECAY_ALL, Recipe, component_arguments
-from composer_sba.registry import construct
+from composer_sba.registry import components, construct
 from composer_sba.sba import sort_sba_last
 from composer_sba.sources import NAMED
 
@@ -56,7 +57,7 @@ def build_trainer(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
             algorithm_passes=[sort_sba_last],
         )
     except CutLayerError as error:
-        raise recipe.sources.error('algorithms.sba.layers', one_line(error)) from error
+        raise recipe.sources.error(layers_key(recipe, error), one_line(error)) from error
     except UserError:
         raise
     except (ValueError, FileNotFoundError) as error:  # how Composer words what it cannot run as asked
@@ -103,6 +104,19 @@ def parameter_groups(model: nn.Module, decay_norm_and_bias: bool) -> list[dict[s
         return [{'params': parameters}]
     exempt = [parameter for parameter in parameters if parameter.ndim <= 1]
     return [{'params': [p for p in parameters if p.ndim > 1]}, {'params': exempt, 'weight_decay': 0.0}]
+
+
+def layers_key(recipe: Recipe, error: CutLayerError) -> str:
+    """The key of the layers that an error is about: of the algorithms that cut, the one whose layer it names first."""
+
+    def place(name: str) -> int:
+        layers = recipe.algorithms[name].get('layers', 'head')
+        found = [str(error).find(repr(layer)) for layer in ([layers] if isinstance(layers, str) else layers)]
+        return min((each for each in found if each >= 0), default=len(str(error)))
+
+    known = components('algorithms')
+    cutting = [name for name in recipe.algorithms if 'layers' in inspect.signature(known[name]).parameters]
+    return f'algorithms.{min(cutting, key=place)}.layers'
 
 
 def one_line(error: Exception) -> str:

@@ -18,7 +18,7 @@ from composer.utils import dist, format_name_with_dist, maybe_create_object_stor
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from composer_sba.build import build_components, build_trainer, one_line
+from composer_sba.build import build_components, build_trainer, layers_key, one_line
 from composer_sba.errors import AlreadyTrainedError, CutLayerError, UserError
 from composer_sba.recipe import Recipe, load, save
 from composer_sba.summary import Summary
@@ -90,7 +90,7 @@ def train(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
         try:
             trainer.fit()
         except CutLayerError as error:
-            raise recipe.sources.error('algorithms.sba.layers', one_line(error)) from error
+            raise recipe.sources.error(layers_key(recipe, error), one_line(error)) from error
         finally:
             trainer.close()
     if dist.get_global_rank() == 0:

@@ -76,6 +76,10 @@ def test_autoresume_goes_on_and_refuses_to_begin_anew(capsys: pytest.CaptureFixt
         ('model.num_classes=11', 'command line: model.num_classes: expected 10, as train_dataset digits has, got 11'),
         ('train_dataset.name=cifar10', 'command line: train_dataset: data/cifar10 does not exist'),
         ('algorithms.sba.layers=hed', "command line: algorithms.sba.layers: The model has no layer 'hed'"),
+        (
+            'algorithms.manifold_mixup.layers=hed',
+            "command line: algorithms.manifold_mixup.layers: The model has no layer 'hed'",
+        ),
         ('precision=amp_bf16', 'digits_sba.yaml: Precision.AMP_BF16 is not supported for CPU training.'),
     ],
 )

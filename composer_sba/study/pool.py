@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from composer_sba.study.plan import Run
-from composer_sba.study.worker import work
+from composer_sba.study.worker import shared_facts, work
 
 
 def run_all(runs: Sequence[Run], flops: Sequence[float], results: Path, jobs: int, scratch: Path) -> int:
@@ -34,6 +34,7 @@ def run_all(runs: Sequence[Run], flops: Sequence[float], results: Path, jobs: in
     """
     scratch.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault('OMP_NUM_THREADS', str(max(len(os.sched_getaffinity(0)) // jobs, 1)))
+    shared = shared_facts(jobs)
     # A server process imports PyTorch and Composer once, and a fork of it trains each run
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['composer_sba.study.worker'])
@@ -45,7 +46,7 @@ def run_all(runs: Sequence[Run], flops: Sequence[float], results: Path, jobs: in
                 while waiting and len(pool.active) < jobs:
                     run, cost = waiting.pop(0)
                     receiver, sender = context.Pipe(duplex=False)
-                    process = context.Process(target=work, args=(run, results, jobs, scratch, sender), name=run.name)
+                    process = context.Process(target=work, args=(run, results, shared, scratch, sender), name=run.name)
                     process.start()
                     sender.close()  # the process has its own end; this one would keep the pipe open
                     pool.add(receiver, _Active(run, cost, process, display.add_task(run.name, total=1.0)))

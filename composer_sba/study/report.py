@@ -84,7 +84,7 @@ def _body(groups: dict[Group, list[Record]], folder: Path) -> tuple[str, list[Pa
     parts = [
         LEGEND,
         *([COST_LEGEND] if study == 'layers' else []),
-        *([paper.CLAIMS[study]] if study in paper.CLAIMS else []),
+        *([_NOTES[study]] if study in _NOTES else []),
     ]
     written: list[Path] = []
     titles = [each.title for each in groups]

@@ -7,9 +7,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
-from functools import cache
 from importlib.metadata import version
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -95,13 +94,13 @@ class Curve(LoggerDestination):
         self._begun = time.monotonic()
 
 
-def work(run: Run, results: Path, jobs: int, scratch: Path, told: Connection) -> None:
+def work(run: Run, results: Path, shared: Mapping[str, Any], scratch: Path, told: Connection) -> None:
     """Train a run, append its record and leave; this is the main function of a process.
 
     Args:
         run (Run): What to train; its checkpoints go to ``scratch/<hash>`` until the record is written.
         results (Path): The file of the study.
-        jobs (int): How many runs share the machine, for the record.
+        shared (Mapping[str, Any]): What the records of all runs of this study hold, as :func:`shared_facts` gives it.
         scratch (Path): Where checkpoints and ``<hash>.log``, all that the run prints, go.
         told (Connection): Gets the share that is done, now and then, and the record in the end.
     """
@@ -116,14 +115,14 @@ def work(run: Run, results: Path, jobs: int, scratch: Path, told: Connection) ->
     with FileLock(scratch / f'{run.hash}.lock'):
         record = next((dict(each) for each in read(results) if each['hash'] == run.hash), None)
         if record is None:
-            record = _train(run, Curve(told.send), jobs, scratch)
+            record = {**_train(run, Curve(told.send), scratch), **shared}
             append(results, record)
         shutil.rmtree(scratch / run.hash, ignore_errors=True)
     told.send(record)
     atexit._run_exitfuncs()  # a forked process leaves without them, and Streaming's shared memory would stay behind
 
 
-def _train(run: Run, curve: Curve, jobs: int, scratch: Path) -> dict[str, Any]:
+def _train(run: Run, curve: Curve, scratch: Path) -> dict[str, Any]:
     try:
         try:
             trainer = train(run.recipe, curve)
@@ -133,10 +132,10 @@ def _train(run: Run, curve: Curve, jobs: int, scratch: Path) -> dict[str, Any]:
     except UserError as error:
         print(f'error: {error}', file=sys.stderr, flush=True)
         sys.exit(2)
-    return make_record(run, trainer, curve, jobs)
+    return make_record(run, trainer, curve)
 
 
-def make_record(run: Run, trainer: Trainer, curve: Curve, jobs: int) -> dict[str, Any]:
+def make_record(run: Run, trainer: Trainer, curve: Curve) -> dict[str, Any]:
     """Sum up a finished run: what was trained, on what, and what came out."""
     state = trainer.state
     images, epochs = int(state.timestamp.sample), int(state.timestamp.epoch)
@@ -150,12 +149,9 @@ def make_record(run: Run, trainer: Trainer, curve: Curve, jobs: int) -> dict[str
         'seed': run.recipe.seed,
         'hash': run.hash,
         'recipe': run.facts,
-        'commit': commit(),
         'date': datetime.now(timezone.utc).isoformat(timespec='seconds'),
         'device': 'gpu' if state.device.name == 'gpu' else 'cpu',
         'hardware': hardware(state.device.name),
-        'jobs': jobs,
-        'versions': {**{package: version(package) for package in PACKAGES}, 'python': platform.python_version()},
         'train_samples': round(images / max(epochs, 1)),
         'epochs': [{key: round(value, 5) for key, value in entry.items()} for entry in curve.epochs],
         **{name: round(last_epochs_median({e['epoch']: e[name] for e in curve.epochs}), 5) for name in _METRICS},
@@ -166,7 +162,12 @@ def make_record(run: Run, trainer: Trainer, curve: Curve, jobs: int) -> dict[str
     }
 
 
-@cache
+def shared_facts(jobs: int) -> dict[str, Any]:
+    """What is the same for all runs that one command trains, ``jobs`` at a time: code and versions, as it starts."""
+    versions = {package: version(package) for package in PACKAGES}
+    return {'commit': commit(), 'jobs': jobs, 'versions': {**versions, 'python': platform.python_version()}}
+
+
 def commit() -> str:
     """The commit of the code, with a ``+`` if files that git knows differ from it; 'unknown' outside a checkout."""
     git = ['git', '-C', str(Path(__file__).parent)]
