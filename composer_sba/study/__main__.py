@@ -6,6 +6,7 @@ Exit codes: 0 all is done, 1 some runs failed, 2 a mistake in what was asked for
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from composer_sba.build import one_line
 from composer_sba.errors import UserError
+from composer_sba.study.benchmark import DTYPES, Options, benchmark
 from composer_sba.study.cost import training_flops
 from composer_sba.study.plan import MAX_COST, STUDIES, Run, plan
 from composer_sba.study.pool import run_all
@@ -41,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             for path in report(arguments.results, arguments.page):
                 print(path)
+            return 0
+        if arguments.study == 'step':
+            print(benchmark(arguments.recipes, arguments.out, _options(arguments)))
             return 0
         return _study(arguments)
     except UserError as error:
@@ -103,9 +108,32 @@ def _costs(
     return table
 
 
+def _options(arguments: argparse.Namespace) -> Options:
+    return Options(**{each.name: getattr(arguments, each.name) for each in fields(Options)})
+
+
+def _add_step(command: argparse.ArgumentParser) -> None:
+    for option in ('networks', 'datasets'):
+        command.add_argument(f'--{option}', nargs='+', default=(), metavar='NAME', help='only these')
+    command.add_argument(
+        '--cuts', nargs='+', default=(), metavar='LAYER', help='where to cut (head, and a stage below)'
+    )
+    command.add_argument('--fold', nargs='+', type=int, default=(), dest='folds', metavar='M', help="(1, 4, paper's)")
+    command.add_argument('--device', choices=('cpu', 'gpu'), help='where to train; a GPU if there is one')
+    command.add_argument('--dtype', choices=list(DTYPES), default='fp32', help='of autocast (fp32: none)')
+    command.add_argument('--compile', action='store_true', dest='compiled', help='by torch.compile')
+    command.add_argument('--channels-last', action='store_true', help='memory format')
+    command.add_argument('--batch', type=int, metavar='N', help="images of a batch (the recipe's)")
+    command.add_argument('--rounds', type=int, default=20, metavar='N', help='how often each step is timed (20)')
+    command.add_argument('--recipes', type=Path, default=RECIPES, metavar='DIR', help='where the recipes are')
+    command.add_argument('--out', type=Path, default=Path('benchmarks'), metavar='DIR', help='where the report goes')
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='python -m composer_sba.study', description=__doc__.partition('\n')[0])
-    commands = parser.add_subparsers(dest='study', required=True, metavar='{table1,eta,layers,rivals,search,report}')
+    commands = parser.add_subparsers(
+        dest='study', required=True, metavar='{table1,eta,layers,rivals,search,step,report}'
+    )
     helps = {
         'table1': "the cells of the paper's Table 1",
         'eta': 'SBA for each η of Fig. 2',
@@ -128,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument('--tflops', type=float, metavar='RATE', help='TFLOP/s of one run, for --dry-run')
         command.add_argument('--recipes', type=Path, default=RECIPES, metavar='DIR', help='where the recipes are')
         command.add_argument('--results', type=Path, default=Path('results'), metavar='DIR', help='for one line a run')
+    _add_step(commands.add_parser('step', help='what a step costs, with SBA and without', description='Time steps.'))
     command = commands.add_parser('report', help='tables and figures of all that has been run')
     command.add_argument('--results', type=Path, default=Path('results'), metavar='DIR', help='where the lines are')
     command.add_argument('--page', type=Path, default=Path('docs/results.md'), metavar='FILE', help='what to write')

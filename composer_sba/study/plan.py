@@ -85,8 +85,13 @@ class Run:
 
 
 @dataclass(frozen=True)
-class _Regime:
-    """The recipes of one network on one data set: ``<network>_<dataset>_<method>.yaml``."""
+class Regime:
+    """The recipes of one network on one data set: ``<network>_<dataset>_<method>.yaml``.
+
+    Args:
+        folder (Path): Where they are.
+        stem (str): ``<network>_<dataset>``.
+    """
 
     folder: Path
     stem: str
@@ -98,6 +103,7 @@ class _Regime:
         return network or dataset, dataset
 
     def own(self, method: str) -> Path:
+        """The method's own recipe, which may not exist."""
         return self.folder / f'{self.stem}_{method}.yaml'
 
     def files(self, method: str) -> list[Path] | None:
@@ -108,9 +114,35 @@ class _Regime:
         return [self.own(BASELINE), general] if general.exists() else None
 
     def methods(self) -> list[str]:
+        """All that have a recipe of their own or a file in ``methods/``, the baseline first."""
         own = [path.stem.removeprefix(f'{self.stem}_') for path in self.folder.glob(f'{self.stem}_*.yaml')]
         general = [path.stem for path in (self.folder / 'methods').glob('*.yaml')]
         return sorted({*own, *general}, key=lambda method: (method != BASELINE, method))
+
+
+def regimes(recipes: Path, networks: Sequence[str] = (), datasets: Sequence[str] = ()) -> list[Regime]:
+    """Find the networks and data sets that have recipes.
+
+    Args:
+        recipes (Path): The folder of the recipes.
+        networks (Sequence[str], optional): Which to keep. Default: ``()``, all.
+        datasets (Sequence[str], optional): The same of data sets.
+
+    Returns:
+        list[Regime]: By name.
+
+    Raises:
+        UserError: If there is none of a name.
+    """
+    stems = sorted(path.name.removesuffix('_baseline.yaml') for path in recipes.glob('*_baseline.yaml'))
+    found = [Regime(recipes, stem) for stem in stems]
+    _check_names('networks', networks, {regime.names[0] for regime in found})
+    _check_names('datasets', datasets, {regime.names[1] for regime in found})
+    return [
+        regime
+        for regime in found
+        if (not networks or regime.names[0] in networks) and (not datasets or regime.names[1] in datasets)
+    ]
 
 
 def plan(
@@ -152,20 +184,13 @@ def plan(
     Raises:
         UserError: If a name is unknown, or nothing is left.
     """
-    regimes = [_Regime(recipes, path.name.removesuffix('_baseline.yaml')) for path in recipes.glob('*_baseline.yaml')]
-    regimes.sort(key=lambda regime: regime.stem)
-    _check_names('networks', networks, {regime.names[0] for regime in regimes})
-    _check_names('datasets', datasets, {regime.names[1] for regime in regimes})
-    _check_names('methods', methods, {method for regime in regimes for method in regime.methods()} | {'latent_ba'})
+    known = {method for regime in regimes(recipes) for method in regime.methods()}
+    _check_names('methods', methods, known | {'latent_ba'})
     if seeds < 1:
         raise UserError(f'--seeds: expected at least 1, got {seeds}')
-    chosen = [
-        regime
-        for regime in regimes
-        if (not networks or regime.names[0] in networks)
-        and (not datasets or regime.names[1] in datasets)
-        and (study != 'table1' or regime.names[::-1] in TABLE_1)
-    ]
+    chosen = regimes(recipes, networks, datasets)
+    if study == 'table1':
+        chosen = [regime for regime in chosen if regime.names[::-1] in TABLE_1]
     first = [
         Run(study, *regime.names, method, setting, _load(files, [*overrides, *extra], epochs_scale))
         for regime in chosen
@@ -182,7 +207,7 @@ _Variant = tuple[str, dict[str, Any], list[Path], list[str]]
 
 
 def _variants(
-    study: str, regime: _Regime, methods: Sequence[str], trials: int, overrides: Sequence[str]
+    study: str, regime: Regime, methods: Sequence[str], trials: int, overrides: Sequence[str]
 ) -> Iterator[_Variant]:
     """Method, setting, files and further overrides."""
     if study in ('table1', 'rivals'):
@@ -203,7 +228,7 @@ def _variants(
     if study == 'search':
         yield from _trials(sba, overrides, trials)
         return
-    for layer in _cut_layers(load(sba)):
+    for layer in cut_layers(load(sba)):
         # Dense bases end at 8,192 features, and identity has their law up to the clip
         at = [f'algorithms.sba.layers={layer}', 'algorithms.sba.vicinity.basis=identity']
         latent_ba = ['algorithms.sba.target=hard', 'algorithms.sba.augment_prob=1.0', 'algorithms.sba.eta=1.0']
@@ -214,7 +239,7 @@ def _variants(
 def _trials(sba: list[Path], overrides: Sequence[str], trials: int) -> Iterator[_Variant]:
     """Settings drawn at random, each once: chance finds a good one sooner than a grid where few arguments matter."""
     limit = MAX_COST * flops_per_image(replace(_load(sba, overrides), algorithms={}))
-    grid = {'layers': _cut_layers(load(sba)), **SEARCH}
+    grid = {'layers': cut_layers(load(sba)), **SEARCH}
     chance = random.Random(0)
     drawn: list[dict[str, Any]] = []
     for _ in range(1000 * trials):
@@ -225,8 +250,13 @@ def _trials(sba: list[Path], overrides: Sequence[str], trials: int) -> Iterator[
             yield 'sba', {key.removeprefix('vicinity.'): value for key, value in setting.items()}, sba, extra
 
 
-def _cut_layers(recipe: Recipe) -> list[str]:
-    """The stages of the network that have parameters, by name, and the head."""
+def cut_layers(recipe: Recipe) -> list[str]:
+    """Name the stages of a recipe's network that have parameters, and the head.
+
+    Example:
+        >>> cut_layers(load('yamls/resnet44_cifar10_baseline.yaml'))
+        ['stem', 'stage1', 'stage2', 'stage3', 'head']
+    """
     network: nn.Module = construct('model', recipe.model['name'], component_arguments(recipe.model))
     last = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
     stages = [name for name, stage in network.named_children() if stage is not last and [*stage.parameters()]]

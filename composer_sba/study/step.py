@@ -1,0 +1,220 @@
+"""What one step costs: plain, with SBA and with its relatives, taken in turn, beside what the arithmetic asks for."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from composer_sba import functional as sbaf
+from composer_sba.latent import LatentExpander
+from composer_sba.vicinity import Vicinity
+
+KINDS = ('plain', 'unarmed', 'sba', 'latent_ba', 'naive', 'ba')
+PARTS = {  # what a profile's operators belong to, the first that fits; the rest is the network's
+    'noise and Σ': ('composer_sba::',),
+    'rows': ('aten::cat', 'aten::copy_', 'ExpandRows'),
+    'batch norm': ('batch_norm', 'aten::var_mean', 'aten::native_layer_norm'),
+    'tail and trunk': ('convolution', 'addmm', 'aten::mm', 'aten::bmm', 'pool'),
+    'loss': ('softmax', 'nll_loss', 'aten::kl_div'),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a kind of step costs beside a plain one.
+
+    Args:
+        kind (str): One of ``KINDS``.
+        ratio (float): Time ÷ plain, the median over rounds.
+        low, high (float): Its quartiles.
+        ideal (float): Operations ÷ plain, as they were executed.
+        memory (float): Peak memory of the step ÷ plain, what the process held before it left out.
+    """
+
+    kind: str
+    ratio: float
+    low: float
+    high: float
+    ideal: float
+    memory: float
+
+
+class Steps:
+    """The steps of one network on one batch of random images, each kind on the same weights.
+
+    ``plain``: cross-entropy. ``unarmed``: the same with SBA's hooks in, as at λ(t) = 0. ``sba``: Eq. 11. ``latent_ba``:
+    the hard loss of Eq. 9. ``naive``: SBA whose virtual rows get a forward pass of their own from the input on. ``ba``:
+    Hoffer et al.'s, M copies of the input.
+
+    Args:
+        network (torch.nn.Module): On its device.
+        images (torch.Tensor): Shape ``(N, 3, H, W)``.
+        labels (torch.Tensor): Shape ``(N,)``.
+        layer (str): The cut layer.
+        fold (int): M.
+        vicinity (Vicinity, optional): The law of the virtual rows. Default: ``Vicinity()``.
+        dtype (torch.dtype, optional): That of autocast; float32 for none. Default: ``torch.float32``.
+        compiled (bool, optional): Whether ``torch.compile`` takes the network. Default: ``False``.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        layer: str,
+        fold: int,
+        vicinity: Vicinity = Vicinity(),
+        *,
+        dtype: torch.dtype = torch.float32,
+        compiled: bool = False,
+    ) -> None:
+        self.network, self.images, self.labels, self.fold = network, images, labels, fold
+        self.expander = LatentExpander(network, layer, fold, vicinity)
+        with torch.no_grad():
+            self.expander.check(lambda: network(images[:2]))
+        self.forward: Callable[[torch.Tensor], torch.Tensor] = torch.compile(network) if compiled else network
+        self.compiled = compiled
+        self.dtype = dtype
+        self.optimizer = torch.optim.SGD(network.parameters(), lr=1e-6, momentum=0.9)
+        self.count = 0
+
+    def run(self, kind: str) -> None:
+        """Train for one step of a kind; hooks come and go where they would cost a plain step its time."""
+        self.count += 1
+        self.optimizer.zero_grad()
+        with torch.autocast(self.images.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            loss = self._loss(kind)
+        loss.backward()
+        self.optimizer.step()
+
+    @contextmanager
+    def hooked(self, kind: str) -> Iterator[None]:
+        """Have the hooks that a kind of step needs; under compilation all kinds share a graph that has them."""
+        if kind in ('plain', 'ba') and not self.compiled:
+            self.expander.remove()
+        try:
+            yield
+        finally:
+            if kind in ('plain', 'ba') and not self.compiled:
+                self.expander.attach()
+
+    def _loss(self, kind: str) -> torch.Tensor:
+        if kind in ('plain', 'unarmed'):
+            return F.cross_entropy(self.forward(self.images), self.labels)
+        if kind == 'ba':
+            images = self.images.repeat_interleave(self.fold, 0)
+            return F.cross_entropy(self.forward(images), self.labels.repeat_interleave(self.fold))
+        own = self.forward(self.images) if kind == 'naive' else None
+        with self.expander.armed(self.count):
+            logits, virtual = self.expander.split(self.forward(self.images))
+        logits = logits if own is None else own
+        if kind == 'latent_ba':
+            return F.cross_entropy(logits, self.labels) + sbaf.hard_label_loss(virtual, self.labels)
+        return F.cross_entropy(logits, self.labels) + 0.1 * sbaf.soft_label_kl(logits, virtual)
+
+
+def measure(steps: Steps, kinds: Sequence[str], rounds: int) -> list[Cost]:
+    """Time kinds of steps in turn, so that each ratio compares neighbours in time.
+
+    Args:
+        steps (Steps): The network and its batch.
+        kinds (Sequence[str]): Of ``KINDS``; ``'plain'`` is taken in any case.
+        rounds (int): How often, after one round to warm up.
+
+    Returns:
+        list[Cost]: One for each kind but ``'plain'``, in the order of ``kinds``.
+    """
+    kinds = ['plain', *(kind for kind in kinds if kind != 'plain')]
+    operations = {kind: _operations(steps, kind) for kind in kinds}
+    memory = {kind: _memory(steps, kind) for kind in kinds}
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for turn in range(rounds + 1):
+        for kind in kinds if turn % 2 else kinds[::-1]:  # no kind always follows the same one
+            with steps.hooked(kind):
+                begun = time.perf_counter()
+                steps.run(kind)
+                _wait(steps)
+                seconds[kind].append(time.perf_counter() - begun)
+    costs = []
+    for kind in kinds[1:]:
+        ratios = [own / plain for own, plain in zip(seconds[kind][1:], seconds['plain'][1:], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
+        ideal = operations[kind] / operations['plain']
+        costs.append(Cost(kind, middle, low, high, ideal, memory[kind] / memory['plain']))
+    return costs
+
+
+def profiled(steps: Steps, kind: str, rounds: int) -> dict[str, float]:
+    """Where the time beyond a plain step goes.
+
+    Args:
+        steps (Steps): The network and its batch.
+        kind (str): The kind of step.
+        rounds (int): Steps to average over.
+
+    Returns:
+        dict[str, float]: Part of a step -> milliseconds more than in a plain step.
+    """
+    parts: dict[str, dict[str, float]] = {}
+    for each in ('plain', kind):
+        with steps.hooked(each), profile(activities=_activities(steps)) as record:
+            for _ in range(rounds):
+                steps.run(each)
+            _wait(steps)
+        parts[each] = _by_part(record, steps, rounds)
+    return {part: parts[kind][part] - parts['plain'][part] for part in parts[kind]}
+
+
+def _by_part(record: profile, steps: Steps, rounds: int) -> dict[str, float]:
+    parts: dict[str, float] = dict.fromkeys([*PARTS, 'other'], 0.0)
+    for event in record.key_averages():
+        part = next((name for name, words in PARTS.items() if any(word in event.key for word in words)), 'other')
+        own = event.self_device_time_total if steps.images.is_cuda else event.self_cpu_time_total
+        parts[part] += own / 1000 / rounds
+    return parts
+
+
+def _activities(steps: Steps) -> list[ProfilerActivity]:
+    return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if steps.images.is_cuda else [])]
+
+
+def _operations(steps: Steps, kind: str) -> float:
+    # Counted without compilation, which hides the operators
+    forward, steps.forward = steps.forward, steps.network
+    with steps.hooked(kind), FlopCounterMode(display=False) as counter:
+        steps.run(kind)
+    steps.forward = forward
+    return float(counter.get_total_flops())
+
+
+def _memory(steps: Steps, kind: str) -> float:
+    """Peak of a step above what is held between steps, in bytes."""
+    with steps.hooked(kind):
+        steps.run(kind)
+        steps.optimizer.zero_grad()
+        if steps.images.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
+            steps.run(kind)
+            return float(torch.cuda.max_memory_allocated() - held)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+            steps.run(kind)
+    # The events themselves: what the profiler sums up over operators has no peak
+    assert record.profiler is not None and record.profiler.kineto_results is not None
+    changes = [event for event in record.profiler.kineto_results.events() if event.name() == '[memory]']
+    changes.sort(key=lambda event: event.start_ns())
+    return float(max(accumulate(event.nbytes() for event in changes)))
+
+
+def _wait(steps: Steps) -> None:
+    if steps.images.is_cuda:
+        torch.cuda.synchronize()

@@ -1,0 +1,72 @@
+"""The step benchmark, at tiny size: that it counts, compares and reports; speed is for its reports to show.
+
+pytest tests/test_benchmark.py
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from composer_sba.models import digits_net
+from composer_sba.recipe import load
+from composer_sba.study.__main__ import main
+from composer_sba.study.cost import flops_per_image
+from composer_sba.study.step import KINDS, PARTS, Steps, measure, profiled
+
+YAMLS = Path(__file__).parent.parent / 'yamls'
+
+
+def steps(layer: str, fold: int) -> Steps:
+    return Steps(digits_net(), torch.randn(16, 3, 8, 8), torch.randint(10, (16,)), layer, fold)
+
+
+def test_ideal_is_what_the_study_counts() -> None:
+    costs = {cost.kind: cost for cost in measure(steps('conv2', 4), KINDS, rounds=2)}
+    plain, half = (
+        flops_per_image(load(YAMLS / f'{name}.yaml')) for name in ('digits_baseline', 'digits_sba_conv')
+    )  # the recipe augments every other step
+    assert costs['sba'].ideal == pytest.approx(1 + 2 * (half / plain - 1))
+    assert costs['latent_ba'].ideal == costs['sba'].ideal
+    assert costs['naive'].ideal == pytest.approx(1 + costs['sba'].ideal)
+    assert costs['ba'].ideal == 4
+    assert costs['unarmed'].ideal == 1
+    assert all(cost.low <= cost.ratio <= cost.high for cost in costs.values())
+
+
+def test_memory_is_that_of_the_rows_above_the_cut() -> None:
+    memory = {cost.kind: cost.memory for cost in measure(steps('conv1', 8), ['sba', 'unarmed', 'ba'], rounds=1)}
+    assert memory['unarmed'] == pytest.approx(1, abs=0.01)
+    assert 4 < memory['sba'] < memory['ba'] + 2, memory  # 9 times the rows above conv1, 8 times all rows
+
+
+def test_a_plain_step_has_no_hooks() -> None:
+    each = steps('conv2', 2)
+    hooks = [module._forward_hooks for module in each.network.modules()]
+    assert any(hooks)
+    with each.hooked('plain'):
+        assert not any(hooks)
+    assert any(hooks)
+
+
+def test_a_profile_names_the_parts() -> None:
+    parts = profiled(steps('conv1', 8), 'sba', rounds=1)
+    assert list(parts) == [*PARTS, 'other']
+    assert parts['noise and Σ'] > 0 and parts['tail and trunk'] > 0, parts
+
+
+def test_the_command_writes_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ['step', '--networks', 'digits', '--cuts', 'head', '--fold', '2', '--rounds', '1', '--batch', '8']
+    assert main([*command, '--recipes', str(YAMLS), '--out', str(tmp_path), '--device', 'cpu']) == 0
+    assert main([*command, '--recipes', str(YAMLS), '--out', str(tmp_path), '--device', 'cpu', '--dtype', 'bf16']) == 0
+    first, second = sorted(tmp_path.iterdir(), key=lambda path: len(path.name))
+    assert str(second) in capsys.readouterr().out
+    text = first.read_text()
+    assert '| digits | 8 | 8 | head | 2 | sba |' in text and 'torch' in text and '; fp32;' in text
+    assert '; bf16;' in second.read_text()
+
+
+def test_a_layer_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ['step', '--networks', 'digits', '--cuts', 'conv7', '--recipes', str(YAMLS), '--out', str(tmp_path)]
+    assert main(command) == 2
+    assert "The model has no layer 'conv7'" in capsys.readouterr().err
