@@ -15,7 +15,7 @@ from composer_sba.cuts import Forward, check_cut, evaluation
 from composer_sba.errors import CutLayerError
 from composer_sba.layers import find_layers
 from composer_sba.schedule import choose_layer, noise_seed
-from composer_sba.tail import RawRows, keep_raw_rows
+from composer_sba.tail import RawRows, keep_raw_rows, run_below
 from composer_sba.vicinity import Vicinity, as_vicinity, draw_by_seed
 
 NormStats = Literal['raw', 'all']
@@ -160,23 +160,31 @@ class LatentExpander:
     def check(self, forward: Forward) -> None:
         """Refuse layers that are no cut points, by running the model on a real batch.
 
+        Layers below every cut then lose the hooks that would keep raw rows apart, until :meth:`attach` puts them back.
+
         Args:
             forward (Callable): Runs the model on a batch of at least two rows and returns its logits.
 
         Raises:
             CutLayerError: Naming the layer, the reason and the nearest layers that would do.
         """
+        below = set(self._tail)
         with evaluation(self.model):
             for index, cut in enumerate(self.cuts):
                 check_cut(self.model, cut, forward)
                 self._arm(index, step=0, microbatch=0)
-                forward()  # for the layers above the cut to look at the rows they get
+                below &= run_below(self._tail, self, forward)  # and layers above the cut look at the rows they get
                 self.disarm()
+        for layer in below:
+            layer.remove()
+        self._tail = [layer for layer in self._tail if layer not in below]
 
     def remove(self) -> None:
         """Take all hooks off the network."""
-        for handle in [*self._handles, *(handle for layer in self._tail for handle in layer.handles)]:
+        for handle in self._handles:
             handle.remove()
+        for layer in self._tail:
+            layer.remove()
         self._handles, self._tail = [], []
 
     def seed(self, stream: int) -> int:
@@ -190,5 +198,6 @@ class LatentExpander:
             got = latent.dtype if isinstance(latent, torch.Tensor) else type(latent).__name__
             raise CutLayerError(f'Expected a floating tensor at layer {self.cuts[index].name!r}, got {got}.')
         self.raw_rows = self._split_rows = len(latent)
-        drawn = draw_by_seed(latent.detach(), self._noise_seed, self.fold, *self._law)
-        return self.vicinity.place(latent, drawn)
+        if torch.compiler.is_compiling():  # which cannot trace a generator; elsewhere an operator only costs time
+            return draw_by_seed(latent, self._noise_seed, self.fold, *self._law)[0]
+        return self.vicinity.expand(latent, self.fold, torch.Generator(latent.device).manual_seed(self.seed(0)))

@@ -34,8 +34,8 @@ class MajorityVote(Algorithm):
         CutLayerError: When the Trainer is built or at the first batch, if a layer or the model cannot be cut.
 
     Note:
-        Runs on AFTER_LOAD (hooks go in) and on EVAL_ and PREDICT_ events around the forward pass; ``state.outputs`` is
-        then log-probabilities, shape ``(N, K)``. State saved: none.
+        Runs on AFTER_LOAD (hooks go in) and, in evaluation and prediction, around the forward pass; ``state.outputs``
+        is then log-probabilities, shape ``(N, K)``. State saved: none.
 
     Example:
         >>> from composer import Trainer

@@ -8,6 +8,7 @@ module of these (``F.dropout``, attention's) cannot be told apart by row.
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -48,6 +49,7 @@ class RawRows:
 
     def __init__(self, name: str, module: nn.Module, window: Window) -> None:
         self.name = name
+        self.module = module
         self.window = window
         self.virtual: torch.Tensor | None = None
         # FSDP2 takes the parameters away in its own hook. (Elsewhere torch.compile cannot guard a hook put first.)
@@ -56,6 +58,11 @@ class RawRows:
             module.register_forward_pre_hook(self.take),
             module.register_forward_hook(self.give, prepend=first),
         ]
+
+    def remove(self) -> None:
+        """Take the hooks off the module."""
+        for handle in self.handles:
+            handle.remove()
 
     def take(self, module: nn.Module, args: tuple) -> tuple | None:
         """Let the raw rows alone pass, if there are others."""
@@ -108,6 +115,23 @@ def keep_raw_rows(model: nn.Module, window: Window, norm_stats: str) -> list[Raw
     """Hook dropout and its kin and, under ``norm_stats='raw'``, every normalization over the rows of a batch."""
     kinds = (*_RANDOM, *_NORM) if norm_stats == 'raw' else _RANDOM
     return [RawRows(name, module, window) for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def run_below(tail: list[RawRows], window: Window, forward: Callable[[], object]) -> set[RawRows]:
+    """Run an armed forward pass, and find the layers that ran in it before the cut and not after it."""
+    ran: set[tuple[RawRows, bool]] = set()
+
+    def note(layer: RawRows, module: nn.Module, args: tuple) -> None:
+        ran.add((layer, window.raw_rows is None))
+
+    handles = [layer.module.register_forward_pre_hook(partial(note, layer)) for layer in tail]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    # A layer that did not run at all, such as one for training alone, may be above the cut when it does.
+    return {layer for layer, below in ran if below and (layer, False) not in ran}
 
 
 def _depends_on_batch(module: nn.Module) -> bool:

@@ -6,12 +6,14 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from composer_sba.checks import check_choice, check_flag, check_number
 
 NoiseScale = Literal['rms', 'absolute']
-Basis = Literal['identity', 'normalized', 'orthogonal']
+Basis = Literal['identity', 'normalized', 'orthogonal', 'hadamard']
 
+_Drawn = tuple[torch.Tensor, torch.Tensor]  # the augmented batch, and the features that its dropout points kept
 MAX_DENSE_FEATURES = 8192  # a dense Σ of this width holds 256 MiB in float32
 
 
@@ -35,8 +37,11 @@ class Vicinity:
         noise_scale (str, optional): ``'rms'``: σ and τ are in units of the root mean square of the raw latent batch
             (all rows and features of it, as a constant), or ``'absolute'``. Default: ``'rms'``.
         basis (str, optional): The projection Σ, drawn anew for each batch: ``'identity'``; ``'normalized'``: a Gaussian
-            matrix with columns of unit norm, the paper's; ``'orthogonal'``: a uniformly random orthogonal matrix.
-            Default: ``'identity'``, whose law differs from a rotation's by the clip alone.
+            matrix with columns of unit norm, the paper's; ``'orthogonal'``: a uniformly random orthogonal matrix;
+            ``'hadamard'``: random signs and a Walsh-Hadamard transform, as orthonormal, but O(Q log Q) and without a
+            matrix. Where Q is no power of two, ε is as long as the next one, and Σ is the first Q rows of the
+            transform, so that ΣΣᵀ = I at any Q. Default: ``'identity'``, whose law differs from a rotation's by the
+            clip alone.
         dropout (float, optional): Probability r that a feature of a dropout point is deleted, in [0, 1). Default:
             ``0.5``.
         rescale (bool, optional): Divide dropout points by 1 - r, so that their mean is the raw sample; ``False`` is Eq.
@@ -87,7 +92,7 @@ class Vicinity:
             gives the same noise in every memory format and every dtype up to float32.
 
         Raises:
-            ValueError: If Σ is dense and Q exceeds 8,192.
+            ValueError: If ``basis`` is ``'normalized'`` or ``'orthogonal'``, a Q × Q matrix, and Q exceeds 8,192.
         """
         return self.expand(latent, fold, generator)[len(latent) :].unflatten(0, (fold, len(latent)))
 
@@ -99,52 +104,75 @@ class Vicinity:
         Returns:
             torch.Tensor: Shape ``((1 + M) * N, *)``, dtype and memory format of ``latent``.
         """
-        return self.place(latent, self.draw(latent, fold, generator))
+        return _Expansion.apply(latent, self, fold, generator)
 
     @torch.no_grad()
-    def draw(self, latent: torch.Tensor, fold: int, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Draw all that is random in the virtual samples: Σ clip(ε, τ) for Gaussian points, B for dropout points.
+    def draw(self, latent: torch.Tensor, fold: int, generator: torch.Generator | None = None) -> _Drawn:
+        """Write the augmented batch without gradients; :meth:`expand` is this and its backward pass.
 
         Returns:
-            torch.Tensor: Shape ``(M * N, *)``, contiguous and at least float32, so that one seed means one noise
-            whatever the dtype and the memory format. No gradient flows to ``latent``, which gives shape and scale.
+            tuple: The augmented batch, shape ``((1 + M) * N, *)``, and the features that dropout points kept, bool,
+            shape ``(q, N, *)``, contiguous.
         """
-        gaussian = self.num_gaussian(fold)
+        rows, kept = _buffers(latent, fold, self)
+        raw, gaussian, dropout = rows.unflatten(0, (1 + fold, -1)).split([1, fold - len(kept), len(kept)])
+        raw.copy_(latent)
         with torch.autocast(latent.device.type, enabled=False):
-            blocks = []
-            if gaussian > 0:
-                blocks.append(self._noise(latent, gaussian, generator))
-            if gaussian < fold:
-                blocks.append(self._mask(latent, fold - gaussian, generator))
-            return torch.cat(blocks)
+            if len(gaussian) > 0:
+                self._write_gaussian(gaussian, latent, generator)
+            if len(dropout) > 0:
+                # Not by bernoulli_, which takes a CPU four times as long
+                chances = _scratch(dropout, latent[0].numel()).uniform_(generator=generator)
+                torch.lt(chances, 1 - self.dropout, out=kept.view(chances.shape))
+                dropout.copy_(kept).mul_(latent * self._dropout_scale)
+        return rows, kept
 
-    def place(self, latent: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-        """Place the virtual samples that :meth:`draw` drew around the latent batch, below it; shapes as there."""
-        rows = len(latent)
-        gaussian = self.num_gaussian(len(drawn) // rows) * rows
-        blocks = [latent]
-        with torch.autocast(latent.device.type, enabled=False):
-            if gaussian > 0:
-                blocks.append((latent + _as_copies(drawn[:gaussian], latent)).flatten(0, 1))
-            if gaussian < len(drawn):
-                blocks.append((latent * _as_copies(drawn[gaussian:], latent)).flatten(0, 1))
-            return torch.cat(blocks)
+    @property
+    def _dropout_scale(self) -> float:
+        """What a dropout point multiplies the features with that it keeps."""
+        return 1 / (1 - self.dropout) if self.rescale else 1.0
 
-    def _noise(self, latent: torch.Tensor, copies: int, generator: torch.Generator | None) -> torch.Tensor:
-        """Σ clip(ε, τ) for each copy of each row, Eq. (7). Shape ``(copies * N, *)``."""
+    def _write_gaussian(self, points: torch.Tensor, latent: torch.Tensor, generator: torch.Generator | None) -> None:
+        """Write x + Σ clip(ε, τ), Eq. (7), of each copy of each row into ``points``, shape ``(p, N, *)``."""
         tau = 2 * self.sigma if self.tau is None else self.tau
-        noise = _empty(latent, copies).normal_(0, self.sigma, generator=generator).clamp_(-tau, tau)
-        if self.basis != 'identity':
-            rows = noise.flatten(1)
-            noise = (rows @ _draw_basis(self.basis, rows, generator).T).view_as(noise)
+        features = math.prod(latent.shape[1:])
+        width = 2 ** (features - 1).bit_length() if self.basis == 'hadamard' else features
+        noise = _scratch(points, width).normal_(0, self.sigma, generator=generator).clamp_(-tau, tau)
+        if self.basis == 'hadamard':
+            _rotate(noise, generator)
+        elif self.basis != 'identity':
+            noise = noise @ _draw_basis(self.basis, noise, generator).T
         if self.noise_scale == 'rms':
             noise *= torch.linalg.vector_norm(latent, dtype=noise.dtype) / math.sqrt(latent.numel())
-        return noise
+        torch.add(latent, noise[:, :features].view(points.shape), out=points)
 
-    def _mask(self, latent: torch.Tensor, copies: int, generator: torch.Generator | None) -> torch.Tensor:
-        """B for each copy of each row, Eq. (8). Shape ``(copies * N, *)``."""
-        mask = _empty(latent, copies).bernoulli_(1 - self.dropout, generator=generator)
-        return mask.div_(1 - self.dropout) if self.rescale else mask
+
+class _Expansion(torch.autograd.Function):
+    """:meth:`Vicinity.draw` with its backward pass: the sum over the copies. The noise and its scale are constants."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, latent: torch.Tensor, vicinity: Vicinity, fold: int, generator: torch.Generator | None
+    ) -> torch.Tensor:
+        rows, kept = vicinity.draw(latent, fold, generator)
+        ctx.save_for_backward(kept)
+        ctx.dropout_scale = vicinity._dropout_scale
+        return rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor, *_: None) -> tuple[torch.Tensor | None, ...]:
+        (kept,) = ctx.saved_tensors
+        copies = gradient.unflatten(0, (-1, kept.shape[1]))
+        shifted, dropout = copies.split([len(copies) - len(kept), len(kept)])
+        total = _sum(shifted)
+        if len(kept) > 0:
+            total.add_(_sum(torch.empty_like(dropout).copy_(kept).mul_(dropout)), alpha=ctx.dropout_scale)
+        return total, *[None] * (len(ctx.needs_input_grad) - 1)
+
+
+def _sum(copies: torch.Tensor) -> torch.Tensor:
+    return torch.sum(copies, 0, out=torch.empty_like(copies[0]))  # by itself it would make channels_last contiguous
 
 
 def as_vicinity(vicinity: Vicinity | Mapping[str, Any]) -> Vicinity:
@@ -157,16 +185,34 @@ def as_vicinity(vicinity: Vicinity | Mapping[str, Any]) -> Vicinity:
     return Vicinity(**vicinity)
 
 
-def _empty(latent: torch.Tensor, copies: int) -> torch.Tensor:
-    dtype = torch.promote_types(latent.dtype, torch.float32)
-    return torch.empty((copies * len(latent), *latent.shape[1:]), dtype=dtype, device=latent.device)
-
-
-def _as_copies(block: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-    """Give noise of shape (copies * N, *) the dtype and memory format of ``latent`` and the shape (copies, N, *)."""
+def _buffers(latent: torch.Tensor, fold: int, vicinity: Vicinity) -> _Drawn:
+    """Allocate what :meth:`Vicinity.draw` fills."""
     channels_last = latent.ndim == 4 and latent.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if channels_last and not latent.is_contiguous() else torch.contiguous_format
-    return block.to(latent.dtype, memory_format=layout).unflatten(0, (-1, len(latent)))
+    shape = ((1 + fold) * len(latent), *latent.shape[1:])
+    rows = torch.empty(shape, dtype=latent.dtype, device=latent.device, memory_format=layout)
+    return rows, latent.new_empty(fold - vicinity.num_gaussian(fold), *latent.shape, dtype=torch.bool)
+
+
+def _scratch(points: torch.Tensor, width: int) -> torch.Tensor:
+    """Room for the draws of ``points``, shape ``(copies, N, *)``: theirs if it will do. Shape ``(copies * N, width)``.
+
+    It is contiguous and at least float32, so that one seed means one noise whatever the latent batch's format is.
+    """
+    dtype = torch.promote_types(points.dtype, torch.float32)
+    own = points.dtype == dtype and points.is_contiguous() and points[0, 0].numel() == width
+    return (points if own else points.new_empty(*points.shape[:2], width, dtype=dtype)).view(-1, width)
+
+
+def _rotate(noise: torch.Tensor, generator: torch.Generator | None) -> None:
+    """Multiply rows with Σ = H D / √Q in place: random signs D, then the Walsh-Hadamard matrix H, Q a power of two."""
+    width = noise.shape[1]
+    signs = noise.new_empty(width).bernoulli_(generator=generator).mul_(2).sub_(1)
+    noise *= signs / math.sqrt(width)
+    for stage in range(width.bit_length() - 1):
+        first, second = noise.view(len(noise), -1, 2, 2**stage).unbind(2)
+        first += second
+        torch.sub(first, second, alpha=2, out=second)  # the difference, now that the sum has the place of ``first``
 
 
 def _draw_basis(basis: Basis, rows: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
@@ -175,13 +221,13 @@ def _draw_basis(basis: Basis, rows: torch.Tensor, generator: torch.Generator | N
     if width > MAX_DENSE_FEATURES:
         raise ValueError(
             f'basis={basis!r} needs a {width} × {width} matrix; dense bases end at {MAX_DENSE_FEATURES} features. Use '
-            f"basis='identity', whose noise has the same law up to the clip, or cut a narrower layer.",
+            f"basis='hadamard', random orthonormal directions without a matrix, or cut a narrower layer.",
         )
     square = torch.empty(width, width, dtype=rows.dtype, device=rows.device).normal_(generator=generator)
     if basis == 'normalized':
-        return square / torch.linalg.vector_norm(square, dim=0)
+        return square.div_(torch.linalg.vector_norm(square, dim=0))  # in place: it can be the largest tensor of a step
     factor, triangle = torch.linalg.qr(square)
-    return factor * triangle.diagonal().sign()  # without these signs QR does not draw uniformly
+    return factor.mul_(triangle.diagonal().sign())  # without these signs QR does not draw uniformly
 
 
 @torch.library.custom_op('composer_sba::draw', mutates_args=())
@@ -196,11 +242,12 @@ def draw_by_seed(
     basis: str,
     dropout: float,
     rescale: bool,
-) -> torch.Tensor:
+) -> _Drawn:
     """Run :meth:`Vicinity.draw` on a generator of this seed, as one operator: torch.compile cannot trace a generator.
 
-    ``latent`` is detached. ``seed`` is 64 bits in a tensor of shape ``()`` on the CPU, since a number would be compiled
-    in. The rest are the fold and the vicinity's own arguments, since an operator takes no dataclass.
+    ``seed`` is 64 bits in a tensor of shape ``()`` on the CPU, since a number would be compiled in. The rest are the
+    fold and the vicinity's own arguments, since an operator takes no dataclass. Its backward pass is that of
+    :meth:`Vicinity.expand`.
     """
     # An operator's schema knows str, where Vicinity asks for one of a few.
     vicinity = Vicinity(gaussian_fraction, sigma, tau, noise_scale, basis, dropout, rescale)  # type: ignore[arg-type]
@@ -208,5 +255,14 @@ def draw_by_seed(
 
 
 @draw_by_seed.register_fake
-def _(latent: torch.Tensor, seed: torch.Tensor, fold: int, *vicinity: Any) -> torch.Tensor:
-    return _empty(latent, fold)
+def _(latent: torch.Tensor, seed: torch.Tensor, fold: int, gaussian_fraction: float, *law: Any) -> _Drawn:
+    return _buffers(latent, fold, Vicinity(gaussian_fraction))
+
+
+def _keep_mask(ctx: Any, inputs: tuple[Any, ...], output: _Drawn) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.dropout_scale = Vicinity(*inputs[3:])._dropout_scale
+    ctx.set_materialize_grads(False)  # the mask's would be one more block
+
+
+draw_by_seed.register_autograd(_Expansion.backward, setup_context=_keep_mask)

@@ -4,6 +4,7 @@ Run: pytest tests/test_latent.py
 """
 
 import copy
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import composer_sba.functional as sbaf
 import reference
 from composer_sba import LatentExpander, Vicinity
 from composer_sba.errors import CutLayerError
+from composer_sba.vicinity import draw_by_seed
 
 N, M = 6, 3
 GAUSSIAN = Vicinity(1.0, sigma=0.5, noise_scale='absolute')
@@ -296,6 +298,72 @@ def test_compiled_models_expand_with_one_graph_for_plain_steps_and_one_for_each_
             assert torch.allclose(compiled(x), eager(x), atol=1e-5)
     assert counter.frame_count == graphs
     torch._dynamo.reset()
+
+
+def test_the_operator_of_compiled_models_is_the_eager_expansion():
+    latent, seed = torch.randn(N, 5, requires_grad=True), torch.tensor(7)
+    vicinity = Vicinity(dropout=0.3)
+    arguments = (latent, seed, M, *astuple(vicinity))
+    torch.library.opcheck(draw_by_seed, arguments)
+    ours, theirs = draw_by_seed(*arguments)[0], vicinity.expand(latent, M, torch.Generator().manual_seed(7))
+    assert torch.equal(ours, theirs)
+    gradient = torch.randn_like(ours)
+    assert torch.equal(*(torch.autograd.grad(rows, latent, gradient)[0] for rows in (ours, theirs)))
+
+
+@pytest.mark.parametrize(
+    ('layers', 'hooked'), [('head', set()), ('norm', {'drop'}), (['norm', 'input'], {'drop', 'norm'})]
+)
+def test_after_the_check_no_hooks_are_left_on_layers_below_every_cut(layers, hooked):
+    model, x, _ = make(dropout=0.5)
+    expander = LatentExpander(model, layers, M)
+
+    def hooked_layers():
+        return {name for name in ('norm', 'drop') if getattr(model, name)._forward_pre_hooks}
+
+    expander.check(lambda: model(x))
+    assert hooked_layers() == hooked
+    plain = copy.deepcopy(Net(dropout=0.5).double())
+    plain.load_state_dict(model.state_dict())
+    for step in range(3):
+        torch.manual_seed(step)
+        expected = plain(x)
+        torch.manual_seed(step)
+        with expander.armed(step):
+            raw, _ = expander.split(model(x))
+        assert torch.equal(raw, expected), f'raw rows differ by {(raw - expected).abs().max()}'
+    assert torch.equal(model.norm.running_var, plain.norm.running_var)
+    expander.attach()
+    assert hooked_layers() == {'norm', 'drop'}
+
+
+def test_a_layer_that_does_not_run_in_the_check_keeps_its_hooks():
+    class InTraining(Net):
+        def forward(self, x):
+            h = torch.relu(self.norm(self.trunk(x)))
+            return self.fc(self.drop(h) if self.training else h)
+
+    model, x = InTraining(0.5).double(), torch.randn(N, 4, dtype=torch.float64)
+    expander = LatentExpander(model, 'norm', M)
+    expander.check(lambda: model(x))
+    torch.manual_seed(0)
+    expected, after = model(x), torch.get_rng_state()
+    torch.manual_seed(0)
+    with expander.armed(0):
+        assert torch.equal(expander.split(model(x))[0], expected)
+    assert torch.equal(torch.get_rng_state(), after), 'virtual rows draw from the global random stream'
+
+
+def test_a_layer_above_the_cut_may_work_in_place():
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 3)).double()
+    x = torch.randn(N, 4, dtype=torch.float64)
+    raw, virtual = predict(model, x, '0', vicinity=Vicinity(1.0, sigma=0.0))
+    (virtual.sum() / M).backward()
+    ours = model[0].weight.grad.clone()
+    model.zero_grad()
+    model(x).sum().backward()
+    assert torch.allclose(ours, model[0].weight.grad, atol=1e-12)
+    assert torch.equal(raw, model(x))
 
 
 def test_an_armed_pass_without_the_layer_is_an_error_not_silence():

@@ -7,6 +7,8 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import reference
 from composer_sba import Vicinity
@@ -85,7 +87,35 @@ def test_bases_are_what_they_are_called():
     assert (orthogonal.diagonal() < 0).any(), 'QR without its signs would give no negative diagonal half of the time'
 
 
-@pytest.mark.parametrize('basis', ['normalized', 'orthogonal'])
+def walsh_hadamard(width):
+    """H: in row a and column b stands -1 to the number of bits that a and b have in common."""
+    return torch.tensor([[(-1.0) ** (a & b).bit_count() for b in range(width)] for a in range(width)]).double()
+
+
+@pytest.mark.parametrize(('features', 'width'), [(1, 1), (2, 2), (64, 64), (50, 64), (65, 128)])
+def test_the_hadamard_basis_is_its_dense_matrix_and_orthonormal(features, width):
+    vicinity = Vicinity(1.0, sigma=0.8, tau=0.9, noise_scale='absolute', basis='hadamard')
+    drawn, redrawn = generator(), generator()
+    for batch in range(2):  # each with signs of its own
+        ours = vicinity.sample(torch.zeros(N, features, dtype=torch.float64), M, drawn)
+        # The same draws, in the order of Eq. 7: ε, longer where Q is no power of two, then the signs of Σ.
+        noise = torch.empty(M, N, width, dtype=torch.float64).normal_(0, 0.8, generator=redrawn).clamp(-0.9, 0.9)
+        signs = 2 * torch.empty(width, dtype=torch.float64).bernoulli_(generator=redrawn) - 1
+        matrix = walsh_hadamard(width)[:features] * signs / math.sqrt(width)
+        difference = (ours - noise @ matrix.T).abs().max()
+        assert difference < 1e-12, f'samples of batch {batch} differ by {difference}'
+        assert torch.allclose(matrix @ matrix.T, torch.eye(features, dtype=torch.float64), atol=1e-12)
+
+
+@pytest.mark.parametrize('features', [32, 48])
+def test_noise_in_the_hadamard_basis_has_the_covariance_of_the_clipped_noise(features):
+    vicinity = Vicinity(1.0, sigma=0.5, noise_scale='absolute', basis='hadamard')
+    noise = vicinity.sample(torch.zeros(20_000, features), 1, generator())[0]
+    difference = torch.cov(noise.T) / 0.5**2 - 0.9205 * torch.eye(features)
+    assert difference.abs().max() < 0.05, f'covariance differs by {difference.abs().max()}'  # 5 standard errors
+
+
+@pytest.mark.parametrize('basis', ['normalized', 'orthogonal', 'hadamard'])
 def test_a_basis_changes_directions_and_keeps_the_scale(basis):
     latent = torch.zeros(256, 40)
     vicinity = Vicinity(1.0, sigma=0.5, noise_scale='absolute', basis=basis)
@@ -113,11 +143,71 @@ def test_gradients_reach_the_latent_batch_and_nothing_else():
     assert torch.equal(gradient, torch.ones_like(latent)), 'the scale of Gaussian noise is a constant'
 
 
-def test_a_generator_leaves_the_global_stream_alone():
+@pytest.mark.parametrize('fraction', [0.0, 0.5, 1.0])
+@pytest.mark.parametrize('basis', ['identity', 'normalized', 'hadamard'])
+def test_the_backward_pass_is_the_gradient(fraction, basis):
+    vicinity = Vicinity(fraction, sigma=0.3, noise_scale='absolute', basis=basis, dropout=0.4)
+    latent = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: vicinity.expand(x, 3, generator()), latent)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_gradients_are_summed_over_the_copies_in_every_dtype_and_memory_format(dtype, layout):
+    latent = torch.rand(4, 3, 8, 8).add(1).to(dtype).contiguous(memory_format=layout).requires_grad_()
+    rows = Vicinity(dropout=0.5).expand(latent, 4, generator())
+    gradient = torch.randn(20, 3, 8, 8).to(dtype).contiguous(memory_format=layout)
+    (ours,) = torch.autograd.grad(rows, latent, gradient)
+    copies = gradient.float().unflatten(0, (5, 4))
+    theirs = copies[:3].sum(0) + (copies[3:] * 2 * (rows.unflatten(0, (5, 4))[3:] != 0)).sum(0)
+    for tensor in (rows, ours):
+        assert tensor.is_contiguous(memory_format=layout) and tensor.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
+    assert (ours - theirs).abs().max() < tolerance, f'gradients differ by {(ours - theirs).abs().max()}'
+
+
+class Allocations(TorchDispatchMode):
+    """Holds every tensor that an operator makes, so that no memory is used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.storages[storage.data_ptr()] = storage
+        return out
+
+    def bytes(self):
+        return sum(storage.nbytes() for storage in self.storages.values())
+
+
+@pytest.mark.parametrize(
+    ('basis', 'extra'), [('identity', 0), ('hadamard', 0), ('normalized', 4 * (64 + 20 * 32) * 64)]
+)
+def test_the_augmented_batch_is_written_without_temporaries_of_many_rows(basis, extra):
+    rows, width, fold = 32, 64, 40
+    latent = torch.randn(rows, width, requires_grad=True)
+    with Allocations() as forward:
+        out = Vicinity(basis=basis).expand(latent, fold, generator())
+    block = rows * width
+    needed = 4 * (1 + fold) * block + fold // 2 * block  # what comes out, and a mask of bytes
+    assert forward.bytes() - needed - extra < 4 * 3 * block, f'{forward.bytes()} bytes for {needed}, and {extra} for Σ'
+    gradient = torch.ones_like(out)
+    with Allocations() as backward:
+        torch.autograd.grad(out, latent, gradient)
+    assert backward.bytes() - gradient.nbytes < 4 * (fold // 2 + 4) * block, 'no more than the dropout points, masked'
+
+
+@pytest.mark.parametrize('basis', ['orthogonal', 'hadamard'])
+def test_a_generator_leaves_the_global_stream_alone(basis):
     before = torch.get_rng_state()
-    first = Vicinity(basis='orthogonal').sample(torch.ones(2, 8), 4, generator())
+    first = Vicinity(basis=basis).sample(torch.ones(2, 8), 4, generator())
     assert torch.equal(before, torch.get_rng_state())
-    assert torch.equal(first, Vicinity(basis='orthogonal').sample(torch.ones(2, 8), 4, generator()))
+    assert torch.equal(first, Vicinity(basis=basis).sample(torch.ones(2, 8), 4, generator()))
 
 
 def test_autocast_does_not_coarsen_the_projection():
@@ -137,7 +227,7 @@ def test_autocast_does_not_coarsen_the_projection():
         ({'tau': -1}, r'Expected tau to be a number >= 0, or None for 2 \* sigma, got -1\.'),
         ({'dropout': 1.0}, r'Expected dropout to be a number in \[0, 1\), got 1\.0\.'),
         ({'noise_scale': 'std'}, r"Expected noise_scale to be one of rms, absolute, got 'std'\."),
-        ({'basis': 'random'}, r"Expected basis to be one of identity, normalized, orthogonal, got 'random'\."),
+        ({'basis': 'random'}, r"Expected basis to be one of .*, orthogonal, hadamard, got 'random'\."),
         ({'rescale': 1}, r'Expected rescale to be true or false, got 1\.'),
     ],
 )
@@ -147,7 +237,10 @@ def test_bad_arguments_are_named(argument, message):
 
 
 def test_dense_bases_end_at_8192_features():
-    with pytest.raises(
-        ValueError, match="basis='normalized' needs a 8193 × 8193 matrix; dense bases end at 8192 features"
-    ):
+    message = (
+        "basis='normalized' needs a 8193 × 8193 matrix; dense bases end at 8192 features. Use basis='hadamard', "
+        'random orthonormal directions without a matrix, or cut a narrower layer.'
+    )
+    with pytest.raises(ValueError, match=f'^{message}$'):
         Vicinity(basis='normalized').sample(torch.zeros(2, 8193), 2)
+    assert Vicinity(basis='hadamard').sample(torch.ones(2, 8193), 2).shape == (2, 2, 8193)

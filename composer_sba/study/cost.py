@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode
 
 from composer_sba.data import DatasetConfig, dataset_size, image_size
 from composer_sba.latent import LatentExpander
@@ -108,11 +108,3 @@ def _count(model: torch.nn.Module, size: int) -> float:
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(_ROWS, 3, size, size)).sum().backward()
     return counter.get_total_flops() / _ROWS
-
-
-@register_flop_formula(torch.ops.composer_sba.draw)
-def _projection(latent: list[int], seed: Any, fold: int, gaussian: float, *law: Any, **_: Any) -> int:
-    """Σ times every Gaussian point of every row; ``latent`` is a shape."""
-    vicinity = Vicinity(gaussian, *law[:6])
-    width = math.prod(latent[1:])
-    return 0 if vicinity.basis == 'identity' else 2 * latent[0] * vicinity.num_gaussian(fold) * width**2
