@@ -6,12 +6,13 @@ SHELL := bash
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 INSTALLED := .venv/installed
 
-.PHONY: help setup demo test study-smoke lint types check format clean
+.PHONY: help setup demo test study-smoke docs lint types check format clean
 
 help:
 	@echo 'make demo    train a small network with SBA on handwritten digits'
 	@echo 'make test    run all tests'
 	@echo 'make study-smoke  train every method on the digits and write the report, in minutes'
+	@echo 'make docs    build the documentation, docs/_build/html/index.html'
 	@echo 'make lint    check style and format'
 	@echo 'make types   check types'
 	@echo 'make check   lint, types and test'
@@ -42,6 +43,11 @@ study-smoke: $(INSTALLED)
 	.venv/bin/python -m composer_sba.study rivals --datasets digits --seeds 2 --jobs 2 --epochs-scale 0.25 \
 		--results runs/study-smoke --set train_dataset.in_memory=true eval_dataset.in_memory=true
 	.venv/bin/python -m composer_sba.study report --results runs/study-smoke --page runs/study-smoke/report.md
+
+docs: $(INSTALLED)
+	@.venv/bin/python -c 'import furo, myst_parser, sphinx_copybutton' 2>/dev/null || \
+		.venv/bin/pip install --quiet --editable '.[docs]'
+	.venv/bin/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet docs docs/_build/html
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check

@@ -5,11 +5,13 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
+import streaming.base.shared.memory
 import torch
 from sklearn.datasets import load_digits
 
@@ -24,6 +26,16 @@ def _seed() -> None:
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _shared_memory_ends_with_the_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Streaming frees its shared memory when the process ends, six files a dataset: too many for a thousand tests."""
+    ends: list[Callable[[], object]] = []
+    monkeypatch.setattr(streaming.base.shared.memory, 'atexit', SimpleNamespace(register=ends.append))
+    yield
+    for end in ends:
+        end()
 
 
 @pytest.fixture(scope='session')

@@ -313,9 +313,10 @@ def _convert_slowly(source: Path, out: Path) -> None:
 def test_killed_conversion_never_looks_finished(tmp_path: Path) -> None:
     source = image_folder(tmp_path / 'source')
     out = tmp_path / 'mds' / 'out'
-    process = multiprocessing.get_context('fork').Process(target=_convert_slowly, args=(source, out))
+    # A fork of a process with threads can stand still, and a child that does keeps pytest from its end
+    process = multiprocessing.get_context('spawn').Process(target=_convert_slowly, args=(source, out), daemon=True)
     process.start()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not (tmp_path / 'mds' / '.out.partial' / 'train').exists():
         assert time.monotonic() < deadline, 'the conversion did not start'
         time.sleep(0.01)

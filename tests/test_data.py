@@ -455,10 +455,11 @@ def _make_digits(folder: str) -> None:
 
 
 def test_processes_that_make_digits_at_the_same_time(tmp_path: Path) -> None:
-    context = multiprocessing.get_context('fork')
-    processes = [context.Process(target=_make_digits, args=(str(tmp_path / 'digits'),)) for _ in range(3)]
+    context = multiprocessing.get_context('spawn')
+    folder = str(tmp_path / 'digits')
+    processes = [context.Process(target=_make_digits, args=(folder,), daemon=True) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join()
+        process.join(120)
     assert [process.exitcode for process in processes] == [0, 0, 0]

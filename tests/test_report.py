@@ -125,6 +125,7 @@ def test_no_interval_without_spread():
     assert spread([30.0]) == (30.0, None, 1)
     assert difference([30.0], [31.0, 33.0]) == (-2.0, None, None)
     assert difference([30.0, 30.0], [31.0, 31.0]) == (-1.0, None, None)
+    assert difference([0.83, 0.83, 0.83], [1.2, 0.9, 1.3]).excludes_zero is False  # one side alone does not vary
     assert not difference([30.0], [31.0, 33.0]).excludes_zero
 
 
@@ -292,11 +293,12 @@ def _append_ten(path, first):
 
 def test_processes_append_at_the_same_time(tmp_path):
     path = tmp_path / 'rivals.jsonl'
-    workers = [get_context('fork').Process(target=_append_ten, args=(path, first)) for first in (0, 10, 20)]
+    spawn = get_context('spawn')
+    workers = [spawn.Process(target=_append_ten, args=(path, first), daemon=True) for first in (0, 10, 20)]
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(120)
     assert sorted(run['seed'] for run in read(path)) == list(range(30))
 
 
@@ -343,6 +345,12 @@ def test_all_sections_and_figures(tmp_path):
         assert pixels.shape[1] == 1200, f'{figure.name} is {pixels.shape}'
         drawn = (pixels[..., :3] < 0.9).any(axis=-1).mean()
         assert 0.005 < drawn < 0.5, f'{figure.name} is covered to {drawn:.3f}'
+
+
+@pytest.mark.parametrize('seconds', [0.5, 5.0, 500.0, 50_000.0])
+def test_runs_of_any_length_can_be_drawn(tmp_path, seconds):
+    write(tmp_path, record('baseline', 1, seconds=seconds), record('sba', 1, seconds=2 * seconds))
+    assert 'time.png' in str(report(tmp_path, tmp_path / 'results.md'))
 
 
 def test_a_second_report_changes_nothing(tmp_path):

@@ -251,4 +251,4 @@ class TestRuns:
         worst = min((run for run in runs if run['method'] != 'ema'), key=lambda run: run['accuracy'])
         assert worst['accuracy'] > 0.5, f'{worst["method"]}: {100 * worst["accuracy"]:.1f} %'
         page = Path('runs/study-smoke/report.md').read_text()
-        assert 'Label smoothing' in page and '95 %' in page
+        assert '| label smoothing |' in page and '95 %' in page

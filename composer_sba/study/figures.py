@@ -33,7 +33,7 @@ def error_against_time(path: Path, runs: Sequence[Record]) -> None:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         longest = max(run['train_seconds'] for run in runs)
-        unit, word = next(each for each in ((3600, 'hours'), (60, 'minutes'), (1, 'seconds')) if longest >= 3 * each[0])
+        unit, word = (3600, 'hours') if longest > 10_000 else (60, 'minutes') if longest > 180 else (1, 'seconds')
         marks = []
         for title, row in rows(runs).items():
             error, time = _error(row), spread([run['train_seconds'] / unit for run in row])

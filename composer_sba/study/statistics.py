@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -74,7 +75,10 @@ def difference(values: Sequence[float], baseline: Sequence[float]) -> Difference
     mean = spread(values).mean - spread(baseline).mean
     if min(len(values), len(baseline)) < 2 or spread(values).sd == spread(baseline).sd == 0:
         return Difference(mean)
-    interval = ttest_ind(values, baseline, equal_var=False).confidence_interval(LEVEL)
+    with warnings.catch_warnings():
+        # Seeds that agree to the last digit are what SciPy takes for a loss of digits
+        warnings.filterwarnings('ignore', message='Precision loss occurred', category=RuntimeWarning)
+        interval = ttest_ind(values, baseline, equal_var=False).confidence_interval(LEVEL)
     return Difference(mean, float(interval.low), float(interval.high))
 
 

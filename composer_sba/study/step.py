@@ -18,12 +18,12 @@ from composer_sba.latent import LatentExpander
 from composer_sba.vicinity import Vicinity
 
 KINDS = ('plain', 'unarmed', 'sba', 'latent_ba', 'naive', 'ba')
-PARTS = {  # what a profile's operators belong to, the first that fits; the rest is the network's
-    'noise and Σ': ('composer_sba::',),
-    'rows': ('aten::cat', 'aten::copy_', 'ExpandRows'),
-    'batch norm': ('batch_norm', 'aten::var_mean', 'aten::native_layer_norm'),
+PARTS = {  # what an operator of a profile, or the first around it that fits any of these, belongs to
+    'noise and Σ': ('_Expansion', 'composer_sba::'),
+    'rows': ('aten::cat', 'CatBackward'),
+    'batch norm': ('batch_norm', 'BatchNorm', 'var_mean', 'VarMean', 'addcmul', 'Addcmul'),
     'tail and trunk': ('convolution', 'addmm', 'aten::mm', 'aten::bmm', 'pool'),
-    'loss': ('softmax', 'nll_loss', 'aten::kl_div'),
+    'loss': ('softmax', 'nll_loss', 'kl_div'),
 }
 
 
@@ -176,10 +176,13 @@ def profiled(steps: Steps, kind: str, rounds: int) -> dict[str, float]:
 
 def _by_part(record: profile, steps: Steps, rounds: int) -> dict[str, float]:
     parts: dict[str, float] = dict.fromkeys([*PARTS, 'other'], 0.0)
-    for event in record.key_averages():
-        part = next((name for name, words in PARTS.items() if any(word in event.key for word in words)), 'other')
+    for event in record.events():
         own = event.self_device_time_total if steps.images.is_cuda else event.self_cpu_time_total
-        parts[part] += own / 1000 / rounds
+        around, part = event, None
+        while around is not None and part is None:
+            part = next((name for name, words in PARTS.items() if any(word in around.name for word in words)), None)
+            around = around.cpu_parent
+        parts[part or 'other'] += own / 1000 / rounds
     return parts
 
 

@@ -1,0 +1,53 @@
+"""How Sphinx builds the site: ``make docs``."""
+
+from importlib.metadata import version as installed
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+
+project = 'composer-sba'
+author = 'The composer-sba authors'
+version = release = installed('composer-sba')
+
+extensions = [
+    'myst_parser',  # pages are Markdown
+    'sphinx.ext.autodoc',  # the reference is made of docstrings,
+    'sphinx.ext.napoleon',  # which are in Google's style
+    'sphinx.ext.mathjax',
+    'sphinx.ext.viewcode',
+    'sphinx_copybutton',
+]
+exclude_patterns = ['_build']
+
+myst_enable_extensions = ['attrs_inline', 'colon_fence', 'deflist', 'dollarmath', 'substitution']
+myst_heading_anchors = 3
+# `python -m composer_sba.study report` writes the page of results; a checkout in which nothing ran may lack it.
+myst_substitutions = {'results': '[results](/results.md)' if (DOCS / 'results.md').exists() else 'results'}
+
+autodoc_member_order = 'bysource'
+autodoc_typehints = 'none'  # docstrings name the types
+autodoc_preserve_defaults = True
+add_module_names = False
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # an attribute that is a field is not described twice
+
+nitpicky = True  # a name in a docstring that leads nowhere fails the build
+nitpick_ignore_regex = [  # other libraries' names, and words that Google's style has in the place of a type
+    (r'py:.*', r'(torch|torchvision|composer|numpy|np|streaming|rich|PIL|omegaconf|pathlib|collections)\..*'),
+    (r'py:.*', r'(nn|F|dist|transforms)\..*'),
+    (r'py:class', r'optional|[a-z]+'),
+    (r'py:class', r'(Any|Callable|Mapping|Path|Sequence|Table|Time|ComposerClassifier|LoggerDestination|State)'),
+    (r'py:class', r'(Noise|Trainer)'),  # Noise: a value that only the package itself passes on
+]
+
+html_theme = 'furo'
+html_title = 'composer-sba'
+html_static_path = ['_static']
+html_css_files = ['site.css']
+html_copy_source = False
+html_show_sourcelink = False
+html_show_copyright = False  # the licence says it
+
+copybutton_prompt_text = r'\$ |>>> |\.\.\. '
+copybutton_prompt_is_regexp = True

@@ -1,0 +1,161 @@
+"""The pages of docs/ against the code: their Python runs, YAML is a recipe, commands parse and links lead somewhere.
+
+Run: pytest tests/test_docs.py
+"""
+
+import doctest
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from composer.cli import launcher
+from composer.models import ComposerClassifier
+from torch.utils.data import DataLoader, TensorDataset
+
+import composer_sba
+from composer_sba import convert
+from composer_sba.build import build_components
+from composer_sba.models import digits_net
+from composer_sba.recipe import load
+from composer_sba.study import __main__ as study
+from composer_sba.train import _parser as train_parser
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / 'docs'
+PAGES = {
+    str(path.relative_to(DOCS)): path.read_text() for path in sorted(DOCS.rglob('*.md')) if '_build' not in path.parts
+}
+BLOCK = re.compile(r'^```(\w+)\n(.*?)^```', re.MULTILINE | re.DOTALL)
+
+# What Composer and Streaming do, and Pillow says of torchvision, is not ours to mend.
+pytestmark = [
+    pytest.mark.filterwarnings(f'ignore:{message}')
+    for message in (
+        'No optimizer was specified',
+        'Some targets have less',
+        "'mode' parameter is deprecated",
+        'unclosed file .*shard:ResourceWarning',
+    )
+]
+
+
+def blocks(*languages):
+    """All blocks of these languages: page and text."""
+    return [
+        (page, text) for page, content in PAGES.items() for kind, text in BLOCK.findall(content) if kind in languages
+    ]
+
+
+@pytest.fixture
+def in_checkout(tmp_path_factory, monkeypatch):
+    """Work in a folder that has the recipes, as a checkout has, and where the digits, once made, are shared."""
+    folder = tmp_path_factory.getbasetemp() / 'docs'
+    folder.mkdir(exist_ok=True)
+    if not (folder / 'yamls').exists():
+        (folder / 'yamls').symlink_to(ROOT / 'yamls')
+    monkeypatch.chdir(folder)
+
+
+def write_recipes(page):
+    """Write each YAML block of a page that begins with ``# its name.yaml``, as a reader does."""
+    for kind, text in BLOCK.findall(PAGES[page]):
+        if name := re.match(r'# (\w+\.yaml)\n', text):
+            assert kind == 'yaml'
+            Path(name.group(1)).write_text(text)
+
+
+def names():
+    """What a page may use without making it: a network for random digits, and data."""
+    network = digits_net()
+    data = TensorDataset(torch.randn(64, 3, 8, 8), torch.randint(10, (64,)))
+    return {
+        'network': network,
+        'model': ComposerClassifier(network, num_classes=10),
+        'train_dataloader': DataLoader(data, batch_size=16),
+        'eval_dataloader': DataLoader(data, batch_size=32),
+    }
+
+
+@pytest.mark.usefixtures('in_checkout')
+@pytest.mark.parametrize('page', dict.fromkeys(page for page, _ in blocks('python', 'pycon')))
+def test_the_python_of_a_page_runs_from_top_to_bottom(page):
+    write_recipes(page)
+    space = names()
+    for kind, text in BLOCK.findall(PAGES[page]):
+        if kind == 'python':
+            exec(compile(text, page, 'exec'), space)
+        elif kind == 'pycon':
+            example = doctest.DocTestParser().get_doctest(text, space, page, page, 0)
+            said = []
+            runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+            runner.run(example, out=said.append, clear_globs=False)
+            assert runner.failures == 0, ''.join(said)
+            space |= example.globs
+
+
+@pytest.mark.usefixtures('in_checkout')
+@pytest.mark.parametrize(('page', 'text'), blocks('yaml'), ids=range(len(blocks('yaml'))))
+def test_yaml_is_a_recipe_by_itself_or_over_one(page, text):
+    Path('block.yaml').write_text(text)
+    given = re.findall(r'^(\w+):', text, re.MULTILINE)
+    complete = 'extends' in given or {'model', 'train_dataset', 'optimizer'} <= set(given)
+    with torch.device('meta'):
+        build_components(load(['block.yaml'] if complete else ['yamls/digits_baseline.yaml', 'block.yaml']))
+
+
+def commands():
+    """Each command of a console block, its continuation lines joined."""
+    for page, text in blocks('console'):
+        for line in text.replace('\\\n', ' ').splitlines():
+            if line.startswith('$ '):
+                yield page, ' '.join(line.removeprefix('$ ').split())
+
+
+@pytest.mark.usefixtures('in_checkout')
+@pytest.mark.parametrize(('page', 'command'), dict.fromkeys(commands()))
+def test_a_command_exists_and_takes_its_arguments(page, command, monkeypatch, capsys):
+    write_recipes(page)
+    words = shlex.split(command)
+    while re.fullmatch(r'[A-Z_]+=\S*', words[0]):
+        del words[0]
+    match words:
+        case ['composer', *arguments]:
+            launched = launcher._get_parser().parse_args(arguments)
+            assert launched.training_script == 'train.py' and (ROOT / launched.training_script).exists()
+            given = train_parser().parse_args(launched.training_script_args)
+            load(given.file, given.overrides)
+        case ['python', '-m', 'composer_sba.convert', *arguments]:
+            monkeypatch.setattr(convert, 'convert', lambda *args, **kwargs: {'train': 1})
+            assert convert.main(arguments) == 0
+        case ['python', '-m', 'composer_sba.study', *arguments]:
+            study._parser().parse_args(arguments)  # or it exits, which fails a test
+        case ['make', target]:
+            assert re.search(rf'^{target}:', (ROOT / 'Makefile').read_text(), re.MULTILINE)
+        case ['pip', 'install', '-e', package]:
+            extra = re.fullmatch(r'\.(?:\[(\w+)\])?', package).group(1)
+            assert extra is None or re.search(rf'^{extra} = \[$', (ROOT / 'pyproject.toml').read_text(), re.MULTILINE)
+        case ['source', '.venv/bin/activate']:
+            pass
+        case _:
+            pytest.fail(f'{page} has a command that nothing here knows: {command}')
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_links_within_the_checkout_lead_somewhere(page):
+    for target in re.findall(r'\]\((?!https?:)([^)#\s]*)(?:#[\w-]*)?\)', PAGES[page]):
+        path = DOCS / target.lstrip('/') if target.startswith('/') else (DOCS / page).parent / target
+        assert path.exists(), f'{page} links to {target}'
+
+
+def test_every_recipe_and_method_is_on_a_recipe_page():
+    pages = ''.join(text for page, text in PAGES.items() if page.startswith('recipes/'))
+    for path in sorted((ROOT / 'yamls').glob('*.yaml')) + sorted((ROOT / 'yamls' / 'methods').glob('*.yaml')):
+        assert f'`{path.name}`' in pages, path
+
+
+def test_every_public_name_is_in_the_reference():
+    pages = ''.join(text for page, text in PAGES.items() if page.startswith('api/'))
+    for name in composer_sba.__all__:
+        assert f'composer_sba.{name}\n' in pages, name
