@@ -4,6 +4,16 @@ from composer_sba.batch_augmentation import BatchAugmentation
 from composer_sba.latent import LatentExpander
 from composer_sba.majority_vote import MajorityVote
 from composer_sba.sba import SBA, sort_sba_last
+from composer_sba.seed_each_batch import SeedEachBatch, sort_seed_first
 from composer_sba.vicinity import Vicinity
 
-__all__ = ['SBA', 'BatchAugmentation', 'LatentExpander', 'MajorityVote', 'Vicinity', 'sort_sba_last']
+__all__ = [
+    'SBA',
+    'BatchAugmentation',
+    'LatentExpander',
+    'MajorityVote',
+    'SeedEachBatch',
+    'Vicinity',
+    'sort_sba_last',
+    'sort_seed_first',
+]

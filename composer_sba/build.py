@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 from composer import Trainer
-from composer.core import Event, State, TimeUnit
+from composer.core import DataSpec, Event, State, TimeUnit
 from composer.loggers import LoggerDestination
 from composer.utils import create_interval_scheduler, dist, get_device
 from composer.utils.reproducibility import seed_all
 from torch import nn
-from torch.utils.data import DataLoader
 
-from composer_sba.data import DatasetConfig, build_dataloader, dataset_classes
+from composer_sba.data import DatasetConfig, build_dataspec, dataset_classes
 from composer_sba.errors import CutLayerError, DatasetError, RecipeError, UserError
 from composer_sba.models import classifier
 from composer_sba.recipe import DECAY_ALL, Recipe, component_arguments
 from composer_sba.registry import components, construct
 from composer_sba.sba import sort_sba_last
+from composer_sba.seed_each_batch import SeedEachBatch, sort_seed_first
 from composer_sba.sources import NAMED
 
 
@@ -48,13 +48,14 @@ def build_trainer(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
         seed_all(recipe.seed)
         parts = build_components(recipe)
         parts['loggers'] += destinations
+        parts['algorithms'].append(SeedEachBatch())
         return Trainer(
             **parts,
-            train_dataloader=_dataloader(recipe, 'train_dataset', rows),
-            eval_dataloader=_dataloader(recipe, 'eval_dataset', recipe.device_eval_batch_size or rows),
+            train_dataloader=_data(recipe, 'train_dataset', rows),
+            eval_dataloader=_data(recipe, 'eval_dataset', recipe.device_eval_batch_size or rows),
             **(recipe.trainer_options() | {'eval_interval': _eval_interval(recipe)}),
             parallelism_config=recipe.parallelism,
-            algorithm_passes=[sort_sba_last],
+            algorithm_passes=[sort_sba_last, sort_seed_first],
         )
     except CutLayerError as error:
         raise recipe.sources.error(layers_key(recipe, error), one_line(error)) from error
@@ -170,7 +171,7 @@ def _keys(arguments: Mapping[str, Any], at: str = '') -> Iterator[str]:
         yield f'{at}{key}'
 
 
-def _dataloader(recipe: Recipe, section: str, rows: int) -> DataLoader[Any] | None:
+def _data(recipe: Recipe, section: str, rows: int) -> DataSpec | None:
     if getattr(recipe, section) is None:
         return None
     config = DatasetConfig(**getattr(recipe, section))
@@ -180,6 +181,6 @@ def _dataloader(recipe: Recipe, section: str, rows: int) -> DataLoader[Any] | No
             problem = f'expected {classes}, as {section} {config.name} has, got {recipe.model["num_classes"]}'
             raise recipe.sources.error('model.num_classes', problem)
         device = get_device(recipe.device).tensor_to_device(torch.empty(0)).device  # of this rank
-        return build_dataloader(config, rows, seed=recipe.seed, device=device)
+        return build_dataspec(config, rows, seed=recipe.seed, device=device)
     except DatasetError as error:
         raise recipe.sources.error(section, one_line(error)) from error

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from composer.core import DataSpec
 from composer.utils import dist
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -17,6 +18,7 @@ from composer_sba.errors import DatasetError
 from composer_sba.index import RECORD, read_index, remake
 from composer_sba.mds import ByIndex, Expected, ImageDataset, to_rgb
 from composer_sba.memory import BatchTransform, EachOnce, MemoryDataset
+from composer_sba.pixels import Normalize, ToBytes
 from composer_sba.sharing import shared_samples
 
 
@@ -206,7 +208,60 @@ def build_dataloader(
         >>> images.shape, labels.shape
         (torch.Size([32, 3, 8, 8]), torch.Size([32]))
     """
-    num_classes, pipeline = dataset_classes(config), transform(config)
+    return _dataloader(config, transform(config), batch_size, seed, drop_last, device)
+
+
+def build_dataspec(
+    config: DatasetConfig,
+    batch_size: int,
+    *,
+    seed: int = 17,
+    drop_last: bool = False,
+    device: torch.device | str | None = None,
+) -> DataSpec:
+    """Build what a Trainer takes for a data set: the batches of :func:`build_dataloader`, normalized on the device.
+
+    Workers then hand over bytes, a quarter of the memory, and have a third less to do for images of ImageNet's size.
+    Batches are the same bit by bit, and are normalized before the first algorithm sees them. With ``config.cutout``,
+    which erases normalized pixels, the workers do all.
+
+    Args:
+        config (DatasetConfig): The data set.
+        batch_size (int): Samples of a batch of one rank, >= 1.
+        seed (int, optional): As there. Default: ``17``.
+        drop_last (bool, optional): As there. Default: ``False``.
+        device (torch.device | str, optional): Where the batches are normalized. Default: the CPU.
+
+    Returns:
+        composer.DataSpec: Of the DataLoader; errors are those of :func:`build_dataloader`.
+
+    Example:
+        >>> spec = build_dataspec(DatasetConfig('digits'), batch_size=32)
+        >>> batch = next(iter(spec.dataloader))
+        >>> batch[0].dtype, spec.batch_transforms(batch)[0].dtype
+        (torch.uint8, torch.float32)
+    """
+    pipeline = transform(config)
+    *before, last = pipeline.transforms
+    if config.in_memory or not isinstance(last, transforms.Normalize):
+        return DataSpec(_dataloader(config, pipeline, batch_size, seed, drop_last, device))
+    images = transforms.Compose([ToBytes() if isinstance(step, transforms.ToTensor) else step for step in before])
+    normalize = Normalize(last.mean, last.std, device)
+    return DataSpec(
+        _dataloader(config, images, batch_size, seed, drop_last, device),
+        batch_transforms=lambda batch: (normalize(batch[0]), batch[1]),
+    )
+
+
+def _dataloader(
+    config: DatasetConfig,
+    pipeline: transforms.Compose,
+    batch_size: int,
+    seed: int,
+    drop_last: bool,
+    device: torch.device | str | None,
+) -> DataLoader:
+    num_classes = dataset_classes(config)
     shuffle = _default_for_training(config, config.shuffle)
     training = shuffle or _default_for_training(config, config.augment)
     shards, folder = _index(config)['shards'], _local(config) / config.split

@@ -27,11 +27,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image (PIL.Image.Image): An opened image of any mode.
 
     Returns:
-        PIL.Image.Image: The image in mode ``'RGB'``; transparency is dropped.
+        PIL.Image.Image: The image in mode ``'RGB'``, itself if it was; transparency is dropped.
     """
     if image.mode == 'P' and 'transparency' in image.info:
         image = image.convert('RGBA')  # PIL's own advice: straight to RGB it warns
-    return image.convert('RGB')
+    image.load()
+    return image if image.mode == 'RGB' else image.convert('RGB')  # which would copy
 
 
 @dataclass(frozen=True)

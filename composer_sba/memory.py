@@ -13,6 +13,7 @@ from torchvision import transforms
 
 from composer_sba.cutout import Cutout
 from composer_sba.mds import Expected, hash_key, seeded, to_rgb
+from composer_sba.pixels import Normalize
 from composer_sba.sharing import shared_samples
 
 
@@ -47,10 +48,7 @@ class BatchTransform:
         if len(steps) > len(kinds):
             raise ValueError(f'Expected only transforms that have a batched form here, got {pipeline}.')
         crop, flip, normalize, cutout = steps.values()
-        self.mean, self.std = (
-            torch.tensor(value, dtype=torch.float32, device=device).view(3, 1, 1)
-            for value in (normalize.mean, normalize.std)
-        )
+        self.normalize = Normalize(normalize.mean, normalize.std, device)
         self.padding: int = crop.padding if crop else 0
         self.flip = flip is not None
         self.cutout: int | None = cutout.size if cutout else None
@@ -70,7 +68,7 @@ class BatchTransform:
             source = rows[:, :, None] * (width + 2 * self.padding) + columns[:, None]
             padded = F.pad(images, [self.padding] * 4).flatten(2)
             images = padded.gather(2, source.view(size, 1, -1).expand(-1, 3, -1)).view_as(images)
-        batch = images.float().div_(255).sub_(self.mean).div_(self.std)
+        batch = self.normalize(images)
         if self.cutout:
             rows = down - draw(height) + self.cutout // 2  # counted from the top of the square, wherever that is
             columns = across - draw(width) + self.cutout // 2

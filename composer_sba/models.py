@@ -220,8 +220,15 @@ def alexnet_cifar(num_classes: int = 10, batch_norm: bool = False) -> nn.Sequent
     )
 
 
-def digits_net(num_classes: int = 10) -> nn.Sequential:
+def digits_net(num_classes: int = 10, *, dropout: float = 0.0) -> nn.Sequential:
     """Build a small batch-normalized network for scikit-learn's 8-pixel digits, ``(N, 3, 8, 8)``: the demo's.
+
+    Args:
+        num_classes (int, optional): K. Default: ``10``.
+        dropout (float, optional): Rate before the last layer; none at 0. Default: ``0.0``.
+
+    Returns:
+        torch.nn.Sequential: With layers conv1, conv2, conv3, pool and head.
 
     Example:
         >>> digits_net()(torch.zeros(2, 3, 8, 8)).shape
@@ -231,7 +238,7 @@ def digits_net(num_classes: int = 10) -> nn.Sequential:
         conv1=_conv(3, 32, batch_norm=True),
         conv2=nn.Sequential(_conv(32, 64, batch_norm=True), nn.MaxPool2d(2)),
         conv3=nn.Sequential(_conv(64, 128, batch_norm=True), nn.MaxPool2d(2)),
-        pool=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        pool=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), *([nn.Dropout(dropout)] if dropout else [])),
         head=nn.Linear(128, num_classes),
     )
 

@@ -31,6 +31,7 @@ def test_ideal_is_what_the_study_counts() -> None:
     assert costs['naive'].ideal == pytest.approx(1 + costs['sba'].ideal)
     assert costs['ba'].ideal == 4
     assert costs['unarmed'].ideal == 1
+    assert 1 < costs['analytic'].ideal < 1.1, costs['analytic']  # a few products with the head's weights
     assert all(cost.low <= cost.ratio <= cost.high for cost in costs.values())
 
 

@@ -280,7 +280,8 @@ def test_copies_of_one_image_have_crops_of_their_own(loader):
         for i, image in enumerate(train.dataset.images)
         for top, left in product(range(3), range(3))
     }
-    mean, std = train.dataset.transform.mean, train.dataset.transform.std
+    normalize = train.dataset.transform.normalize
+    mean, std = normalize.mean, normalize.std
     train.dataset.transform = Copies(train.dataset.transform, 4)
     different = 0
     for images, labels in train:

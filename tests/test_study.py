@@ -16,6 +16,7 @@ import pytest
 
 from composer_sba.errors import UserError
 from composer_sba.recipe import load
+from composer_sba.study import worker
 from composer_sba.study.__main__ import main
 from composer_sba.study.cost import flops_per_image, training_flops
 from composer_sba.study.plan import ETAS, MAX_COST, Run, plan
@@ -33,6 +34,23 @@ def _cost(name: str, *overrides: str) -> float:
 
 def _names(runs: list[Run]) -> list[str]:
     return [run.name for run in runs]
+
+
+@pytest.mark.parametrize('changed', ['package/study/worker.py', 'package/sba.py', 'yamls/recipe.yaml'])
+def test_the_commit_tells_whether_the_code_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    for name in ('package/study/worker.py', 'package/sba.py', 'yamls/recipe.yaml', 'results/runs.jsonl'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('one\n')
+    author = ['-c', 'user.name=a', '-c', 'user.email=a@b']
+    for arguments in (['init', '-q'], ['add', '.'], [*author, 'commit', '-qm', 'one']):
+        subprocess.run(['git', '-C', str(tmp_path), *arguments], check=True)
+    monkeypatch.setattr(worker, '__file__', str(tmp_path / 'package/study/worker.py'))
+    (tmp_path / 'results/runs.jsonl').write_text('two\n')
+    assert re.fullmatch('[0-9a-f]{12}', worker.commit())
+    (tmp_path / changed).write_text('two\n')
+    assert re.fullmatch(r'[0-9a-f]{12}\+', worker.commit()), changed
 
 
 class TestPlan:

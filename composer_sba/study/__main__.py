@@ -20,6 +20,7 @@ from composer_sba.study.cost import training_flops
 from composer_sba.study.plan import MAX_COST, STUDIES, Run, plan
 from composer_sba.study.pool import run_all
 from composer_sba.study.records import Record, read
+from composer_sba.study.step import KINDS
 
 RECIPES = Path(__file__).parents[2] / 'yamls'
 SCRATCH = Path('runs/study')
@@ -118,6 +119,7 @@ def _add_step(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         '--cuts', nargs='+', default=(), metavar='LAYER', help='where to cut (head, and a stage below)'
     )
+    command.add_argument('--kinds', nargs='+', choices=KINDS, default=(), metavar='KIND', help=f'of {", ".join(KINDS)}')
     command.add_argument('--fold', nargs='+', type=int, default=(), dest='folds', metavar='M', help="(1, 4, paper's)")
     command.add_argument('--device', choices=('cpu', 'gpu'), help='where to train; a GPU if there is one')
     command.add_argument('--dtype', choices=list(DTYPES), default='fp32', help='of autocast (fp32: none)')

@@ -15,7 +15,7 @@ from composer_sba.recipe import Recipe, component_arguments, load
 from composer_sba.registry import construct
 from composer_sba.study.names import name
 from composer_sba.study.plan import Regime, cut_layers, regimes
-from composer_sba.study.step import Cost, Steps, measure, profiled
+from composer_sba.study.step import KINDS, Cost, Steps, measure, profiled
 from composer_sba.study.worker import hardware, shared_facts
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
@@ -30,6 +30,7 @@ class Options:
     datasets: Sequence[str] = ()
     cuts: Sequence[str] = ()
     folds: Sequence[int] = ()
+    kinds: Sequence[str] = ()
     device: str | None = None
     dtype: str = 'fp32'
     compiled: bool = False
@@ -62,8 +63,7 @@ def benchmark(recipes: Path, folder: Path, options: Options) -> Path:
         for cut in options.cuts or _default_cuts(recipe):
             for fold in options.folds or sorted({1, 4, recipe.algorithms['sba'].get('fold', 4)}):
                 steps = _steps(recipe, cut, fold, device, options)
-                kinds = ['unarmed', 'sba', 'latent_ba', 'naive', *(['ba'] if fold <= _BA_FOLD else [])]
-                costs = measure(steps, kinds, options.rounds)
+                costs = measure(steps, options.kinds or _default_kinds(cut, fold, options), options.rounds)
                 rows += [_row(regime, len(steps.images), cut, fold, cost) for cost in costs]
                 console.print(f'{" ".join(regime.names)} {cut} M={fold}: {_brief(costs)}', soft_wrap=True)
                 steps.expander.remove()
@@ -89,6 +89,7 @@ _COLUMNS = [
     'cut',
     'M',
     'step',
+    'ms',
     'measured ÷ plain',
     'ideal',
     'measured ÷ ideal',
@@ -101,7 +102,8 @@ _HEAD = """# Cost of a step, {date}
 Every kind of step is taken in turn, so that ratios compare neighbours in time: median over rounds [quartiles]. Ideal
 is the ratio of the operations (convolutions, matrix products, Σ) that were executed. Memory is the peak of a step above
 what is held between steps. A plain step has no hooks; an unarmed one has SBA's, as at λ(t) = 0. Naive SBA predicts for
-the virtual rows in a forward pass of their own, from the input on. An SBA step is one with λ(t) = 1.
+the virtual rows in a forward pass of their own, from the input on. An SBA step is one with λ(t) = 1; an analytic one
+has `estimator='analytic'`, M → ∞ and nothing drawn.
 
 {table}
 
@@ -141,11 +143,21 @@ def _default_cuts(recipe: Recipe) -> list[str]:
     return ['head', *layers[-3:-2]]
 
 
+def _default_kinds(cut: str, fold: int, options: Options) -> list[str]:
+    left_out = {'plain'}
+    if cut != 'head' or options.compiled:
+        left_out.add('analytic')
+    if fold > _BA_FOLD:
+        left_out.add('ba')
+    return [kind for kind in KINDS if kind not in left_out]
+
+
 def _row(regime: Regime, batch: int, cut: str, fold: int, cost: Cost) -> list[str]:
     network, dataset = regime.names
     pixels = image_size(DatasetConfig(dataset))
+    own = f'{1000 * cost.seconds:.1f}'
     times = f'{cost.ratio:.3f} [{cost.low:.3f}, {cost.high:.3f}]'
-    ratios = [times, f'{cost.ideal:.4f}', f'{cost.ratio / cost.ideal:.3f}', f'{cost.memory:.2f}']
+    ratios = [own, times, f'{cost.ideal:.4f}', f'{cost.ratio / cost.ideal:.3f}', f'{cost.memory:.2f}']
     return [name(network), str(pixels), str(batch), cut, str(fold), cost.kind.replace('_', ' '), *ratios]
 
 

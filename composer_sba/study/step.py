@@ -14,10 +14,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from composer_sba import functional as sbaf
+from composer_sba.analytic import AnalyticHead
 from composer_sba.latent import LatentExpander
 from composer_sba.vicinity import Vicinity
 
-KINDS = ('plain', 'unarmed', 'sba', 'latent_ba', 'naive', 'ba')
+KINDS = ('plain', 'unarmed', 'sba', 'analytic', 'latent_ba', 'naive', 'ba')
 PARTS = {  # what an operator of a profile, or the first around it that fits any of these, belongs to
     'noise and Σ': ('_Expansion', 'composer_sba::'),
     'rows': ('aten::cat', 'CatBackward'),
@@ -37,6 +38,7 @@ class Cost:
         low, high (float): Its quartiles.
         ideal (float): Operations ÷ plain, as they were executed.
         memory (float): Peak memory of the step ÷ plain, what the process held before it left out.
+        seconds (float): Its time, the median over rounds.
     """
 
     kind: str
@@ -45,14 +47,15 @@ class Cost:
     high: float
     ideal: float
     memory: float
+    seconds: float
 
 
 class Steps:
     """The steps of one network on one batch of random images, each kind on the same weights.
 
-    ``plain``: cross-entropy. ``unarmed``: the same with SBA's hooks in, as at λ(t) = 0. ``sba``: Eq. 11. ``latent_ba``:
-    the hard loss of Eq. 9. ``naive``: SBA whose virtual rows get a forward pass of their own from the input on. ``ba``:
-    Hoffer et al.'s, M copies of the input.
+    ``plain``: cross-entropy. ``unarmed``: the same with SBA's hooks in, as at λ(t) = 0. ``sba``: Eq. 11. ``analytic``:
+    its expectation at the head, whatever the layer. ``latent_ba``: the hard loss of Eq. 9. ``naive``: SBA whose virtual
+    rows get a forward pass of their own from the input on. ``ba``: Hoffer et al.'s, M copies of the input.
 
     Args:
         network (torch.nn.Module): On its device.
@@ -79,6 +82,8 @@ class Steps:
     ) -> None:
         self.network, self.images, self.labels, self.fold = network, images, labels, fold
         self.expander = LatentExpander(network, layer, fold, vicinity)
+        self.head = AnalyticHead(network, vicinity)
+        self.head.remove()
         with torch.no_grad():
             self.expander.check(lambda: network(images[:2]))
         self.forward: Callable[[torch.Tensor], torch.Tensor] = torch.compile(network) if compiled else network
@@ -99,13 +104,18 @@ class Steps:
     @contextmanager
     def hooked(self, kind: str) -> Iterator[None]:
         """Have the hooks that a kind of step needs; under compilation all kinds share a graph that has them."""
-        if kind in ('plain', 'ba') and not self.compiled:
+        if self.compiled:
+            yield
+            return
+        if kind in ('plain', 'analytic', 'ba'):
             self.expander.remove()
+        if kind == 'analytic':
+            self.head.attach()
         try:
             yield
         finally:
-            if kind in ('plain', 'ba') and not self.compiled:
-                self.expander.attach()
+            self.head.remove()
+            self.expander.attach()
 
     def _loss(self, kind: str) -> torch.Tensor:
         if kind in ('plain', 'unarmed'):
@@ -113,6 +123,11 @@ class Steps:
         if kind == 'ba':
             images = self.images.repeat_interleave(self.fold, 0)
             return F.cross_entropy(self.forward(images), self.labels.repeat_interleave(self.fold))
+        if kind == 'analytic':
+            self.head.arm(self.count)
+            loss = F.cross_entropy(self.forward(self.images), self.labels) + 0.1 * self.head.kl()
+            self.head.disarm()
+            return loss
         own = self.forward(self.images) if kind == 'naive' else None
         with self.expander.armed(self.count):
             logits, virtual = self.expander.split(self.forward(self.images))
@@ -149,7 +164,8 @@ def measure(steps: Steps, kinds: Sequence[str], rounds: int) -> list[Cost]:
         ratios = [own / plain for own, plain in zip(seconds[kind][1:], seconds['plain'][1:], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
         ideal = operations[kind] / operations['plain']
-        costs.append(Cost(kind, middle, low, high, ideal, memory[kind] / memory['plain']))
+        taken = statistics.median(seconds[kind][1:])
+        costs.append(Cost(kind, middle, low, high, ideal, memory[kind] / memory['plain'], taken))
     return costs
 
 

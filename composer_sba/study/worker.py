@@ -173,7 +173,7 @@ def commit() -> str:
     git = ['git', '-C', str(Path(__file__).parent)]
     try:
         name = subprocess.run([*git, 'rev-parse', '--short=12', 'HEAD'], capture_output=True, text=True, check=True)
-        code = subprocess.run([*git, 'diff', '--quiet', 'HEAD', '--', '*.py', '*.yaml'], check=False)
+        code = subprocess.run([*git, 'diff', '--quiet', 'HEAD', '--', ':/*.py', ':/*.yaml'], check=False)
     except (OSError, subprocess.CalledProcessError):
         return 'unknown'
     return name.stdout.strip() + ('+' if code.returncode else '')

@@ -1,0 +1,131 @@
+"""Runs that were cut off, anywhere: they end with the bits of the unbroken run.
+
+pytest tests/test_resume.py; KILLS=50 pytest tests/test_resume.py -k killed -s for a campaign
+"""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from composer.core import Event
+
+from composer_sba import SeedEachBatch
+from composer_sba.recipe import load
+from composer_sba.train import train
+
+# Composer's MixUp, whose two shares of a label sum to one but for rounding
+pytestmark = pytest.mark.filterwarnings('ignore:Some targets have less than 1 total probability')
+
+ROOT = Path(__file__).parent.parent
+RECIPE = str(ROOT / 'yamls' / 'digits_sba.yaml')
+KILLS = int(os.environ.get('KILLS', '3'))
+# Batch norm, dropout, crops made by workers, SBA at two layers, a schedule, and algorithms that draw from torch,
+# NumPy and Python: before the batch, at its start and in the forward pass
+EVERYTHING = [
+    'model.dropout=0.3',
+    'train_dataset.num_workers=1',
+    'algorithms.sba.layers=[conv2,head]',
+    'algorithms.colout.p_row=0.2',
+    'algorithms.mixup.alpha=0.4',
+]
+BASE = ['max_duration=3ep', 'progress_bar=false', 'eval_interval=100ep', 'global_train_batch_size=256']
+
+
+def weights(recipe_keys: list[str]) -> dict[str, torch.Tensor]:
+    torch.set_num_threads(1)  # others sum in another order
+    trainer = train(load(RECIPE, [*BASE, *recipe_keys]))
+    return {name: value.clone() for name, value in trainer.state.model.state_dict().items()}
+
+
+def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def checkpoint(folder: Path, batch: int) -> Path:
+    (path,) = folder.glob(f'ep*-ba{batch}-rank0.pt')
+    return path
+
+
+@pytest.fixture(scope='module', params=['batch', 'epoch'])
+def unbroken(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('unbroken')
+    keys = [*EVERYTHING, f'algorithms.sba.granularity={request.param}']
+    saving = [f'save_folder={folder}', 'save_interval=1ba', 'save_num_checkpoints_to_keep=-1']
+    return folder, keys, weights([*keys, *saving])
+
+
+# Composer, of an epoch whose last batch the checkpoint has: nothing is left to train or to measure
+@pytest.mark.filterwarnings('ignore:No batches were trained')
+@pytest.mark.filterwarnings('ignore:The ``compute`` method of metric')
+@pytest.mark.parametrize('batch', [2, 6, 9, 17])
+def test_resumed_anywhere_it_ends_with_the_same_bits(unbroken, batch: int) -> None:
+    folder, keys, expected = unbroken
+    resumed = weights([*keys, 'save_folder=null', f'load_path={checkpoint(folder, batch)}'])
+    assert differing(resumed, expected) == []
+
+
+def test_without_its_seeds_it_does_not(unbroken, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, keys, expected = unbroken
+    monkeypatch.setattr(SeedEachBatch, 'match', lambda self, event, state: False)
+    resumed = weights([*keys, 'save_folder=null', f'load_path={checkpoint(folder, 9)}'])
+    assert 'module.head.weight' in differing(resumed, expected)
+
+
+def test_a_batch_that_is_tried_again_draws_the_same(unbroken) -> None:
+    folder, keys, _ = unbroken
+    trainer = train(load(RECIPE, [*BASE, *keys, 'save_folder=null', 'max_duration=1ba']))
+    seed = SeedEachBatch()
+    draws = []
+    for event in (Event.AFTER_DATALOADER, Event.BEFORE_TRAIN_BATCH, Event.BEFORE_TRAIN_BATCH):
+        assert seed.match(event, trainer.state)
+        seed.apply(event, trainer.state, trainer.logger)
+        draws.append((torch.rand(3).tolist(), random.random()))
+    assert draws[1] == draws[2] != draws[0]
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """The same command again and again, killed between one and a hundred batches after it went on."""
+    chance = random.Random(17)
+    command = [sys.executable, str(ROOT / 'train.py'), '-f', RECIPE, *EVERYTHING, 'max_duration=40ep']
+    command += ['progress_bar=false', 'eval_interval=10ep', 'save_interval=5ba', 'autoresume=true']
+    command += ['save_overwrite=false', 'save_num_checkpoints_to_keep=2']
+    environment = os.environ | {'OMP_NUM_THREADS': '1'}
+
+    def start(folder: Path) -> subprocess.Popen[bytes]:
+        with (tmp_path / f'{folder.name}.log').open('ab') as said:
+            return subprocess.Popen(
+                [*command, f'save_folder={folder}'], env=environment, stdout=said, stderr=said, start_new_session=True
+            )
+
+    def final(folder: Path) -> dict[str, torch.Tensor]:
+        return torch.load(folder / 'latest-rank0.pt', weights_only=False)['state']['model']
+
+    assert start(tmp_path / 'whole').wait(timeout=300) == 0, (tmp_path / 'whole.log').read_text()
+    expected = final(tmp_path / 'whole')
+    kills: list[int] = []  # the last batch that was saved before each
+    runs = 0
+    while len(kills) < KILLS:
+        folder = tmp_path / f'broken{runs}'
+        while (process := start(folder)).poll() is None and len(kills) < KILLS:
+            before = set(folder.glob('ep*.pt'))
+            while process.poll() is None and set(folder.glob('ep*.pt')) == before:
+                time.sleep(0.01)
+            time.sleep(chance.uniform(0, 2))
+            if process.poll() is not None:
+                break
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            saved = [int(re.findall(r'ba(\d+)', path.name)[0]) for path in folder.glob('ep*.pt')]
+            kills.append(max(saved, default=0))
+        assert process.wait(timeout=300) == 0, (tmp_path / f'{folder.name}.log').read_text()[-3000:]
+        assert differing(final(folder), expected) == [], f'run {runs}, killed after batches {kills}'
+        runs += 1
+    print(f'{len(kills)} kills in {runs} runs, after batches {kills}: the same bits')
