@@ -3,13 +3,14 @@
 import inspect
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from composer import Trainer
 from composer.core import DataSpec, Event, State, TimeUnit
 from composer.loggers import LoggerDestination
-from composer.utils import create_interval_scheduler, dist, get_device
+from composer.utils import create_interval_scheduler, dist, format_name_with_dist, get_device
 from composer.utils.reproducibility import seed_all
 from torch import nn
 
@@ -21,6 +22,7 @@ from composer_sba.registry import components, construct
 from composer_sba.sba import sort_sba_last
 from composer_sba.seed_each_batch import SeedEachBatch, sort_seed_first
 from composer_sba.sources import NAMED
+from composer_sba.unfinished import mend
 
 
 def build_trainer(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
@@ -44,6 +46,10 @@ def build_trainer(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
     rows = recipe.global_train_batch_size // world
     try:
         dist.initialize_dist(get_device(recipe.device), recipe.dist_timeout)
+        if recipe.autoresume and recipe.save_folder is not None and '://' not in recipe.save_folder:
+            if dist.get_global_rank() == 0:
+                mend(Path(format_name_with_dist(recipe.save_folder, str(recipe.run_name))))
+            dist.barrier()
         # Model and data are drawn from the seed too, alike on all ranks; Trainer then seeds each rank apart.
         seed_all(recipe.seed)
         parts = build_components(recipe)

@@ -19,6 +19,7 @@ from composer.core import Event
 from composer_sba import SeedEachBatch
 from composer_sba.recipe import load
 from composer_sba.train import train
+from composer_sba.unfinished import mend
 
 # Composer's MixUp, whose two shares of a label sum to one but for rounding
 pytestmark = pytest.mark.filterwarnings('ignore:Some targets have less than 1 total probability')
@@ -89,6 +90,37 @@ def test_a_batch_that_is_tried_again_draws_the_same(unbroken) -> None:
         seed.apply(event, trainer.state, trainer.logger)
         draws.append((torch.rand(3).tolist(), random.random()))
     assert draws[1] == draws[2] != draws[0]
+
+
+@pytest.mark.parametrize('latest', ['ep0-ba5-rank0.pt', None])
+def test_a_save_that_was_cut_off_is_removed(tmp_path: Path, latest: str | None) -> None:
+    for batch in (5, 10, 15):
+        torch.save({'batch': batch}, tmp_path / f'ep0-ba{batch}-rank0.pt')
+    torn = tmp_path / 'ep0-ba15-rank0.pt'
+    torn.write_bytes(torn.read_bytes()[:-100])
+    others = [tmp_path / name for name in ('recipe.yaml', 'best.pt', 'ep0-ba20-rank1.pt')]
+    for path in others:
+        path.write_text('not ours')
+    if latest:
+        (tmp_path / 'latest-rank0.pt').symlink_to(latest)
+    for _ in range(2):  # the second time there is nothing to do
+        mend(tmp_path)
+        assert not torn.exists() and all(path.exists() for path in others)
+        assert torch.load(tmp_path / 'latest-rank0.pt') == {'batch': 10}
+    mend(tmp_path / 'nowhere')
+    assert not (tmp_path / 'nowhere').exists()
+
+
+@pytest.mark.parametrize('torn', [True, False])
+def test_a_run_goes_on_after_a_kill_in_mid_save(unbroken, tmp_path: Path, torn: bool) -> None:
+    """Cut off as a checkpoint is written, and after that, before it is the latest."""
+    folder, keys, expected = unbroken
+    for batch in (8, 9):
+        path = checkpoint(folder, batch)
+        (tmp_path / path.name).write_bytes(path.read_bytes()[: -100 if torn and batch == 9 else None])
+    (tmp_path / 'latest-rank0.pt').symlink_to(checkpoint(folder, 8).name)
+    saving = [f'save_folder={tmp_path}', 'save_interval=1ba', 'autoresume=true', 'save_overwrite=false']
+    assert differing(weights([*keys, *saving]), expected) == []
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path: Path) -> None:
