@@ -58,13 +58,14 @@ def test_a_profile_names_the_parts() -> None:
 
 def test_the_command_writes_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ['step', '--networks', 'digits', '--cuts', 'head', '--fold', '2', '--rounds', '1', '--batch', '8']
+    command += ['--basis', 'hadamard']
     assert main([*command, '--recipes', str(YAMLS), '--out', str(tmp_path), '--device', 'cpu']) == 0
     assert main([*command, '--recipes', str(YAMLS), '--out', str(tmp_path), '--device', 'cpu', '--dtype', 'bf16']) == 0
     first, second = sorted(tmp_path.iterdir(), key=lambda path: len(path.name))
     assert str(second) in capsys.readouterr().out
     text = first.read_text()
-    assert '| digits | 8 | 8 | head | 2 | sba |' in text and 'torch' in text and '; fp32;' in text
-    assert '; bf16;' in second.read_text()
+    assert '| digits | 8 | 8 | head | 2 | sba |' in text and 'torch' in text and '; fp32, basis hadamard;' in text
+    assert '; bf16, basis hadamard;' in second.read_text()
 
 
 def test_a_layer_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

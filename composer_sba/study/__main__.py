@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
+from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +22,7 @@ from composer_sba.study.plan import MAX_COST, STUDIES, Run, plan
 from composer_sba.study.pool import run_all
 from composer_sba.study.records import Record, read
 from composer_sba.study.step import KINDS
+from composer_sba.vicinity import Basis
 
 RECIPES = Path(__file__).parents[2] / 'yamls'
 SCRATCH = Path('runs/study')
@@ -120,6 +122,7 @@ def _add_step(command: argparse.ArgumentParser) -> None:
         '--cuts', nargs='+', default=(), metavar='LAYER', help='where to cut (head, and a stage below)'
     )
     command.add_argument('--kinds', nargs='+', choices=KINDS, default=(), metavar='KIND', help=f'of {", ".join(KINDS)}')
+    command.add_argument('--basis', choices=get_args(Basis), help="Σ of the Gaussian virtual samples (the recipe's)")
     command.add_argument('--fold', nargs='+', type=int, default=(), dest='folds', metavar='M', help="(1, 4, paper's)")
     command.add_argument('--device', choices=('cpu', 'gpu'), help='where to train; a GPU if there is one')
     command.add_argument('--dtype', choices=list(DTYPES), default='fp32', help='of autocast (fp32: none)')

@@ -1,7 +1,7 @@
 """The step benchmark: :mod:`composer_sba.study.step` over the recipes' networks, as a dated report in Markdown."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from composer_sba.study.names import name
 from composer_sba.study.plan import Regime, cut_layers, regimes
 from composer_sba.study.step import KINDS, Cost, Steps, measure, profiled
 from composer_sba.study.worker import hardware, shared_facts
+from composer_sba.vicinity import Basis
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 _BA_FOLD = 4  # beyond it Hoffer et al.'s BA would take most of the benchmark's time to show that it costs M
@@ -31,6 +32,7 @@ class Options:
     cuts: Sequence[str] = ()
     folds: Sequence[int] = ()
     kinds: Sequence[str] = ()
+    basis: Basis | None = None
     device: str | None = None
     dtype: str = 'fp32'
     compiled: bool = False
@@ -75,7 +77,7 @@ def benchmark(recipes: Path, folder: Path, options: Options) -> Path:
         facts=_facts(),
         rounds=options.rounds,
         settings=f'{options.dtype}{", torch.compile" if options.compiled else ""}'
-        f'{", channels_last" if options.channels_last else ""}',
+        f'{", channels_last" if options.channels_last else ""}, basis {options.basis or "as in the recipe"}',
         table=_markdown(_COLUMNS, rows),
         profile=_markdown(['network', 'cut', 'M', *parts], profiles),
     )
@@ -125,6 +127,8 @@ def _steps(recipe: Recipe, cut: str, fold: int, device: Any, options: Options) -
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     network = device.module_to_device(network.to(memory_format=layout))
     vicinity = construct('algorithms', 'sba', recipe.algorithms['sba']).vicinity
+    if options.basis is not None:
+        vicinity = replace(vicinity, basis=options.basis)
     return Steps(
         network,
         device.tensor_to_device(images.to(memory_format=layout)),
