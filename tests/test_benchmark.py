@@ -3,6 +3,9 @@
 pytest tests/test_benchmark.py
 """
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,3 +75,12 @@ def test_a_layer_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.Ca
     command = ['step', '--networks', 'digits', '--cuts', 'conv7', '--recipes', str(YAMLS), '--out', str(tmp_path)]
     assert main(command) == 2
     assert "The model has no layer 'conv7'" in capsys.readouterr().err
+
+
+def test_the_data_path_is_compared_with_the_usual_one() -> None:
+    script = YAMLS.parent / 'benchmarks' / 'data_path.py'
+    arguments = ['--images', '12', '--workers', '0', '--batch', '4', '--rounds', '2']
+    said = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=True).stdout
+    rows = re.findall(r'^\| ([\w -]+) \| (\d+) \|', said, re.MULTILINE)
+    assert [name for name, _ in rows] == ['ImageFolder', 'composer-sba', 'decoding alone']
+    assert all(int(rate) > 0 for _, rate in rows) and '12 JPEGs of 500 by 375 pixels' in said

@@ -6,6 +6,8 @@ Run: pytest tests/test_docs.py
 import doctest
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,8 @@ def test_a_command_exists_and_takes_its_arguments(page, command, monkeypatch, ca
             assert convert.main(arguments) == 0
         case ['python', '-m', 'composer_sba.study', *arguments]:
             study._parser().parse_args(arguments)  # or it exits, which fails a test
+        case ['python', script, *arguments] if script.startswith('benchmarks/'):
+            subprocess.run([sys.executable, ROOT / script, *arguments, '--help'], check=True, capture_output=True)
         case ['make', target]:
             assert re.search(rf'^{target}:', (ROOT / 'Makefile').read_text(), re.MULTILINE)
         case ['pip', 'install', '-e', package]:

@@ -70,7 +70,7 @@ def benchmark(recipes: Path, folder: Path, options: Options) -> Path:
                 console.print(f'{" ".join(regime.names)} {cut} M={fold}: {_brief(costs)}', soft_wrap=True)
                 steps.expander.remove()
             parts = profiled(_steps(recipe, cut, fold, device, options), 'sba', min(options.rounds, 5))
-            profiles.append([name(regime.names[0]), cut, str(fold), *(f'{value:.2f}' for value in parts.values())])
+            profiles.append([_title(regime), cut, str(fold), *(f'{value:.2f}' for value in parts.values())])
     text = _HEAD.format(
         date=datetime.now(timezone.utc).date(),
         hardware=hardware(device.name),
@@ -157,12 +157,15 @@ def _default_kinds(cut: str, fold: int, options: Options) -> list[str]:
 
 
 def _row(regime: Regime, batch: int, cut: str, fold: int, cost: Cost) -> list[str]:
-    network, dataset = regime.names
-    pixels = image_size(DatasetConfig(dataset))
+    pixels = image_size(DatasetConfig(regime.names[1]))
     own = f'{1000 * cost.seconds:.1f}'
     times = f'{cost.ratio:.3f} [{cost.low:.3f}, {cost.high:.3f}]'
     ratios = [own, times, f'{cost.ideal:.4f}', f'{cost.ratio / cost.ideal:.3f}', f'{cost.memory:.2f}']
-    return [name(network), str(pixels), str(batch), cut, str(fold), cost.kind.replace('_', ' '), *ratios]
+    return [_title(regime), str(pixels), str(batch), cut, str(fold), cost.kind.replace('_', ' '), *ratios]
+
+
+def _title(regime: Regime) -> str:
+    return ', '.join(dict.fromkeys(name(each) for each in regime.names))
 
 
 def _brief(costs: Sequence[Cost]) -> str:
