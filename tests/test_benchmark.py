@@ -77,6 +77,20 @@ def test_a_layer_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.Ca
     assert "The model has no layer 'conv7'" in capsys.readouterr().err
 
 
+def test_a_layer_too_wide_for_its_basis_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr('composer_sba.vicinity.MAX_DENSE_FEATURES', 128)  # the head's
+    command = ['step', '--networks', 'digits', '--fold', '1', '--rounds', '1', '--batch', '8', '--basis', 'normalized']
+    command += ['--recipes', str(YAMLS), '--out', str(tmp_path), '--device', 'cpu', '--cuts']
+    assert main([*command, 'conv2', 'head']) == 0
+    (report,) = tmp_path.iterdir()
+    assert 'Left out: digits, conv2: basis' in report.read_text() and '| head | 1 | sba |' in report.read_text()
+    capsys.readouterr()
+    assert main([*command, 'conv2']) == 2
+    assert 'error: Left out: digits, conv2: basis' in capsys.readouterr().err
+
+
 def test_the_data_path_is_compared_with_the_usual_one() -> None:
     script = YAMLS.parent / 'benchmarks' / 'data_path.py'
     arguments = ['--images', '12', '--workers', '0', '--batch', '4', '--rounds', '2']

@@ -11,11 +11,12 @@ from composer.utils import get_device
 from rich.console import Console
 
 from composer_sba.data import DatasetConfig, image_size
+from composer_sba.errors import UserError
 from composer_sba.recipe import Recipe, component_arguments, load
 from composer_sba.registry import construct
 from composer_sba.study.names import name
 from composer_sba.study.plan import Regime, cut_layers, regimes
-from composer_sba.study.step import KINDS, Cost, Steps, measure, profiled
+from composer_sba.study.step import KINDS, PARTS, Cost, Steps, measure, profiled
 from composer_sba.study.worker import hardware, shared_facts
 from composer_sba.vicinity import Basis
 
@@ -53,24 +54,30 @@ def benchmark(recipes: Path, folder: Path, options: Options) -> Path:
         Path: The report.
 
     Raises:
-        UserError: If a network, data set or layer is unknown.
+        UserError: If a network, data set or layer is unknown, or nothing could be timed.
     """
     console = Console(highlight=False)
     device = get_device(options.device)
-    rows, profiles = [], []
+    rows, profiles, left_out = [], [], []
     for regime in regimes(recipes, options.networks, options.datasets):
         if not regime.own('sba').exists():
             continue
         recipe = load(regime.own('sba'))
         for cut in options.cuts or _default_cuts(recipe):
-            for fold in options.folds or sorted({1, 4, recipe.algorithms['sba'].get('fold', 4)}):
-                steps = _steps(recipe, cut, fold, device, options)
-                costs = measure(steps, options.kinds or _default_kinds(cut, fold, options), options.rounds)
-                rows += [_row(regime, len(steps.images), cut, fold, cost) for cost in costs]
-                console.print(f'{" ".join(regime.names)} {cut} M={fold}: {_brief(costs)}', soft_wrap=True)
-                steps.expander.remove()
-            parts = profiled(_steps(recipe, cut, fold, device, options), 'sba', min(options.rounds, 5))
-            profiles.append([_title(regime), cut, str(fold), *(f'{value:.2f}' for value in parts.values())])
+            try:
+                for fold in options.folds or sorted({1, 4, recipe.algorithms['sba'].get('fold', 4)}):
+                    steps = _steps(recipe, cut, fold, device, options)
+                    costs = measure(steps, options.kinds or _default_kinds(cut, fold, options), options.rounds)
+                    rows += [_row(regime, len(steps.images), cut, fold, cost) for cost in costs]
+                    console.print(f'{" ".join(regime.names)} {cut} M={fold}: {_brief(costs)}', soft_wrap=True)
+                    steps.expander.remove()
+                parts = profiled(_steps(recipe, cut, fold, device, options), 'sba', min(options.rounds, 5))
+                profiles.append([_title(regime), cut, str(fold), *(f'{value:.2f}' for value in parts.values())])
+            except ValueError as error:  # of a vicinity that this layer is too wide for; the others need not suffer
+                left_out.append(f'Left out: {_title(regime)}, {cut}: {error}')
+                console.print(left_out[-1], soft_wrap=True)
+    if not rows:
+        raise UserError('\n'.join(left_out) or 'No network has a recipe for SBA among these.')
     text = _HEAD.format(
         date=datetime.now(timezone.utc).date(),
         hardware=hardware(device.name),
@@ -79,9 +86,9 @@ def benchmark(recipes: Path, folder: Path, options: Options) -> Path:
         settings=f'{options.dtype}{", torch.compile" if options.compiled else ""}'
         f'{", channels_last" if options.channels_last else ""}, basis {options.basis or "as in the recipe"}',
         table=_markdown(_COLUMNS, rows),
-        profile=_markdown(['network', 'cut', 'M', *parts], profiles),
+        profile=_markdown(['network', 'cut', 'M', *PARTS, 'other'], profiles),
     )
-    return _write(folder, device.name, text)
+    return _write(folder, device.name, '\n'.join([text, *left_out]))
 
 
 _COLUMNS = [
