@@ -222,8 +222,9 @@ def build_dataspec(
     """Build what a Trainer takes for a data set: the batches of :func:`build_dataloader`, normalized on the device.
 
     Workers then hand over bytes, a quarter of the memory, and have a third less to do for images of ImageNet's size.
-    Batches are the same bit by bit, and are normalized before the first algorithm sees them. With ``config.cutout``,
-    which erases normalized pixels, the workers do all.
+    Batches are the same bit by bit, and are normalized before the first algorithm sees them, so that the whole batch
+    of a rank lies on the device, whatever its microbatches. With ``config.cutout``, which erases normalized pixels, the
+    workers do all.
 
     Args:
         config (DatasetConfig): The data set.

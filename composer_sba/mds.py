@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import random
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ class Expected:
 
 @contextlib.contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Seed torch's CPU generator from a key, and put it back afterwards.
+    """Seed the generators of torch (on the CPU), NumPy and Python from a key, and put them back afterwards.
 
     Yields:
         None: While what is drawn depends on the key alone.
@@ -100,9 +101,16 @@ def seeded(*key: int) -> Iterator[None]:
         >>> draw() == draw()
         True
     """
+    before, seed = (random.getstate(), np.random.get_state()), hash_key(*key)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(hash_key(*key))
-        yield
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
 
 
 def hash_key(*key: int) -> int:
@@ -113,9 +121,9 @@ def hash_key(*key: int) -> int:
 class ImageDataset(StreamingVisionDataset):
     """RGB images and labels from MDS shards, written by :mod:`composer_sba.convert` or by Streaming's converters.
 
-    Random transforms draw from a generator that is seeded for each sample from (seed, epoch, sample): what a sample
-    looks like depends neither on workers and ranks nor on whether the run was resumed, and torch's generator is left
-    alone. A transform that draws from NumPy's or Python's generator does not gain from that.
+    Random transforms draw from the generators of torch, NumPy and Python, which are seeded for each sample from (seed,
+    epoch, sample) and then put back: what a sample looks like depends neither on workers and ranks nor on whether the
+    run was resumed.
 
     Args:
         batch_size (int): Samples of a batch of one rank, as the DataLoader has it.

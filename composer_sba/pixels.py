@@ -40,8 +40,9 @@ class Normalize:
         self.mean, self.std = (
             torch.tensor(value, dtype=torch.float32, device=device).view(3, 1, 1) for value in (mean, std)
         )
+        self.white = torch.full((1, 1, 1), 255.0, device=device)  # by a number a GPU would divide less exactly
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Normalize ``images``, shape ``(*, 3, H, W)``, to float32 on the device."""
         images = images.to(self.mean.device, non_blocking=True)
-        return images.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
+        return images.to(torch.float32).div_(self.white).sub_(self.mean).div_(self.std)

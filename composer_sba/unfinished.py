@@ -1,20 +1,25 @@
 """Checkpoints that a run was killed over: what Composer's autoresume does not forgive is put in order before it."""
 
 import logging
+import pickle
 import re
-import zipfile
 from pathlib import Path
 
-_CHECKPOINT = re.compile(r'ep\d+-ba(\d+)-rank0\.pt')
+import torch
+
+_CHECKPOINT = re.compile(r'ep(\d+)-ba(\d+)-rank0\.pt')
 _LATEST = 'latest-rank0.pt'
+_ASIDE = 'unfinished.pt'
 
 
 def mend(folder: Path) -> None:
-    """Remove the half of a checkpoint that a killed run has left, and point ``latest-rank0.pt`` at the last whole one.
+    """Set aside the checkpoint that a killed run was writing, and make good a ``latest-rank0.pt`` that it was renewing.
 
-    A checkpoint is written under its own name, and only then becomes the latest. A run that is killed in between would
-    be refused by Composer, which takes a file from beyond the latest checkpoint for another run's; one killed as the
-    link is renewed would begin anew. PyTorch writes the directory of its archive last, so half of one is known.
+    A checkpoint is written under its own name, and only then becomes the latest. Composer takes a file from beyond the
+    latest checkpoint for another run's, and refuses to go on; if there is no latest one, it begins anew.
+
+    What was written before ``latest-rank0.pt`` was renewed is left alone: that is another run's, or somebody has
+    pointed it back on purpose.
 
     Args:
         folder (Path): A run's folder of unsharded checkpoints, of Composer's default names; it need not exist.
@@ -24,22 +29,39 @@ def mend(folder: Path) -> None:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = Path(folder, 'ep0-ba5-rank0.pt').write_bytes(b'PK')
         ...     mend(Path(folder))
-        ...     list(Path(folder).iterdir())
-        []
+        ...     [path.name for path in Path(folder).iterdir()]
+        ['unfinished.pt']
     """
-    whole: dict[int, Path] = {}
-    for path in folder.glob('ep*.pt'):
-        match = _CHECKPOINT.fullmatch(path.name)
-        if match is None:
-            continue
-        if zipfile.is_zipfile(path):
-            whole[int(match[1])] = path
-        else:
-            logging.getLogger(__name__).warning('%s was cut off as it was written, and is removed.', path)
-            path.unlink()
     latest = folder / _LATEST
-    if whole and latest.resolve() != whole[max(whole)].resolve():
-        renewed = folder / f'.{_LATEST}'
-        renewed.unlink(missing_ok=True)
-        renewed.symlink_to(whole[max(whole)].name)
-        renewed.replace(latest)
+    found = {path: _place(path) for path in folder.glob('ep*.pt') if _place(path)}
+    if latest.exists():
+        reached, renewed = _place(latest.resolve()), latest.lstat().st_mtime_ns
+        for path, place in found.items():
+            if reached and place > reached and path.stat().st_mtime_ns > renewed:
+                _set_aside(path)
+        return
+    for path in sorted(found, key=lambda each: each.stat().st_mtime_ns, reverse=True):
+        if _is_whole(path):
+            latest.unlink(missing_ok=True)  # one that leads nowhere
+            latest.symlink_to(path.name)
+            return
+        _set_aside(path)
+
+
+def _place(path: Path) -> tuple[int, ...]:
+    """Epoch and batch of a checkpoint, nothing for other files."""
+    match = _CHECKPOINT.fullmatch(path.name)
+    return tuple(map(int, match.groups())) if match else ()
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        torch.load(path, map_location='meta', mmap=True, weights_only=False)  # trusted as far as autoresume does
+    except (RuntimeError, EOFError, pickle.UnpicklingError):
+        return False
+    return True
+
+
+def _set_aside(path: Path) -> None:
+    logging.getLogger(__name__).warning('The run was killed as it wrote %s, which is now %s.', path, _ASIDE)
+    path.replace(path.with_name(_ASIDE))

@@ -185,7 +185,7 @@ def test_norm_and_bias_are_exempt_from_decay(recipe: Path) -> None:
         ('train_dataset.locla=x', "train_dataset.locla: unknown key; did you mean 'local'?"),
         ('algorithms.sba.foldd=3', "algorithms.sba.foldd: unknown key; did you mean 'fold'?"),
         ('algorithms.sba.vicinity.taau=3', "algorithms.sba.vicinity.taau: unknown key; did you mean 'tau'?"),
-        ('model.depth=44', 'model.depth: unknown key; expected one of num_classes'),
+        ('model.depth=44', 'model.depth: unknown key; expected one of dropout, num_classes'),
         ('parallelism.fsdp.shard=1', 'parallelism.fsdp.shard: unknown key'),
         ('algorithms.mixpu={}', "algorithms.mixpu: unknown algorithm 'mixpu'; did you mean 'mixup'?"),
         ('scheduler.name=lineer', "scheduler.name: unknown scheduler 'lineer'; did you mean 'linear'?"),

@@ -35,6 +35,7 @@ EVERYTHING = [
     'algorithms.sba.layers=[conv2,head]',
     'algorithms.colout.p_row=0.2',
     'algorithms.mixup.alpha=0.4',
+    'algorithms.rand_augment.severity=3',
 ]
 BASE = ['max_duration=3ep', 'progress_bar=false', 'eval_interval=100ep', 'global_train_batch_size=256']
 
@@ -92,23 +93,55 @@ def test_a_batch_that_is_tried_again_draws_the_same(unbroken) -> None:
     assert draws[1] == draws[2] != draws[0]
 
 
-@pytest.mark.parametrize('latest', ['ep0-ba5-rank0.pt', None])
-def test_a_save_that_was_cut_off_is_removed(tmp_path: Path, latest: str | None) -> None:
-    for batch in (5, 10, 15):
-        torch.save({'batch': batch}, tmp_path / f'ep0-ba{batch}-rank0.pt')
-    torn = tmp_path / 'ep0-ba15-rank0.pt'
-    torn.write_bytes(torn.read_bytes()[:-100])
+def save(folder: Path, batch: int, *, torn: bool = False) -> Path:
+    path = folder / f'ep0-ba{batch}-rank0.pt'
+    torch.save({'batch': batch}, path)
+    if torn:
+        path.write_bytes(path.read_bytes()[:-100])
+    time.sleep(0.01)  # the clock of a file system is coarse
+    return path
+
+
+def renew(folder: Path, batch: int) -> None:
+    (folder / 'latest-rank0.pt').unlink(missing_ok=True)
+    (folder / 'latest-rank0.pt').symlink_to(f'ep0-ba{batch}-rank0.pt')
+    time.sleep(0.01)
+
+
+def latest(folder: Path) -> int:
+    return torch.load(folder / 'latest-rank0.pt')['batch']
+
+
+@pytest.mark.parametrize('torn', [True, False])
+def test_a_save_that_was_cut_off_is_set_aside(tmp_path: Path, torn: bool) -> None:
     others = [tmp_path / name for name in ('recipe.yaml', 'best.pt', 'ep0-ba20-rank1.pt')]
     for path in others:
         path.write_text('not ours')
-    if latest:
-        (tmp_path / 'latest-rank0.pt').symlink_to(latest)
+    save(tmp_path, 5), save(tmp_path, 10)
+    renew(tmp_path, 10)
+    last = save(tmp_path, 15, torn=torn)
     for _ in range(2):  # the second time there is nothing to do
         mend(tmp_path)
-        assert not torn.exists() and all(path.exists() for path in others)
-        assert torch.load(tmp_path / 'latest-rank0.pt') == {'batch': 10}
+        assert latest(tmp_path) == 10
+        assert not last.exists() and (tmp_path / 'unfinished.pt').exists()
+        assert all(path.exists() for path in others)
+
+
+@pytest.mark.parametrize(('torn', 'expected'), [(True, 5), (False, 10)])
+def test_a_latest_checkpoint_that_was_being_renewed_is_made_good(tmp_path: Path, torn: bool, expected: int) -> None:
+    save(tmp_path, 5), save(tmp_path, 10, torn=torn)
+    mend(tmp_path)
+    assert latest(tmp_path) == expected
     mend(tmp_path / 'nowhere')
     assert not (tmp_path / 'nowhere').exists()
+
+
+def test_checkpoints_from_before_are_left_alone(tmp_path: Path) -> None:
+    """Another run's, that was overwritten; or one's own, and the latest pointed back on purpose."""
+    save(tmp_path, 100), save(tmp_path, 10)
+    renew(tmp_path, 10)
+    mend(tmp_path)
+    assert latest(tmp_path) == 10 and (tmp_path / 'ep0-ba100-rank0.pt').exists()
 
 
 @pytest.mark.parametrize('torn', [True, False])
@@ -118,7 +151,9 @@ def test_a_run_goes_on_after_a_kill_in_mid_save(unbroken, tmp_path: Path, torn: 
     for batch in (8, 9):
         path = checkpoint(folder, batch)
         (tmp_path / path.name).write_bytes(path.read_bytes()[: -100 if torn and batch == 9 else None])
-    (tmp_path / 'latest-rank0.pt').symlink_to(checkpoint(folder, 8).name)
+        if batch == 8:
+            (tmp_path / 'latest-rank0.pt').symlink_to(path.name)
+            time.sleep(0.01)
     saving = [f'save_folder={tmp_path}', 'save_interval=1ba', 'autoresume=true', 'save_overwrite=false']
     assert differing(weights([*keys, *saving]), expected) == []
 
@@ -126,7 +161,7 @@ def test_a_run_goes_on_after_a_kill_in_mid_save(unbroken, tmp_path: Path, torn: 
 def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path: Path) -> None:
     """The same command again and again, killed between one and a hundred batches after it went on."""
     chance = random.Random(17)
-    command = [sys.executable, str(ROOT / 'train.py'), '-f', RECIPE, *EVERYTHING, 'max_duration=40ep']
+    command = [sys.executable, str(ROOT / 'train.py'), '-f', RECIPE, *EVERYTHING, f'max_duration={12 + KILLS}ep']
     command += ['progress_bar=false', 'eval_interval=10ep', 'save_interval=5ba', 'autoresume=true']
     command += ['save_overwrite=false', 'save_num_checkpoints_to_keep=2']
     environment = os.environ | {'OMP_NUM_THREADS': '1'}
