@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
 from composer_sba.cuts import Forward, check_cut, evaluation
@@ -58,8 +57,7 @@ class AnalyticHead:
         self.cuts = find_layers(model, 'head')
         self.vicinity = as_vicinity(vicinity)
         self.stop_gradient = stop_gradient
-        # The innermost module: inside FSDP's wrapper its weights are whole.
-        self._linear = [module for module in self.cuts[0].module.modules() if isinstance(module, nn.Linear)][-1]
+        self._linear = self.cuts[0].linear
         self._armed = False
         self._kl: torch.Tensor | None = None
         self._handle: RemovableHandle | None = None
@@ -68,8 +66,7 @@ class AnalyticHead:
     def attach(self) -> None:
         """Put the hook in, as the constructor does, in place of one that is there."""
         self.remove()
-        # FSDP2 takes the weights away in a hook of its own.
-        self._handle = self._linear.register_forward_hook(self._at_head, prepend=isinstance(self._linear, FSDPModule))
+        self._handle = self.cuts[0].hook_linear(self._at_head)
 
     def arm(self, step: int, microbatch: int = 0) -> int:
         """Have the next forward pass take the divergence. Nothing is drawn: ``step`` and ``microbatch`` do not matter.

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from composer_sba.checks import check_choice, check_fold, check_seed
 from composer_sba.cuts import Forward, check_cut, evaluation
 from composer_sba.errors import CutLayerError
 from composer_sba.layers import find_layers
+from composer_sba.logit_noise import draw_logit_noise, draw_logit_noise_by_seed, suits
 from composer_sba.schedule import choose_layer, noise_seed
 from composer_sba.tail import RawRows, keep_raw_rows, run_below
 from composer_sba.vicinity import Vicinity, as_vicinity, draw_by_seed
@@ -83,8 +84,13 @@ class LatentExpander:
         self.raw_rows: int | None = None  # N, while an augmented batch is above the cut
         self._armed: int | None = None  # index of the cut that is armed
         self._key = (seed, 0, 0, 0, 0)
-        self._law = astuple(self.vicinity)
-        self._noise_seed = torch.zeros((), dtype=torch.int64)
+        self._noise_seeds = torch.zeros(2, dtype=torch.int64)
+        drawn_there = any(cut.name == 'head' and suits(cut.linear, self.vicinity) for cut in self.cuts)
+        self._gaussian_at_head = self.vicinity.num_gaussian(fold) if drawn_there else 0
+        self._dropout_alone = replace(self.vicinity, gaussian_fraction=0.0)
+        # As an operator takes them; torch.compile cannot trace astuple.
+        self._law, self._dropout_law = astuple(self.vicinity), astuple(self._dropout_alone)
+        self._late_copies = 0  # Gaussian copies that wait for the head to have run, while an augmented batch passes it
         self._split_rows: int | None = None
         self._handles: list[RemovableHandle] = []
         self._tail: list[RawRows] = []
@@ -94,6 +100,7 @@ class LatentExpander:
         """Put the hooks in, as the constructor does, in place of those that are there."""
         self.remove()
         self._handles = [cut.hook(partial(self._at_cut, index)) for index, cut in enumerate(self.cuts)]
+        self._handles += [cut.hook_linear(self._at_head) for cut in self.cuts if cut.name == 'head']
         self._tail = keep_raw_rows(self.model, self, self.norm_stats)
 
     def arm(self, step: int, microbatch: int = 0) -> int:
@@ -115,12 +122,14 @@ class LatentExpander:
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         self._split_rows = None
         self._key = (self._seed, rank, step, microbatch, layer)
-        self._noise_seed.fill_((self.seed(0) + 2**63) % 2**64 - 2**63)  # 64 bits, in int64
+        for stream in range(2):
+            self._noise_seeds[stream] = (self.seed(stream) + 2**63) % 2**64 - 2**63  # 64 bits, in int64
         self._armed = layer
 
     def disarm(self) -> None:
         """Leave the network as it was. What was expanded can still be split."""
         self._armed = self.raw_rows = None
+        self._late_copies = 0
         for layer in self._tail:
             layer.virtual = None  # of a forward pass that did not come to its end
 
@@ -188,7 +197,7 @@ class LatentExpander:
         self._handles, self._tail = [], []
 
     def seed(self, stream: int) -> int:
-        """Give the seed of this microbatch's noise (stream 0) or of one call of a layer above the cut."""
+        """Give the seed of this microbatch's noise (streams 0 and 1) or of one call of a layer above the cut."""
         return noise_seed(*self._key, stream)
 
     def _at_cut(self, index: int, latent: Any) -> torch.Tensor | None:
@@ -198,6 +207,27 @@ class LatentExpander:
             got = latent.dtype if isinstance(latent, torch.Tensor) else type(latent).__name__
             raise CutLayerError(f'Expected a floating tensor at layer {self.cuts[index].name!r}, got {got}.')
         self.raw_rows = self._split_rows = len(latent)
+        vicinity, law, copies = self.vicinity, self._law, self.fold
+        if self.cuts[index].name == 'head' and latent.ndim == 2 and self._gaussian_at_head > 0:
+            self._late_copies = self._gaussian_at_head
+            vicinity, law, copies = self._dropout_alone, self._dropout_law, copies - self._late_copies
+        if copies == 0:
+            return None
         if torch.compiler.is_compiling():  # which cannot trace a generator; elsewhere an operator only costs time
-            return draw_by_seed(latent, self._noise_seed, self.fold, *self._law)[0]
-        return self.vicinity.expand(latent, self.fold, torch.Generator(latent.device).manual_seed(self.seed(0)))
+            return draw_by_seed(latent, self._noise_seeds[0], copies, *law)[0]
+        return vicinity.expand(latent, copies, torch.Generator(latent.device).manual_seed(self.seed(0)))
+
+    def _at_head(self, linear: nn.Linear, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        """Put the Gaussian copies between the raw rows and the dropout copies, if none were made of the features."""
+        if self._late_copies == 0:
+            return None
+        latent, raw = args[0][: self.raw_rows].detach(), output[: self.raw_rows]
+        if torch.compiler.is_compiling():
+            weight, seed = linear.weight.detach(), self._noise_seeds[1]
+            xi, directions = draw_logit_noise_by_seed(latent, weight, seed, self._late_copies, *self._law)
+        else:
+            generator = torch.Generator(latent.device).manual_seed(self.seed(1))
+            xi, directions = draw_logit_noise(latent, linear.weight, self._late_copies, self.vicinity, generator)
+        with torch.autocast(latent.device.type, enabled=False):
+            points = raw + xi @ (linear.weight.to(xi.dtype) @ directions).T
+        return torch.cat([raw, points.flatten(0, 1).to(output.dtype), output[self.raw_rows :]])

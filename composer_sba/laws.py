@@ -70,19 +70,27 @@ def vicinity_laws(
     return laws
 
 
-def _gaussian_noise(latent: torch.Tensor, vicinity: Vicinity) -> Noise:
-    """Describe Σ clip(ε, τ) of Eq. (7). Every basis gives this variance, and ``'identity'`` the clip's kurtosis."""
+def clipped_moments(vicinity: Vicinity) -> tuple[float, float]:
+    """Describe clip(ε, τ) of Eq. (7): its variance in units of σ², and its excess kurtosis.
+
+    Example:
+        >>> [round(value, 3) for value in clipped_moments(Vicinity(sigma=0.1))]  # clipped at 2 σ
+        [0.921, -0.546]
+    """
     tau = 2 * vicinity.sigma if vicinity.tau is None else vicinity.tau
     # Of a standard Gaussian clipped at ±bound; the share beyond 30 is zero in float64.
     bound = min(tau / vicinity.sigma, 30.0) if vicinity.sigma > 0 else 30.0
     beyond, density = math.erfc(bound / math.sqrt(2)) / 2, math.exp(-(bound**2) / 2) / math.sqrt(2 * math.pi)
     variance = 1 - 2 * beyond - 2 * bound * density + 2 * bound**2 * beyond
     fourth = 3 * (1 - 2 * beyond) - 2 * (bound**3 + 3 * bound) * density + 2 * bound**4 * beyond
-    kurtosis = fourth / variance**2 - 3 if variance > 0 and vicinity.basis == 'identity' else 0.0
-    scale = latent.new_full((), vicinity.sigma * math.sqrt(variance))
-    if vicinity.noise_scale == 'rms':
-        scale = scale * torch.linalg.vector_norm(latent.detach()) / math.sqrt(latent.numel())
-    return _noise(scale.expand_as(latent), 0.0, kurtosis)
+    return variance, fourth / variance**2 - 3 if variance > 0 else 0.0
+
+
+def _gaussian_noise(latent: torch.Tensor, vicinity: Vicinity) -> Noise:
+    """Describe Σ clip(ε, τ) of Eq. (7). Every basis gives this variance, and ``'identity'`` the clip's kurtosis."""
+    variance, kurtosis = clipped_moments(vicinity)
+    scale = vicinity.sigma * math.sqrt(variance) * vicinity.unit(latent.detach())
+    return _noise(scale.expand_as(latent), 0.0, kurtosis if vicinity.basis == 'identity' else 0.0)
 
 
 def _dropout_laws(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
 from composer_sba.errors import CutLayerError
@@ -34,6 +35,16 @@ class CutLayer:
         if self.at_input:
             return self.module.register_forward_pre_hook(partial(_edit_input, edit))
         return self.module.register_forward_hook(partial(_edit_output, edit))
+
+    @property
+    def linear(self) -> nn.Linear:
+        """The ``nn.Linear`` of the cut ``'head'`` without its wrappers: inside FSDP's its weights are whole."""
+        return [module for module in self.module.modules() if isinstance(module, nn.Linear)][-1]
+
+    def hook_linear(self, see: Callable[[nn.Linear, tuple, torch.Tensor], torch.Tensor | None]) -> RemovableHandle:
+        """Have ``see`` get :attr:`linear`, its arguments and its output; what it returns, unless None, replaces it."""
+        # FSDP2 takes the weights away in a hook of its own.
+        return self.linear.register_forward_hook(see, prepend=isinstance(self.linear, FSDPModule))
 
 
 def _edit_input(edit: Callable[[Any], torch.Tensor | None], module: nn.Module, args: tuple) -> torch.Tensor | None:

@@ -77,6 +77,13 @@ class Vicinity:
         """Count the Gaussian points p among ``fold`` virtual samples; the other ``fold - p`` are dropout points."""
         return math.floor(self.gaussian_fraction * fold + 0.5)
 
+    def unit(self, latent: torch.Tensor) -> torch.Tensor:
+        """Give the unit of σ and τ: a raw latent batch's root mean square, or 1. Shape ``()``, float32 or wider."""
+        dtype = torch.promote_types(latent.dtype, torch.float32)
+        if self.noise_scale == 'absolute':
+            return latent.new_ones((), dtype=dtype)
+        return torch.linalg.vector_norm(latent, dtype=dtype) / math.sqrt(latent.numel())
+
     def sample(self, latent: torch.Tensor, fold: int, generator: torch.Generator | None = None) -> torch.Tensor:
         """Draw ``fold`` virtual samples of each row of a latent batch.
 
@@ -141,9 +148,9 @@ class Vicinity:
         if self.basis == 'hadamard':
             _rotate(noise, generator)
         elif self.basis != 'identity':
-            noise = noise @ _draw_basis(self.basis, noise, generator).T
+            noise = noise @ draw_basis(self.basis, noise, generator).T
         if self.noise_scale == 'rms':
-            noise *= torch.linalg.vector_norm(latent, dtype=noise.dtype) / math.sqrt(latent.numel())
+            noise *= self.unit(latent)
         torch.add(latent, noise[:, :features].view(points.shape), out=points)
 
 
@@ -215,7 +222,7 @@ def _rotate(noise: torch.Tensor, generator: torch.Generator | None) -> None:
         torch.sub(first, second, alpha=2, out=second)  # the difference, now that the sum has the place of ``first``
 
 
-def _draw_basis(basis: Basis, rows: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+def draw_basis(basis: Basis, rows: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
     """Draw the Q × Q projection Σ, one for the whole batch (Sec. 3.3)."""
     width = rows.shape[1]
     if width > MAX_DENSE_FEATURES:
