@@ -71,7 +71,9 @@ def test_the_divergence_and_its_gradients_are_those_of_points_drawn_by_feature_o
     theirs = estimates(lambda logits, generator: linear(vicinity.sample(latent, 4, generator)))
     error = (ours.var(0) / 400 + theirs.var(0) / 400).sqrt()
     deviation = (ours.mean(0) - theirs.mean(0)) / error
-    print(f'KL {ours[:, 0].mean():.4f}, {theirs[:, 0].mean():.4f} ± {error[0]:.4f}; gradients {deviation.abs().max():.2f}')
+    print(
+        f'KL {ours[:, 0].mean():.4f}, {theirs[:, 0].mean():.4f} ± {error[0]:.4f}; gradients {deviation.abs().max():.2f}'
+    )
     assert deviation[0].abs() < 4
     assert deviation.abs().max() < 5 and deviation.std() < 1.25  # of 1,408 numbers
     weights = slice(1 + latent.numel(), None)
