@@ -4,13 +4,13 @@ Names of tensors end in their shape: N raw samples, K classes, Q features, C gro
 J points of a grid.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from composer_sba.laws import Noise
+from composer_sba.slopes import Gram, Slopes
 
 MAX_GROUPS = 32  # classes, by probability, that have a group of their own; the others share the last one
 _NEVER = -1e4  # log-probability of a class that is not there
@@ -20,7 +20,7 @@ _EPSILON = 1e-12  # variance that keeps the square root differentiable where the
 class _Groups(NamedTuple):
     """Log-sum-exps of groups of noisy logits: linear in the features' noise, and a remainder that is not."""
 
-    slope_NCQ: torch.Tensor  # per standard deviation of each feature's noise
+    slopes: Slopes | Gram  # the linear part
     mean_NC: torch.Tensor
     variance_NC: torch.Tensor
     remainder_NC: torch.Tensor  # the remainder's variance
@@ -49,8 +49,9 @@ def expected_logsumexp_gain(logits: torch.Tensor, weight: torch.Tensor, noise: N
         torch.Tensor: One gain per row, in nats; >= 0 up to rounding. Shape ``(N,)``.
 
     Note:
-        Up to ``MAX_GROUPS`` classes time and memory are O(N K Q); beyond, O(N MAX_GROUPS Q) and the time of three
-        products (N, Q) × (Q, K). Differentiable once.
+        For symmetric noise and up to ``MAX_GROUPS`` classes memory is O(N K² + Q K²), and time that of one product (N,
+        Q) × (Q, K²); else memory is O(N min(K, MAX_GROUPS) Q), and more classes cost three products (N, Q) × (Q, K).
+        Differentiable once.
 
     Example:
         >>> noise = Noise(torch.ones(1, 2), torch.zeros(1, 1), torch.zeros(1, 1))
@@ -70,17 +71,24 @@ def _first_groups(log_probs_NK: torch.Tensor, weight_KQ: torch.Tensor, noise: No
     own = classes if classes <= MAX_GROUPS else MAX_GROUPS - 1
     # Neighbours are joined first, and groups of like probability are as nearly Gaussian as may be.
     mean_NC, index_NC = log_probs_NK.topk(own, dim=-1)
-    slope_NCQ = weight_KQ[index_NC] * noise.scale[:, None]
     zero_NC = torch.zeros_like(mean_NC)
-    groups = _Groups(slope_NCQ, mean_NC, (slope_NCQ * slope_NCQ).sum(-1), zero_NC, zero_NC)
-    if own == classes:
-        return groups
-    rest = _as_one_group(log_probs_NK.scatter(1, index_NC, _NEVER), weight_KQ, noise)
-    return _Groups(*(torch.cat(pair, dim=1) for pair in zip(groups, rest, strict=True)))
+    if noise.symmetric and own == classes:
+        gram = Gram.of_classes(weight_KQ, index_NC, noise)
+        return _Groups(gram, mean_NC, gram.gram_NCC.diagonal(dim1=1, dim2=2), zero_NC, zero_NC)
+    slope_NCQ = weight_KQ[index_NC] * noise.scale[:, None]
+    parts = [mean_NC, (slope_NCQ * slope_NCQ).sum(-1), zero_NC, zero_NC]
+    if own < classes:
+        slope_N1Q, *rest = _as_one_group(log_probs_NK.scatter(1, index_NC, _NEVER), weight_KQ, noise)
+        slope_NCQ = torch.cat([slope_NCQ, slope_N1Q], dim=1)
+        parts = [torch.cat(pair, dim=1) for pair in zip(parts, rest, strict=True)]
+    return _Groups(Gram.of_slopes(slope_NCQ, noise) if noise.symmetric else Slopes(slope_NCQ), *parts)
 
 
-def _as_one_group(log_probs_NK: torch.Tensor, weight_KQ: torch.Tensor, noise: Noise) -> _Groups:
-    """Take the sum over many classes for lognormal: their noise has a part in common, and parts of their own."""
+def _as_one_group(log_probs_NK: torch.Tensor, weight_KQ: torch.Tensor, noise: Noise) -> tuple[torch.Tensor, ...]:
+    """Take the sum over many classes for lognormal: their noise has a part in common, and parts of their own.
+
+    Returns the slope, the mean, the variance, and variance and third cumulant of the remainder of one group.
+    """
     centre_NQ = log_probs_NK.softmax(-1) @ weight_KQ
     power_NQ = noise.scale.square()
     common_N1 = (power_NQ * centre_NQ.square()).sum(-1, keepdim=True)
@@ -90,18 +98,18 @@ def _as_one_group(log_probs_NK: torch.Tensor, weight_KQ: torch.Tensor, noise: No
     remainder_N1 = (tilted_NK.softmax(-1).square() * own_NK.expm1()).sum(-1, keepdim=True).log1p()
     mean_N1 = tilted_NK.logsumexp(-1, keepdim=True) - remainder_N1 / 2
     slope_N1Q = (centre_NQ * noise.scale)[:, None]
-    return _Groups(slope_N1Q, mean_N1, common_N1 + remainder_N1, remainder_N1, torch.zeros_like(mean_N1))
+    return slope_N1Q, mean_N1, common_N1 + remainder_N1, remainder_N1, torch.zeros_like(mean_N1)
 
 
 def _join_neighbours(groups: _Groups, noise: Noise, grid: '_Grid') -> _Groups:
     """Describe log(exp a + exp b) = a + softplus(y), y = b - a, for each group a and its neighbour b."""
+    slopes, *values = groups
     if groups.mean_NC.shape[1] % 2:
-        absent = [F.pad(value, (0, 1), value=_NEVER if value is groups.mean_NC else 0.0) for value in groups[1:]]
-        groups = _Groups(F.pad(groups.slope_NCQ, (0, 0, 0, 1)), *absent)
-    pairs = [value.unflatten(1, (-1, 2)).unbind(2) for value in groups]
-    a, b = (_Groups(*each) for each in zip(*pairs, strict=True))
-    slope_NPQ = b.slope_NCQ - a.slope_NCQ  # y's
-    square, cube, fourth = _PowerSums.apply(slope_NPQ)
+        slopes = slopes.padded()
+        values = [F.pad(value, (0, 1), value=_NEVER if value is groups.mean_NC else 0.0) for value in values]
+    pairs = [value.unflatten(1, (-1, 2)).unbind(2) for value in values]
+    a, b = (_Groups(slopes, *each) for each in zip(*pairs, strict=True))
+    square, cube, fourth = slopes.power_sums()  # of y's slope, per standard deviation of each feature's noise
     total = square + a.remainder_NC + b.remainder_NC
     third = noise.skewness * cube + b.third_NC - a.third_NC
     deviation_JNP = grid.points(total, third, noise.kurtosis * fourth)
@@ -115,7 +123,6 @@ def _join_neighbours(groups: _Groups, noise: Noise, grid: '_Grid') -> _Groups:
     # What of softplus(y) is linear in the features' noise ξ: first slope + curved slope², by Stein's lemma
     # E[f ξ] = E f' + skewness / 2 E f'' + ...
     curved = noise.skewness * second / 2
-    linear_NPQ = torch.addcmul(first[..., None], curved[..., None], slope_NPQ)
     linear = first * (first * total + 2 * curved * cube) + curved * curved * fourth
 
     # How much of a goes with y, without which neither the variance nor the skewness of the sum can be told.
@@ -130,29 +137,12 @@ def _join_neighbours(groups: _Groups, noise: Noise, grid: '_Grid') -> _Groups:
     left = spread - linear + kept_a * a.remainder_NC + kept_b * b.remainder_NC
     left = left + a.third_NC * (second - mixed) + b.third_NC * mixed
     return _Groups(
-        torch.addcmul(a.slope_NCQ, slope_NPQ, linear_NPQ),
+        slopes.joined(first, curved),
         a.mean_NC + mean,
         a.variance_NC + 2 * along * together + spread,
         left.clamp_min(0),
         cubed - gone * gone * gone * third + kept_a * share_a * a.third_NC + kept_b * first * b.third_NC,
     )
-
-
-class _PowerSums(torch.autograd.Function):
-    """Sums of squares, cubes and fourth powers; the gradient in one pass, since these tensors are the large ones."""
-
-    @staticmethod
-    def forward(ctx: Any, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        ctx.save_for_backward(value)
-        square = value * value
-        return square.sum(-1), (square * value).sum(-1), square.square_().sum(-1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, square: torch.Tensor, cube: torch.Tensor, fourth: torch.Tensor) -> torch.Tensor:
-        (value,) = ctx.saved_tensors
-        gradient = torch.addcmul(3 * cube[..., None], 4 * fourth[..., None], value)
-        return torch.addcmul(2 * square[..., None], gradient, value).mul_(value)
 
 
 class _Grid:

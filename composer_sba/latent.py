@@ -52,6 +52,9 @@ class LatentExpander:
         for raw rows alone, as without SBA; functions such as ``F.dropout`` move it for all rows. Under activation
         checkpointing, stay armed until the backward pass is over.
 
+        At the head, where the clip and the width allow, Gaussian copies are drawn as noise of its outputs
+        (:mod:`composer_sba.logit_noise`): the head runs on raw rows and dropout copies alone.
+
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
         >>> expander = LatentExpander(model, layers='head', fold=4)

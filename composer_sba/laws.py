@@ -12,7 +12,7 @@ from composer_sba.vicinity import Vicinity
 
 # Up to so many features, dropout of the one that moves a row's predictions most is taken exactly: it is there or not.
 # Where there are more, none rules alone, and their sum is nearly Gaussian.
-MAX_BRANCHED_FEATURES = 256
+MAX_BRANCHED_FEATURES = 128
 
 
 class Noise(NamedTuple):
@@ -22,11 +22,13 @@ class Noise(NamedTuple):
         scale: Standard deviation. Shape ``(N, Q)``.
         skewness: Third cumulant in units of ``scale`` cubed. Shape ``(N, 1)``.
         kurtosis: Fourth cumulant in units of its fourth power. Shape ``(N, 1)``.
+        symmetric: Whether the skewness of all rows is zero, as of Gaussian points and of dropout of one half.
     """
 
     scale: torch.Tensor
     skewness: torch.Tensor
     kurtosis: torch.Tensor
+    symmetric: bool = False
 
 
 class Law(NamedTuple):
@@ -126,4 +128,5 @@ def _feature_that_counts(latent: torch.Tensor, weight: torch.Tensor, logits: tor
 
 
 def _noise(scale: torch.Tensor, skewness: float, kurtosis: float) -> Noise:
-    return Noise(scale, *(scale.new_full((len(scale), 1), value) for value in (skewness, kurtosis)))
+    third, fourth = (scale.new_full((len(scale), 1), value) for value in (skewness, kurtosis))
+    return Noise(scale, third, fourth, skewness == 0)
