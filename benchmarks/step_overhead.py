@@ -1,6 +1,6 @@
-"""Measures what an augmented step costs: ResNet44, 32 px, one Trainer whose batches are plain and augmented in turn.
+"""Measures what SBA adds to an epoch: one Trainer, whose batches are without SBA, with λ(t) = 0 and λ(t) = 1 in turn.
 
-Run: python benchmarks/step_overhead.py [--pairs 20] [--batch 128] [--layers head] [--fold 4]
+Run: python benchmarks/step_overhead.py [--model resnet_cifar] [--rounds 20] [--batch 128] [--fold 4]
 """
 
 import argparse
@@ -8,63 +8,108 @@ import statistics
 import time
 
 import torch
-from composer import Callback, Logger, State, Trainer
+from composer import Callback, Event, Logger, State, Trainer
 from composer.utils import get_device
 from torch.utils.data import DataLoader, TensorDataset
 
 from composer_sba import SBA
-from composer_sba.models import classifier, resnet_cifar
+from composer_sba.models import classifier
+from composer_sba.registry import construct
+
+KINDS = ('without SBA', 'λ(t) = 0', 'λ(t) = 1')
+
+
+def kind_of(batch: int) -> int:
+    """Index of a batch's kind; every other round runs backwards, so that no kind always follows the same one."""
+    place = batch % (2 * len(KINDS))
+    return place if place < len(KINDS) else 2 * len(KINDS) - 1 - place
+
+
+class InTurn(SBA):
+    """SBA that is not there at all in every third batch."""
+
+    kind = 0
+
+    def match(self, event: Event, state: State) -> bool:
+        """Stay out of a batch without SBA."""
+        if event is Event.AFTER_DATALOADER:  # before the clock starts
+            self.kind = kind_of(state.timestamp.batch.value)
+            self._attached.remove()
+            if self.kind > 0:
+                self._attached.attach()
+        always = event in (Event.AFTER_LOAD, Event.FIT_START, Event.FIT_END)
+        return super().match(event, state) and (always or self.kind > 0)
 
 
 class StepTimer(Callback):
-    """Seconds of each batch, from its arrival on the device to the end of the optimizer's step."""
+    """Seconds of each batch, from its arrival to the end of what is logged of it."""
 
     def __init__(self) -> None:
-        self.seconds: list[float] = []
+        self.seconds: list[list[float]] = [[] for _ in KINDS]
 
-    def batch_start(self, state: State, logger: Logger) -> None:
-        """Start the clock; the batch is on the device."""
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        """Start the clock: callbacks come after algorithms."""
+        wait()
+        self.kind = kind_of(state.timestamp.batch.value)
         self.start = time.perf_counter()
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Stop the clock when the device has done all that the batch asked for."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds.append(time.perf_counter() - self.start)
+        wait()
+        self.seconds[self.kind].append(time.perf_counter() - self.start)
+
+
+def wait() -> None:
+    """Let the device finish."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def main() -> None:
-    """Print the median ratio and its quartiles."""
+    """Print the median ratios and their quartiles."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--pairs', type=int, default=20)
+    parser.add_argument('--model', default='resnet_cifar')
+    parser.add_argument('--rounds', type=int, default=20)
     parser.add_argument('--batch', type=int, default=128)
     parser.add_argument('--layers', nargs='+', default=['head'])
     parser.add_argument('--fold', type=int, default=4)
+    parser.add_argument('--estimator', default='sampled')
     args = parser.parse_args()
 
-    warm_up = 1
+    warm_up = 2
     timer = StepTimer()
     data = TensorDataset(torch.randn(args.batch, 3, 32, 32), torch.randint(10, (args.batch,)))
-    model = classifier(resnet_cifar(10, depth=44), num_classes=10)
+    model = classifier(construct('model', args.model, {'num_classes': 10}), num_classes=10)
     Trainer(
         model=model,
         train_dataloader=DataLoader(data, args.batch),
-        max_duration=f'{2 * (args.pairs + warm_up)}ba',
-        optimizers=torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9),
-        # A coin that falls on either side in turn, so that each pair of batches is timed under the same load.
-        algorithms=[SBA(args.layers, args.fold, augment_prob=lambda state: float(state.timestamp.batch.value % 2))],
+        max_duration=f'{len(KINDS) * (args.rounds + warm_up)}ba',
+        optimizers=torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9),
+        algorithms=[
+            InTurn(
+                args.layers,
+                args.fold,
+                augment_prob=lambda state: float(kind_of(state.timestamp.batch.value) == 2),
+                estimator=args.estimator,
+            )
+        ],
         callbacks=[timer],
         progress_bar=False,
         seed=17,
     ).fit()
-    plain, augmented = timer.seconds[2 * warm_up :: 2], timer.seconds[2 * warm_up + 1 :: 2]
-    ratios = [b / a for a, b in zip(plain, augmented, strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4)
+    without, *others = (seconds[warm_up:] for seconds in timer.seconds)
     print(
-        f'ResNet44, 32 px, batch {args.batch}, cut {" ".join(args.layers)}, M={args.fold}, {get_device(None).name}, '
-        f'torch {torch.__version__}, {torch.get_num_threads()} threads: plain {statistics.median(plain):.3f} s, '
-        f'augmented ÷ plain {median:.4f}, quartiles {low:.4f} and {high:.4f}, n={args.pairs} pairs',
+        f'{args.model}, 32 px, batch {args.batch}, cut {" ".join(args.layers)}, M={args.fold}, {args.estimator}, '
+        f'{get_device(None).name}, torch {torch.__version__}, {torch.get_num_threads()} threads, n={args.rounds}: '
+        f'{statistics.median(without) * 1000:.1f} ms without SBA'
     )
+    middles = []
+    for kind, seconds in zip(KINDS[1:], others, strict=True):
+        low, middle, high = statistics.quantiles([b / a for a, b in zip(without, seconds, strict=True)], n=4)
+        middles.append(middle)
+        print(f'{kind}: {middle:.4f} of it, quartiles {low:.4f} and {high:.4f}')
+    for prob in (0.25, 0.5, 1.0):
+        print(f'an epoch with augment_prob={prob}: {(1 - prob) * middles[0] + prob * middles[1]:.4f}')
 
 
 if __name__ == '__main__':

@@ -42,8 +42,8 @@ class Vicinity:
             matrix. Where Q is no power of two, ε is as long as the next one, and Σ is the first Q rows of the
             transform, so that ΣΣᵀ = I at any Q. Default: ``'identity'``, whose law differs from a rotation's by the
             clip alone.
-        dropout (float, optional): Probability r that a feature of a dropout point is deleted, in [0, 1). Default:
-            ``0.5``.
+        dropout (float, optional): Probability r that a feature of a dropout point is deleted, in [0, 1), to the nearest
+            1 / 65,536. Default: ``0.5``.
         rescale (bool, optional): Divide dropout points by 1 - r, so that their mean is the raw sample; ``False`` is Eq.
             (8) to the letter. Default: ``True``.
 
@@ -128,9 +128,7 @@ class Vicinity:
             if len(gaussian) > 0:
                 self._write_gaussian(gaussian, latent, generator)
             if len(dropout) > 0:
-                # Not by bernoulli_, which takes a CPU four times as long
-                chances = _scratch(dropout, latent[0].numel()).uniform_(generator=generator)
-                torch.lt(chances, 1 - self.dropout, out=kept.view(chances.shape))
+                _draw_kept(kept, dropout, self.dropout, generator)
                 dropout.copy_(kept).mul_(latent * self._dropout_scale)
         return rows, kept
 
@@ -209,6 +207,20 @@ def _scratch(points: torch.Tensor, width: int) -> torch.Tensor:
     dtype = torch.promote_types(points.dtype, torch.float32)
     own = points.dtype == dtype and points.is_contiguous() and points[0, 0].numel() == width
     return (points if own else points.new_empty(*points.shape[:2], width, dtype=dtype)).view(-1, width)
+
+
+def _draw_kept(kept: torch.Tensor, room: torch.Tensor, rate: float, generator: torch.Generator | None) -> None:
+    """Delete features with probability ``rate`` to the nearest 1 / 65,536: 16 bits each, which cost a CPU a third.
+
+    ``room``, of the shape of ``kept``, is what will be overwritten anyway; its memory is used where it can be.
+    """
+    words = -(-kept.numel() // 4)
+    size, offset = 8 * words // room.element_size(), room.storage_offset() * room.element_size()
+    fits = room.is_contiguous() and size <= room.numel() and offset % 8 == 0
+    bits = room.view(-1)[:size].view(torch.int64) if fits else room.new_empty(words, dtype=torch.int64)
+    bits.random_(-(2**63), None, generator=generator)
+    chances = bits.view(torch.int16)[: kept.numel()].view(kept.shape)
+    torch.ge(chances, min(round(rate * 2**16), 2**16 - 1) - 2**15, out=kept)
 
 
 def _rotate(noise: torch.Tensor, generator: torch.Generator | None) -> None:

@@ -33,7 +33,9 @@ def test_samples_are_eq_7_and_8(noise_scale, basis, rescale):
     matrix = torch.eye(Q, dtype=torch.float64)
     if basis == 'normalized':
         matrix = reference.normalized_basis(torch.empty(Q, Q, dtype=torch.float64).normal_(generator=g))
-    keep = torch.empty(2, N, Q, dtype=torch.float64).bernoulli_(0.7, generator=g)
+    bits = torch.empty(-(-2 * N * Q // 4), dtype=torch.int64).random_(-(2**63), None, generator=g)
+    chances = (bits.view(torch.int16)[: 2 * N * Q].view(2, N, Q).double() + 2**15) / 2**16
+    keep = chances >= 0.3
     unit = reference.root_mean_square(latent) if noise_scale == 'rms' else 1.0
     theirs = [
         [reference.gaussian_point(latent[i], unit * noise[j, i], unit * 0.9, matrix) for i in range(N)]
