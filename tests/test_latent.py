@@ -273,10 +273,11 @@ def test_channels_last_and_autocast_give_the_float32_kl(layers):
     x_last = x.contiguous(memory_format=torch.channels_last)
     ours = sbaf.soft_label_kl(*predict(last, x_last, layers, vicinity=Vicinity(sigma=0.5))).item()
     assert ours == pytest.approx(exact, rel=1e-4), 'channels_last'
-    with torch.autocast('cpu', torch.bfloat16):
-        raw, virtual = predict(model, x, layers, vicinity=Vicinity(sigma=0.5))
-    assert raw.dtype == torch.bfloat16
-    assert sbaf.soft_label_kl(raw, virtual).item() == pytest.approx(exact, rel=0.05), 'bfloat16'
+    for dtype, tolerance in (torch.bfloat16, 0.05), (torch.float16, 0.01):
+        with torch.autocast('cpu', dtype):
+            raw, virtual = predict(model, x, layers, vicinity=Vicinity(sigma=0.5))
+        assert raw.dtype == dtype
+        assert sbaf.soft_label_kl(raw, virtual).item() == pytest.approx(exact, rel=tolerance), dtype
 
 
 @pytest.mark.parametrize('first_armed', [True, False])

@@ -128,6 +128,7 @@ def _add_step(command: argparse.ArgumentParser) -> None:
     command.add_argument('--dtype', choices=list(DTYPES), default='fp32', help='of autocast (fp32: none)')
     command.add_argument('--compile', action='store_true', dest='compiled', help='by torch.compile')
     command.add_argument('--channels-last', action='store_true', help='memory format')
+    command.add_argument('--checkpointing', action='store_true', help='compute activations again, stage by stage')
     command.add_argument('--batch', type=int, metavar='N', help="images of a batch (the recipe's)")
     command.add_argument('--rounds', type=int, default=20, metavar='N', help='how often each step is timed (20)')
     command.add_argument('--recipes', type=Path, default=RECIPES, metavar='DIR', help='where the recipes are')

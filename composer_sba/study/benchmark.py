@@ -38,6 +38,7 @@ class Options:
     dtype: str = 'fp32'
     compiled: bool = False
     channels_last: bool = False
+    checkpointing: bool = False
     batch: int | None = None
     rounds: int = 20
 
@@ -84,7 +85,8 @@ def benchmark(recipes: Path, folder: Path, options: Options) -> Path:
         facts=_facts(),
         rounds=options.rounds,
         settings=f'{options.dtype}{", torch.compile" if options.compiled else ""}'
-        f'{", channels_last" if options.channels_last else ""}, basis {options.basis or "as in the recipe"}',
+        f'{", channels_last" if options.channels_last else ""}'
+        f'{", activation checkpointing" if options.checkpointing else ""}, basis {options.basis or "as in the recipe"}',
         table=_markdown(_COLUMNS, rows),
         profile=_markdown(['network', 'cut', 'M', *PARTS, 'other'], profiles),
     )
@@ -145,6 +147,7 @@ def _steps(recipe: Recipe, cut: str, fold: int, device: Any, options: Options) -
         vicinity,
         dtype=DTYPES[options.dtype],
         compiled=options.compiled,
+        checkpointing=options.checkpointing,
     )
 
 

@@ -10,6 +10,7 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -66,6 +67,8 @@ class Steps:
         vicinity (Vicinity, optional): The law of the virtual rows. Default: ``Vicinity()``.
         dtype (torch.dtype, optional): That of autocast; float32 for none. Default: ``torch.float32``.
         compiled (bool, optional): Whether ``torch.compile`` takes the network. Default: ``False``.
+        checkpointing (bool, optional): Whether each stage's activations are computed again in the backward pass.
+            Default: ``False``.
     """
 
     def __init__(
@@ -79,7 +82,10 @@ class Steps:
         *,
         dtype: torch.dtype = torch.float32,
         compiled: bool = False,
+        checkpointing: bool = False,
     ) -> None:
+        if checkpointing:
+            apply_activation_checkpointing(network, check_fn=lambda module: module in network.children())
         self.network, self.images, self.labels, self.fold = network, images, labels, fold
         self.expander = LatentExpander(network, layer, fold, vicinity)
         self.head = AnalyticHead(network, vicinity)
@@ -99,6 +105,8 @@ class Steps:
         with torch.autocast(self.images.device.type, self.dtype, enabled=self.dtype != torch.float32):
             loss = self._loss(kind)
         loss.backward()
+        self.expander.disarm()  # not before activation checkpointing has computed again what it has to
+        self.head.disarm()
         self.optimizer.step()
 
     @contextmanager
@@ -125,12 +133,10 @@ class Steps:
             return F.cross_entropy(self.forward(images), self.labels.repeat_interleave(self.fold))
         if kind == 'analytic':
             self.head.arm(self.count)
-            loss = F.cross_entropy(self.forward(self.images), self.labels) + 0.1 * self.head.kl()
-            self.head.disarm()
-            return loss
+            return F.cross_entropy(self.forward(self.images), self.labels) + 0.1 * self.head.kl()
         own = self.forward(self.images) if kind == 'naive' else None
-        with self.expander.armed(self.count):
-            logits, virtual = self.expander.split(self.forward(self.images))
+        self.expander.arm(self.count)
+        logits, virtual = self.expander.split(self.forward(self.images))
         logits = logits if own is None else own
         if kind == 'latent_ba':
             return F.cross_entropy(logits, self.labels) + sbaf.hard_label_loss(virtual, self.labels)
