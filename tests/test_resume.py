@@ -158,6 +158,19 @@ def test_a_run_goes_on_after_a_kill_in_mid_save(unbroken, tmp_path: Path, torn: 
     assert differing(weights([*keys, *saving]), expected) == []
 
 
+def test_a_resumed_run_deletes_the_checkpoints_from_before_in_their_turn(tmp_path: Path) -> None:
+    """Composer counts those of its own process alone; another run's in the same folder stay."""
+    saving = [f'save_folder={tmp_path}', 'save_interval=1ba', 'save_num_checkpoints_to_keep=2', 'autoresume=true']
+    saving += ['save_overwrite=false']
+    weights([*saving, 'max_duration=3ba'])
+    (tmp_path / 'ep0-ba0-rank0.pt').write_text("another run's")
+    weights([*saving, 'max_duration=4ba'])
+    left = {path.name for path in tmp_path.glob('ep*.pt')}
+    assert left == {'ep0-ba0-rank0.pt', 'ep0-ba3-rank0.pt', 'ep0-ba4-rank0.pt'}
+    saver = torch.load(tmp_path / 'latest-rank0.pt', weights_only=False)['state']['callbacks'][-1]
+    assert 'ba1-' not in str(saver), 'the record of what was saved grows for ever'
+
+
 def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path: Path) -> None:
     """The same command again and again, killed between one and a hundred batches after it went on."""
     chance = random.Random(17)
