@@ -15,7 +15,7 @@ from composer_sba.cuts import Forward, check_cut, evaluation
 from composer_sba.errors import CutLayerError
 from composer_sba.layers import find_layers
 from composer_sba.schedule import choose_layer, noise_seed
-from composer_sba.tail import RawRows, keep_raw_rows, run_below
+from composer_sba.tail import RawRows, in_backward, keep_raw_rows, run_below
 from composer_sba.vicinity import Vicinity, as_vicinity, draw_by_seed
 
 NormStats = Literal['raw', 'all']
@@ -80,7 +80,8 @@ class LatentExpander:
         self.vicinity = as_vicinity(vicinity)
         self.norm_stats = norm_stats
         self._seed = seed
-        self.raw_rows: int | None = None  # N, while an augmented batch is above the cut
+        self._raw_rows: int | None = None  # N, once an augmented batch has passed the cut
+        self._over = False  # whether it has left the network
         self._armed: int | None = None  # index of the cut that is armed
         self._key = (seed, 0, 0, 0, 0)
         self._law = astuple(self.vicinity)
@@ -95,6 +96,12 @@ class LatentExpander:
         self.remove()
         self._handles = [cut.hook(partial(self._at_cut, index)) for index, cut in enumerate(self.cuts)]
         self._tail = keep_raw_rows(self.model, self, self.norm_stats)
+        self._handles.append(self.model.register_forward_hook(self._after_network, always_call=True))
+
+    @property
+    def raw_rows(self) -> int | None:
+        """N, while an augmented batch is above the cut; also when activation checkpointing runs a layer again."""
+        return None if self._over and not in_backward() else self._raw_rows
 
     def arm(self, step: int, microbatch: int = 0) -> int:
         """Have the next forward pass expand the latent batch at the layer k(t).
@@ -120,7 +127,8 @@ class LatentExpander:
 
     def disarm(self) -> None:
         """Leave the network as it was. What was expanded can still be split."""
-        self._armed = self.raw_rows = None
+        self._armed = self._raw_rows = None
+        self._over = False
         for layer in self._tail:
             layer.virtual = None  # of a forward pass that did not come to its end
 
@@ -192,12 +200,18 @@ class LatentExpander:
         return noise_seed(*self._key, stream)
 
     def _at_cut(self, index: int, latent: Any) -> torch.Tensor | None:
-        if self._armed != index:
+        if self._armed != index or (self._over and not in_backward()):
             return None
         if not isinstance(latent, torch.Tensor) or not latent.is_floating_point():
             got = latent.dtype if isinstance(latent, torch.Tensor) else type(latent).__name__
             raise CutLayerError(f'Expected a floating tensor at layer {self.cuts[index].name!r}, got {got}.')
-        self.raw_rows = self._split_rows = len(latent)
+        self._raw_rows = self._split_rows = len(latent)
         if torch.compiler.is_compiling():  # which cannot trace a generator; elsewhere an operator only costs time
             return draw_by_seed(latent, self._noise_seed, self.fold, *self._law)[0]
         return self.vicinity.expand(latent, self.fold, torch.Generator(latent.device).manual_seed(self.seed(0)))
+
+    def _after_network(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if output is None:  # an exception is on its way out
+            self.disarm()
+        elif self._armed is not None:
+            self._over = True
