@@ -14,6 +14,7 @@ from composer_sba.cuts import Forward, check_cut, evaluation
 from composer_sba.errors import CutLayerError
 from composer_sba.functional import expected_soft_label_kl
 from composer_sba.layers import find_layers
+from composer_sba.one_pass import OnePass
 from composer_sba.vicinity import Vicinity, as_vicinity
 
 
@@ -60,7 +61,7 @@ class AnalyticHead:
         self.stop_gradient = stop_gradient
         # The innermost module: inside FSDP's wrapper its weights are whole.
         self._linear = [module for module in self.cuts[0].module.modules() if isinstance(module, nn.Linear)][-1]
-        self._armed = False
+        self._pass = OnePass(model)
         self._kl: torch.Tensor | None = None
         self._handle: RemovableHandle | None = None
         self.attach()
@@ -68,6 +69,7 @@ class AnalyticHead:
     def attach(self) -> None:
         """Put the hook in, as the constructor does, in place of one that is there."""
         self.remove()
+        self._pass.attach()
         # FSDP2 takes the weights away in a hook of its own.
         self._handle = self._linear.register_forward_hook(self._at_head, prepend=isinstance(self._linear, FSDPModule))
 
@@ -78,12 +80,13 @@ class AnalyticHead:
             int: Index of the head in ``cuts``, 0.
         """
         self.disarm()
-        self._armed = True
+        self._pass.arm()
         return 0
 
     def disarm(self) -> None:
         """Leave the network as it was, and forget the divergence."""
-        self._armed, self._kl = False, None
+        self._pass.disarm()
+        self._kl = None
 
     def kl(self) -> torch.Tensor:
         """Return the divergence of the armed forward pass.
@@ -128,13 +131,14 @@ class AnalyticHead:
             raise CutLayerError(f"estimator='analytic' has no closed form here: {reason}. Use estimator='sampled'.")
 
     def remove(self) -> None:
-        """Take the hook off the network."""
+        """Take the hooks off the network."""
+        self._pass.remove()
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
 
     def _at_head(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        if self._armed and self._kl is None:  # else run again, by activation checkpointing
+        if self._pass.on and self._kl is None:  # else run again, by activation checkpointing
             self._kl = self._expect(args[0], output)
 
     @torch.compiler.disable

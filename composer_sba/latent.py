@@ -14,8 +14,9 @@ from composer_sba.checks import check_choice, check_fold, check_seed
 from composer_sba.cuts import Forward, check_cut, evaluation
 from composer_sba.errors import CutLayerError
 from composer_sba.layers import find_layers
+from composer_sba.one_pass import OnePass
 from composer_sba.schedule import choose_layer, noise_seed
-from composer_sba.tail import RawRows, in_backward, keep_raw_rows, run_below
+from composer_sba.tail import RawRows, keep_raw_rows, run_below
 from composer_sba.vicinity import Vicinity, as_vicinity, draw_by_seed
 
 NormStats = Literal['raw', 'all']
@@ -81,8 +82,8 @@ class LatentExpander:
         self.norm_stats = norm_stats
         self._seed = seed
         self._raw_rows: int | None = None  # N, once an augmented batch has passed the cut
-        self._over = False  # whether it has left the network
         self._armed: int | None = None  # index of the cut that is armed
+        self._pass = OnePass(model)
         self._key = (seed, 0, 0, 0, 0)
         self._law = astuple(self.vicinity)
         self._noise_seed = torch.zeros((), dtype=torch.int64)
@@ -94,14 +95,14 @@ class LatentExpander:
     def attach(self) -> None:
         """Put the hooks in, as the constructor does, in place of those that are there."""
         self.remove()
+        self._pass.attach()
         self._handles = [cut.hook(partial(self._at_cut, index)) for index, cut in enumerate(self.cuts)]
         self._tail = keep_raw_rows(self.model, self, self.norm_stats)
-        self._handles.append(self.model.register_forward_hook(self._after_network, always_call=True))
 
     @property
     def raw_rows(self) -> int | None:
         """N, while an augmented batch is above the cut; also when activation checkpointing runs a layer again."""
-        return None if self._over and not in_backward() else self._raw_rows
+        return self._raw_rows if self._pass.on else None
 
     def arm(self, step: int, microbatch: int = 0) -> int:
         """Have the next forward pass expand the latent batch at the layer k(t).
@@ -124,11 +125,12 @@ class LatentExpander:
         self._key = (self._seed, rank, step, microbatch, layer)
         self._noise_seed.fill_((self.seed(0) + 2**63) % 2**64 - 2**63)  # 64 bits, in int64
         self._armed = layer
+        self._pass.arm()
 
     def disarm(self) -> None:
         """Leave the network as it was. What was expanded can still be split."""
         self._armed = self._raw_rows = None
-        self._over = False
+        self._pass.disarm()
         for layer in self._tail:
             layer.virtual = None  # of a forward pass that did not come to its end
 
@@ -189,6 +191,7 @@ class LatentExpander:
 
     def remove(self) -> None:
         """Take all hooks off the network."""
+        self._pass.remove()
         for handle in self._handles:
             handle.remove()
         for layer in self._tail:
@@ -200,7 +203,7 @@ class LatentExpander:
         return noise_seed(*self._key, stream)
 
     def _at_cut(self, index: int, latent: Any) -> torch.Tensor | None:
-        if self._armed != index or (self._over and not in_backward()):
+        if self._armed != index or not self._pass.on:
             return None
         if not isinstance(latent, torch.Tensor) or not latent.is_floating_point():
             got = latent.dtype if isinstance(latent, torch.Tensor) else type(latent).__name__
@@ -209,9 +212,3 @@ class LatentExpander:
         if torch.compiler.is_compiling():  # which cannot trace a generator; elsewhere an operator only costs time
             return draw_by_seed(latent, self._noise_seed, self.fold, *self._law)[0]
         return self.vicinity.expand(latent, self.fold, torch.Generator(latent.device).manual_seed(self.seed(0)))
-
-    def _after_network(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if output is None:  # an exception is on its way out
-            self.disarm()
-        elif self._armed is not None:
-            self._over = True

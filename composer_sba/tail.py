@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from torchvision.ops import StochasticDepth
 
 from composer_sba.errors import CutLayerError
+from composer_sba.one_pass import in_backward
 
 _RANDOM = (_DropoutNd, nn.RReLU, StochasticDepth)
 _NORM = (_BatchNorm, _InstanceNorm)
@@ -110,11 +111,6 @@ class RawRows:
             raise CutLayerError(
                 f"norm_stats='raw' cannot be had in {self.name!r}: {problem}. Use norm_stats='all', or a cut above it.",
             )
-
-
-def in_backward() -> bool:
-    """Whether this is activation checkpointing running layers again; its compiled form is no call from Python."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def keep_raw_rows(model: nn.Module, window: Window, norm_stats: str) -> list[RawRows]:
