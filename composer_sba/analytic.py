@@ -13,6 +13,7 @@ from composer_sba.cuts import Forward, check_cut, evaluation
 from composer_sba.errors import CutLayerError
 from composer_sba.functional import expected_soft_label_kl
 from composer_sba.layers import find_layers
+from composer_sba.one_pass import OnePass
 from composer_sba.vicinity import Vicinity, as_vicinity
 
 
@@ -58,7 +59,7 @@ class AnalyticHead:
         self.vicinity = as_vicinity(vicinity)
         self.stop_gradient = stop_gradient
         self._linear = self.cuts[0].linear
-        self._armed = False
+        self._pass = OnePass(model)
         self._kl: torch.Tensor | None = None
         self._handle: RemovableHandle | None = None
         self.attach()
@@ -66,6 +67,7 @@ class AnalyticHead:
     def attach(self) -> None:
         """Put the hook in, as the constructor does, in place of one that is there."""
         self.remove()
+        self._pass.attach()
         self._handle = self.cuts[0].hook_linear(self._at_head)
 
     def arm(self, step: int, microbatch: int = 0) -> int:
@@ -75,12 +77,13 @@ class AnalyticHead:
             int: Index of the head in ``cuts``, 0.
         """
         self.disarm()
-        self._armed = True
+        self._pass.arm()
         return 0
 
     def disarm(self) -> None:
         """Leave the network as it was, and forget the divergence."""
-        self._armed, self._kl = False, None
+        self._pass.disarm()
+        self._kl = None
 
     def kl(self) -> torch.Tensor:
         """Return the divergence of the armed forward pass.
@@ -125,13 +128,14 @@ class AnalyticHead:
             raise CutLayerError(f"estimator='analytic' has no closed form here: {reason}. Use estimator='sampled'.")
 
     def remove(self) -> None:
-        """Take the hook off the network."""
+        """Take the hooks off the network."""
+        self._pass.remove()
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
 
     def _at_head(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        if self._armed and self._kl is None:  # else run again, by activation checkpointing
+        if self._pass.on and self._kl is None:  # else run again, by activation checkpointing
             self._kl = self._expect(args[0], output)
 
     @torch.compiler.disable

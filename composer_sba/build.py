@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from composer import Trainer
+from composer.callbacks import CheckpointSaver
 from composer.core import DataSpec, Event, State, TimeUnit
 from composer.loggers import LoggerDestination
 from composer.utils import create_interval_scheduler, dist, format_name_with_dist, get_device
@@ -22,7 +23,7 @@ from composer_sba.registry import components, construct
 from composer_sba.sba import sort_sba_last
 from composer_sba.seed_each_batch import SeedEachBatch, sort_seed_first
 from composer_sba.sources import NAMED
-from composer_sba.unfinished import mend
+from composer_sba.unfinished import mend, take_over
 
 
 def build_trainer(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
@@ -46,16 +47,18 @@ def build_trainer(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
     rows = recipe.global_train_batch_size // world
     try:
         dist.initialize_dist(get_device(recipe.device), recipe.dist_timeout)
-        if recipe.autoresume and recipe.save_folder is not None and '://' not in recipe.save_folder:
+        resumes = recipe.autoresume and recipe.save_folder is not None and '://' not in recipe.save_folder
+        folder = Path(format_name_with_dist(recipe.save_folder or '', str(recipe.run_name)))
+        if resumes:
             if dist.get_global_rank() == 0:
-                mend(Path(format_name_with_dist(recipe.save_folder, str(recipe.run_name))))
+                mend(folder)
             dist.barrier()
         # Model and data are drawn from the seed too, alike on all ranks; Trainer then seeds each rank apart.
         seed_all(recipe.seed)
         parts = build_components(recipe)
         parts['loggers'] += destinations
         parts['algorithms'].append(SeedEachBatch())
-        return Trainer(
+        trainer = Trainer(
             **parts,
             train_dataloader=_data(recipe, 'train_dataset', rows),
             eval_dataloader=_data(recipe, 'eval_dataset', recipe.device_eval_batch_size or rows),
@@ -63,6 +66,10 @@ def build_trainer(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
             parallelism_config=recipe.parallelism,
             algorithm_passes=[sort_sba_last, sort_seed_first],
         )
+        for saver in trainer.state.callbacks if resumes and dist.get_global_rank() == 0 else ():
+            if isinstance(saver, CheckpointSaver):
+                take_over(saver, folder)
+        return trainer
     except CutLayerError as error:
         raise recipe.sources.error(layers_key(recipe, error), one_line(error)) from error
     except UserError:

@@ -15,6 +15,7 @@ from composer_sba.cuts import Forward, check_cut, evaluation
 from composer_sba.errors import CutLayerError
 from composer_sba.layers import find_layers
 from composer_sba.logit_noise import draw_logit_noise, draw_logit_noise_by_seed, suits
+from composer_sba.one_pass import OnePass
 from composer_sba.schedule import choose_layer, noise_seed
 from composer_sba.tail import RawRows, keep_raw_rows, run_below
 from composer_sba.vicinity import Vicinity, as_vicinity, draw_by_seed
@@ -84,8 +85,9 @@ class LatentExpander:
         self.vicinity = as_vicinity(vicinity)
         self.norm_stats = norm_stats
         self._seed = seed
-        self.raw_rows: int | None = None  # N, while an augmented batch is above the cut
+        self._raw_rows: int | None = None  # N, once an augmented batch has passed the cut
         self._armed: int | None = None  # index of the cut that is armed
+        self._pass = OnePass(model)
         self._key = (seed, 0, 0, 0, 0)
         self._noise_seeds = torch.zeros(2, dtype=torch.int64)
         drawn_there = any(cut.name == 'head' and suits(cut.linear, self.vicinity) for cut in self.cuts)
@@ -102,9 +104,15 @@ class LatentExpander:
     def attach(self) -> None:
         """Put the hooks in, as the constructor does, in place of those that are there."""
         self.remove()
+        self._pass.attach()
         self._handles = [cut.hook(partial(self._at_cut, index)) for index, cut in enumerate(self.cuts)]
         self._handles += [cut.hook_linear(self._at_head) for cut in self.cuts if cut.name == 'head']
         self._tail = keep_raw_rows(self.model, self, self.norm_stats)
+
+    @property
+    def raw_rows(self) -> int | None:
+        """N, while an augmented batch is above the cut; also when activation checkpointing runs a layer again."""
+        return self._raw_rows if self._pass.on else None
 
     def arm(self, step: int, microbatch: int = 0) -> int:
         """Have the next forward pass expand the latent batch at the layer k(t).
@@ -128,11 +136,13 @@ class LatentExpander:
         for stream in range(2):
             self._noise_seeds[stream] = (self.seed(stream) + 2**63) % 2**64 - 2**63  # 64 bits, in int64
         self._armed = layer
+        self._pass.arm()
 
     def disarm(self) -> None:
         """Leave the network as it was. What was expanded can still be split."""
-        self._armed = self.raw_rows = None
+        self._armed = self._raw_rows = None
         self._late_copies = 0
+        self._pass.disarm()
         for layer in self._tail:
             layer.virtual = None  # of a forward pass that did not come to its end
 
@@ -193,6 +203,7 @@ class LatentExpander:
 
     def remove(self) -> None:
         """Take all hooks off the network."""
+        self._pass.remove()
         for handle in self._handles:
             handle.remove()
         for layer in self._tail:
@@ -204,12 +215,12 @@ class LatentExpander:
         return noise_seed(*self._key, stream)
 
     def _at_cut(self, index: int, latent: Any) -> torch.Tensor | None:
-        if self._armed != index:
+        if self._armed != index or not self._pass.on:
             return None
         if not isinstance(latent, torch.Tensor) or not latent.is_floating_point():
             got = latent.dtype if isinstance(latent, torch.Tensor) else type(latent).__name__
             raise CutLayerError(f'Expected a floating tensor at layer {self.cuts[index].name!r}, got {got}.')
-        self.raw_rows = self._split_rows = len(latent)
+        self._raw_rows = self._split_rows = len(latent)
         vicinity, law, copies = self.vicinity, self._law, self.fold
         if self.cuts[index].name == 'head' and latent.ndim == 2 and self._gaussian_at_head > 0:
             self._late_copies = self._gaussian_at_head
@@ -222,7 +233,7 @@ class LatentExpander:
 
     def _at_head(self, linear: nn.Linear, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
         """Put the Gaussian copies between the raw rows and the dropout copies, if none were made of the features."""
-        if self._late_copies == 0:
+        if self._late_copies == 0 or self.raw_rows is None:
             return None
         latent, raw = args[0][: self.raw_rows].detach(), output[: self.raw_rows]
         if torch.compiler.is_compiling():

@@ -19,6 +19,7 @@ from composer_sba.cuts import check_cut, evaluation
 from composer_sba.errors import CutLayerError
 from composer_sba.host import first_forward, network_of
 from composer_sba.layers import CutLayer, find_layers
+from composer_sba.one_pass import OnePass
 from composer_sba.schedule import choose_layer, noise_seed
 
 _MIXING, _PARTNERS = 1, 2  # streams of noise_seed; 0 is that of SBA's vicinity
@@ -120,6 +121,7 @@ class ManifoldMixup(Algorithm):
         self.seed = seed
         self.target_key = target_key
         self._network: nn.Module = nn.Identity()
+        self._pass = OnePass(self._network)
         self._cuts: list[CutLayer] = []
         self._handles: list[RemovableHandle] = []
         self._checked = False
@@ -143,14 +145,16 @@ class ManifoldMixup(Algorithm):
     def after_load(self, state: State, logger: Logger) -> None:
         """Find the layers: surgery and loading are over, DDP is still to come."""
         self._network = network_of(state.model)
+        self._pass.remove()
+        self._pass = OnePass(self._network)
         self._cuts = find_layers(self._network, self.layers)
         self._checked = False
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Put the hooks in."""
         self.fit_end(state, logger)  # of a fit that was broken off
+        self._pass.attach()
         self._handles = [cut.hook(partial(self._at_cut, index)) for index, cut in enumerate(self._cuts)]
-        self._handles.append(self._network.register_forward_hook(self._after_network, always_call=True))
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         """Start from the first microbatch, also when a batch is tried again after running out of memory."""
@@ -169,6 +173,7 @@ class ManifoldMixup(Algorithm):
         partners = draw_partners(len(labels), seed, dist.get_global_rank(), step, self._microbatch)
         self._partners = partners.to(labels.device)
         self._mixing = torch.tensor(draw_mixing(self.alpha, seed, step), dtype=torch.float64)
+        self._pass.arm()
         self._armed = self._layer = choose_layer(len(self._cuts), seed, step)
         self._microbatch += 1
 
@@ -196,12 +201,15 @@ class ManifoldMixup(Algorithm):
 
     def fit_end(self, state: State, logger: Logger) -> None:
         """Take the hooks off."""
+        self._pass.remove()
         for handle in self._handles:
             handle.remove()
         self._handles, self._armed = [], None
 
     def _at_cut(self, index: int, latent: torch.Tensor) -> torch.Tensor | None:
-        if self._armed != index or not self._network.training:  # SBA looks at the network in evaluation mode
+        if (
+            self._armed != index or not self._pass.on or not self._network.training
+        ):  # SBA looks at the network in evaluation mode
             return None
         if len(latent) != len(self._partners):
             raise CutLayerError(
@@ -210,7 +218,3 @@ class ManifoldMixup(Algorithm):
             )
         self._armed = None
         return mix_rows(latent, self._partners, self._mixing)
-
-    def _after_network(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if output is None:  # an exception is on its way out
-            self._armed = None

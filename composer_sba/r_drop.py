@@ -145,6 +145,7 @@ class RDrop(Algorithm):
     def before_train_batch(self, state: State, logger: Logger) -> None:
         """Begin the batch's mean, anew when it is tried again after running out of memory."""
         self._sum, self._rows = 0.0, 0
+        self._kl = torch.zeros(())  # whose graph is as large as what did not fit
 
     def after_forward(self, state: State, logger: Logger) -> None:
         """Compare the two passes, before a loss may change the logits in place."""

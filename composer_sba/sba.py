@@ -167,13 +167,13 @@ class SBA(Algorithm):
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         """Start from the first microbatch, also when a batch is tried again after running out of memory."""
+        self._disarm()  # and let go of the graph of that attempt
         self._microbatch = 0
         self._sums = {}
         self._rows = 0
 
     def before_forward(self, state: State, logger: Logger) -> None:
         """Arm the cut layer, if λ(t) = 1; before the first batch of all, see whether the layers can be cut."""
-        self._disarm()  # what an attempt that failed may have left
         if not self._checked:
             self._attached.check(first_forward(state))
             self._checked = True

@@ -6,6 +6,7 @@ import functools
 import os
 import re
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -126,22 +127,30 @@ def claim(prefix: int) -> None:
 def _remove_stale_blocks() -> None:
     if not _SHARED_MEMORY.is_dir():
         return  # not Linux: there is no list of blocks
-    name = re.compile(rf'(\d{{6}})_({"|".join(SHM_TO_CLEAN)})')
+    name = re.compile(rf'(\d{{6}})_({"|".join(SHM_TO_CLEAN)})|torch_(\d+)_\w+')
     # Listed before looking who uses them: a run that is starting maps what it makes at once.
-    blocks = [
-        path for path in _SHARED_MEMORY.iterdir() if name.fullmatch(path.name) and path.stat().st_uid == os.getuid()
-    ]
+    found = {path: match for path in _SHARED_MEMORY.iterdir() if (match := name.fullmatch(path.name))}
     mapped: set[str] = set()
-    for maps in Path('/proc').glob('[0-9]*/maps') if blocks else ():
+    for maps in Path('/proc').glob('[0-9]*/maps') if found else ():
         with contextlib.suppress(OSError):  # it has ended meanwhile, or is another user's
-            mapped |= set(re.findall(r'/dev/shm/(\d{6})_', maps.read_text()))
-    for prefix in {block.name[:6] for block in blocks}:
-        owner = _SHARED_MEMORY / f'{prefix}_locals'
-        # Streaming maps every block that it comes across, so blocks may be mapped though their owner has ended.
-        ended = _is_unlocked(owner) if owner.exists() and owner.stat().st_mode & 0o100 else prefix not in mapped
-        for block in blocks if ended else ():
-            if block.name.startswith(prefix):
-                block.unlink(missing_ok=True)
+            mapped |= set(re.findall(r'/dev/shm/(\d{6}|torch_\w+)', maps.read_text()))
+    ended: dict[str, bool] = {}  # by prefix
+    for path, (prefix, _, creator) in ((path, match.groups()) for path, match in found.items()):
+        with contextlib.suppress(FileNotFoundError):  # its owner has removed it meanwhile
+            file = path.stat()
+            if file.st_uid != os.getuid():
+                continue
+            if creator:
+                # Of a worker that was killed as it handed over a batch: elsewise they have a name for microseconds.
+                lost = not Path(f'/proc/{creator}').exists() and time.time() - file.st_mtime > 60
+                ended[path.name] = lost and path.name not in mapped
+            elif prefix not in ended:
+                owner = _SHARED_MEMORY / f'{prefix}_locals'
+                # Streaming maps every block that it comes across, so blocks may be mapped though their owner has ended.
+                claimed = owner.exists() and owner.stat().st_mode & 0o100
+                ended[prefix] = _is_unlocked(owner) if claimed else prefix not in mapped
+            if ended[prefix or path.name]:
+                path.unlink()
 
 
 def _is_unlocked(path: Path) -> bool:

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from torchvision.ops import StochasticDepth
 
 from composer_sba.errors import CutLayerError
+from composer_sba.one_pass import in_backward
 
 _RANDOM = (_DropoutNd, nn.RReLU, StochasticDepth)
 _NORM = (_BatchNorm, _InstanceNorm)
@@ -32,7 +33,10 @@ class Window(Protocol):
     """What the layers above the cut need to know of the augmented batch that is passing."""
 
     fold: int
-    raw_rows: int | None  # N between the cut and the end of the step, else None
+
+    @property
+    def raw_rows(self) -> int | None:
+        """N between the cut and the end of the forward pass, and in the backward pass; else None."""
 
     def seed(self, stream: int) -> int:
         """Return the seed of one stream of random numbers in this microbatch."""
@@ -75,9 +79,7 @@ class RawRows:
     def _take(self, module: nn.Module, args: tuple) -> tuple | None:
         rows, raw_rows = len(args[0]), self.window.raw_rows
         assert raw_rows is not None
-        # Run again by activation checkpointing, whose compiled form is no call from Python.
-        recomputed = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        below_the_cut = rows == raw_rows and recomputed
+        below_the_cut = rows == raw_rows and in_backward()
         expected = (1 + self.window.fold) * raw_rows
         if below_the_cut or (rows != expected and isinstance(module, _RANDOM)):
             return None

@@ -1,4 +1,4 @@
-"""Checkpoints that a run was killed over: what Composer's autoresume does not forgive is put in order before it."""
+"""Checkpoints of a run that was killed: what Composer's autoresume does not forgive, or forgets, is put in order."""
 
 import logging
 import pickle
@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import torch
+from composer.callbacks import CheckpointSaver
 
 _CHECKPOINT = re.compile(r'ep(\d+)-ba(\d+)-rank0\.pt')
 _LATEST = 'latest-rank0.pt'
@@ -46,6 +47,22 @@ def mend(folder: Path) -> None:
             latest.symlink_to(path.name)
             return
         _set_aside(path)
+
+
+def take_over(saver: CheckpointSaver, folder: Path) -> None:
+    """Let a resumed run delete in their turn the checkpoints that it saved before it was killed.
+
+    Of ``save_num_checkpoints_to_keep`` Composer counts those that the process itself has saved, so that each kill would
+    leave as many for ever. Which ones are the run's own, its checkpoint says.
+
+    Args:
+        saver (CheckpointSaver): Composer's, with the state of the checkpoint that was loaded.
+        folder (Path): The run's folder of unsharded checkpoints.
+    """
+    record = saver.all_saved_checkpoints_to_timestamp
+    own = {str(folder / Path(name).name): time for name, time in record.items() if (folder / Path(name).name).exists()}
+    saver.all_saved_checkpoints_to_timestamp = own
+    saver.saved_checkpoints = list(own)
 
 
 def _place(path: Path) -> tuple[int, ...]:

@@ -240,6 +240,26 @@ def test_a_run_that_was_killed_does_not_stop_the_next(tmp_path: Path) -> None:
             reader.communicate()
 
 
+def test_a_batch_that_a_killed_worker_was_handing_over_is_removed() -> None:
+    """By name, age and whether its maker lives; torch names its files torch_<pid>_<random>_<count>."""
+    dead = subprocess.Popen([sys.executable, '-c', ''])
+    dead.wait()
+    shared = Path('/dev/shm')
+    old, new, living = (
+        shared / f'torch_{name}' for name in (f'{dead.pid}_1_2', f'{dead.pid}_1_3', f'{os.getpid()}_1_2')
+    )
+    try:
+        for path in (old, new, living):
+            path.touch()
+        for path in (old, living):
+            os.utime(path, (0, 0))
+        with sharing.registration():
+            assert [path.exists() for path in (old, new, living)] == [False, True, True]
+    finally:
+        for path in (old, new, living):
+            path.unlink(missing_ok=True)
+
+
 # --- images and transforms --------------------------------------------------------------------------------------------
 
 
