@@ -2,18 +2,20 @@
 
 import contextlib
 import hashlib
+import io
 import random
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from streaming.base.dataset import StreamingDataset, _ShardState
 from streaming.vision.base import StreamingVisionDataset
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from composer_sba.decode import decode, to_rgb
 from composer_sba.errors import DatasetError
@@ -58,6 +60,8 @@ class Expected:
         try:
             sample = read(*args)
             image, label = sample['x'], int(sample['y'])
+            if tensors and isinstance(image, JpegImageFile):  # opened by Streaming, from memory, and not decoded yet
+                image = cast(io.BytesIO, image.fp).getvalue()
             image = decode(image, tensors) if isinstance(image, bytes) else to_rgb(image)
         except Exception as error:  # what a decoder raises depends on the format and on where the bytes are broken
             raise DatasetError(
@@ -81,6 +85,8 @@ class Expected:
 def seeded(*key: int) -> Iterator[None]:
     """Seed the generators of torch (on the CPU), NumPy and Python from a key, and put them back afterwards.
 
+    In a worker of a DataLoader, where nothing else draws, they are not put back, which would take ten times as long.
+
     Yields:
         None: While what is drawn depends on the key alone.
 
@@ -91,11 +97,18 @@ def seeded(*key: int) -> Iterator[None]:
         >>> draw() == draw()
         True
     """
-    before, seed = (random.getstate(), np.random.get_state()), hash_key(*key)
-    with torch.random.fork_rng(devices=[]):
+    with _kept() if get_worker_info() is None else contextlib.nullcontext():
+        seed = hash_key(*key)
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
+        yield
+
+
+@contextlib.contextmanager
+def _kept() -> Iterator[None]:
+    before = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
         try:
             yield
         finally:
