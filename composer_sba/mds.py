@@ -1,9 +1,6 @@
-"""Images in MDS shards: each is checked when it is read, and each random draw can be repeated."""
+"""Images in MDS shards: each is checked when it is read, and its transforms draw the same again."""
 
-import contextlib
-import hashlib
 import io
-import random
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -15,11 +12,12 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from streaming.base.dataset import StreamingDataset, _ShardState
 from streaming.vision.base import StreamingVisionDataset
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from composer_sba.decode import decode, to_rgb
 from composer_sba.errors import DatasetError
 from composer_sba.index import said
+from composer_sba.seeding import hash_key, seeded
 from composer_sba.sharing import claim, registration, shared_samples
 
 
@@ -79,46 +77,6 @@ class Expected:
                 f'{self.image_size}x{self.image_size}: read it as name: imagefolder'
             )
         return image, label
-
-
-@contextlib.contextmanager
-def seeded(*key: int) -> Iterator[None]:
-    """Seed the generators of torch (on the CPU), NumPy and Python from a key, and put them back afterwards.
-
-    In a worker of a DataLoader, where nothing else draws, they are not put back, which would take ten times as long.
-
-    Yields:
-        None: While what is drawn depends on the key alone.
-
-    Example:
-        >>> def draw():
-        ...     with seeded(17, 0, 5):
-        ...         return torch.rand(()).item()
-        >>> draw() == draw()
-        True
-    """
-    with _kept() if get_worker_info() is None else contextlib.nullcontext():
-        seed = hash_key(*key)
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        yield
-
-
-@contextlib.contextmanager
-def _kept() -> Iterator[None]:
-    before = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
-
-
-def hash_key(*key: int) -> int:
-    """Turn the integers that a draw depends on into one seed in [0, 2^64); neighbouring keys have unrelated seeds."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), 'little')
 
 
 class ImageDataset(StreamingVisionDataset):
