@@ -6,24 +6,29 @@ Run: python benchmarks/data_path.py [--images 1024] [--workers 1] [--rounds 7] >
 import argparse
 import contextlib
 import datetime
+import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from composer.utils import get_device
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import default_loader
+from torchvision.transforms import v2
 
 from composer_sba.convert import convert
 from composer_sba.data import DatasetConfig, build_dataspec, transform
-from composer_sba.mds import to_rgb
+from composer_sba.decode import decode
 from composer_sba.study.worker import hardware, shared_facts
 
 WIDTH, HEIGHT = 500, 375
@@ -48,27 +53,37 @@ def write_images(folder: Path, count: int) -> None:
         photograph(numbers).save(path, quality=92)
 
 
-def images_per_second(batches: Callable[[], Iterable[torch.Tensor]]) -> float:
-    """Take all batches of an epoch; unit: images a second."""
-    begun, images = time.perf_counter(), 0
-    for batch in batches():
-        images += len(batch)
+def as_tensors(path: str) -> Image.Image | torch.Tensor:
+    """Decode a file as composer-sba does."""
+    return decode(Path(path).read_bytes(), tensors=True)
+
+
+def seconds() -> tuple[float, float, float]:
+    """Read the clock, this process's time on the CPU and its workers'."""
+    workers = (process.cpu_times() for process in psutil.Process().children())
+    return time.perf_counter(), time.process_time(), sum(each.user + each.system for each in workers)
+
+
+def epoch(batches: Iterable[torch.Tensor]) -> tuple[float, float, float]:
+    """Take all batches; seconds an image by the clock, and on the CPU here and in the workers, or here if none."""
+    begun = seconds()
+    images = sum(len(batch) for batch in batches)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return images / (time.perf_counter() - begun)
+    clock, here, workers = (after - before for after, before in zip(seconds(), begun, strict=True))
+    return clock / images, here / images, (workers or here) / images
 
 
-def stages(paths: list[Path], pipeline: transforms.Compose) -> dict[str, float]:
+def stages(paths: list[Path], load: Callable[[str], Any], steps: list[Callable]) -> dict[str, float]:
     """Time what one process does for an image, stage by stage; unit: milliseconds."""
-    seconds: dict[str, float] = {}
+    spent = dict.fromkeys(['decode', *(type(step).__name__ for step in steps)], 0.0)
     for path in paths:
-        image = Image.open(path)
-        for step in [to_rgb, *pipeline.transforms]:
-            begun = time.perf_counter()
+        image: Any = str(path)
+        for name, step in zip(spent, [load, *steps], strict=True):
+            begun = time.process_time()
             image = step(image)
-            name = 'decode' if step is to_rgb else type(step).__name__
-            seconds[name] = seconds.get(name, 0) + time.perf_counter() - begun
-    return {name: 1000 * total / len(paths) for name, total in seconds.items()}
+            spent[name] += time.process_time() - begun
+    return {name: 1000 * total / len(paths) for name, total in spent.items()}
 
 
 def main() -> None:
@@ -80,18 +95,18 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=7)
     args = parser.parse_args()
     device = get_device(None).tensor_to_device(torch.empty(0)).device
+    torch.set_num_threads(1)  # as the workers do, for the stages
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         source, out = Path(folder, 'jpeg'), Path(folder, 'mds')
         write_images(source, args.images)
         convert('imagefolder', source, out)
         config = DatasetConfig('imagefolder', local=str(out), num_workers=args.workers)
-        pipeline = transforms.Compose(transform(config).transforms[1:])  # ImageFolder has made it RGB
-        spec = build_dataspec(config, args.batch, device=device)
+        normalize = transform(config).transforms[-1]
 
-        def folder_loader(images: ImageFolder) -> DataLoader:
+        def folder_loader(loader: Callable[[str], Any], last: Callable) -> DataLoader:
             return DataLoader(
-                images,
+                ImageFolder(str(source / 'train'), last, loader=loader),
                 args.batch,
                 shuffle=True,
                 num_workers=args.workers,
@@ -99,20 +114,45 @@ def main() -> None:
                 pin_memory=torch.cuda.is_available(),
             )
 
-        usual = folder_loader(ImageFolder(str(source / 'train'), pipeline))
-        decoded = folder_loader(ImageFolder(str(source / 'train'), lambda image: image.size[0]))
-        ways: dict[str, Callable[[], Iterable[torch.Tensor]]] = {
-            'ImageFolder': lambda: (images.to(device, non_blocking=True) for images, _ in usual),
-            'composer-sba': lambda: (spec.batch_transforms(batch)[0] for batch in spec.dataloader),
-            'decoding alone': lambda: (widths for widths, _ in decoded),
+        usual = [
+            transforms.RandomResizedCrop(224),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            normalize,
+        ]
+        tensors = [
+            v2.RandomResizedCrop(224, antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(normalize.mean, normalize.std),
+        ]
+        ours, images = (build_dataspec(config, args.batch, device=device) for _ in range(2))
+        steps: list[Callable] = ours.dataloader.dataset.transform.transforms
+        images.dataloader.dataset.transform = transforms.Compose(steps)  # as with a transform that needs PIL images
+
+        loaders = {
+            'ImageFolder': folder_loader(default_loader, transforms.Compose(usual)),
+            "ImageFolder, torchvision's tensor transforms": folder_loader(as_tensors, v2.Compose(tensors)),
+            'composer-sba, PIL images': images.dataloader,
+            'composer-sba': ours.dataloader,
+            'decoding alone, PIL': folder_loader(default_loader, lambda image: 0),
+            'decoding alone, torchvision': folder_loader(as_tensors, lambda image: 0),
         }
-        rates: dict[str, list[float]] = {name: [] for name in ways}
+
+        def batches(name: str) -> Iterator[torch.Tensor]:
+            normalized = ours.batch_transforms if name.startswith('composer') else lambda batch: batch
+            return (normalized(batch)[0].to(device, non_blocking=True) for batch in loaders[name])
+
+        spent: dict[str, list[tuple[float, float, float]]] = {name: [] for name in loaders}
         for turn in range(args.rounds + 1):
-            for name in list(ways) if turn % 2 else list(ways)[::-1]:
-                rates[name].append(images_per_second(ways[name]))
+            for name in list(loaders) if turn % 2 else list(loaders)[::-1]:
+                spent[name].append(epoch(batches(name)))
         paths = sorted((source / 'train').glob('*/*.jpg'))[:200]
         size = sum(path.stat().st_size for path in paths) / len(paths)
-        parts = stages(paths, pipeline)
+        parts = {
+            'ImageFolder': stages(paths, default_loader, usual),
+            'composer-sba': stages(paths, as_tensors, steps),
+        }
 
     facts = shared_facts(1)
     versions = ', '.join(f'{package} {version}' for package, version in facts['versions'].items())
@@ -121,17 +161,33 @@ def main() -> None:
     print(
         f'{args.images} JPEGs of {WIDTH} by {HEIGHT} pixels, {size / 1000:.0f} kB on average, with the spectrum of '
         f'photographs; random resized crop to 224, flip, normalized float32 batches of {args.batch}; {args.workers} '
-        f'workers; epochs in turn, after one to warm up, n = {args.rounds}: median [quartiles].\n'
+        f'workers; epochs in turn, after one to warm up, n = {args.rounds}: median [quartiles]. On the CPU: in the '
+        'workers, and in the process that trains, which normalizes for composer-sba where there is no other device; '
+        f'load of the machine {os.getloadavg()[2]:.1f}.\n'
     )
-    print('| data path | images/s | ÷ ImageFolder |\n|---|---:|---:|')
-    for name, each in rates.items():
-        ratios = [own / other for own, other in zip(each[1:], rates['ImageFolder'][1:], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        print(f'| {name} | {statistics.median(each[1:]):.0f} | {middle:.2f} [{low:.2f}, {high:.2f}] |')
-    print('\nWhat a worker does for ImageFolder, one process, milliseconds an image; composer-sba leaves ToTensor and')
-    print('Normalize to the device:\n')
-    print(f'| {" | ".join(parts)} |\n|{"---:|" * len(parts)}')
-    print(f'| {" | ".join(f"{value:.2f}" for value in parts.values())} |')
+    print('| data path | images/s | ÷ ImageFolder | workers, ms an image | ÷ ImageFolder | trainer, ms an image |')
+    print('|---|---:|---:|---:|---:|---:|')
+    for name, each in spent.items():
+        clock, here, workers = zip(*each[1:], strict=True)
+        others = spent['ImageFolder'][1:]
+        faster = quartiles(other[0] / own for own, other in zip(clock, others, strict=True))
+        cheaper = quartiles(other[2] / own for own, other in zip(workers, others, strict=True))
+        print(
+            f'| {name} | {1 / statistics.median(clock):.0f} | {faster} | {1000 * statistics.median(workers):.2f} | '
+            f'{cheaper} | {1000 * statistics.median(here):.2f} |'
+        )
+    print(
+        '\nWhat a worker does for an image, stage by stage, milliseconds on the CPU; the rest is reading and batching:'
+    )
+    for name, each in parts.items():
+        print(f'\n| {name}: {" | ".join(each)} |\n|{"---:|" * len(each)}')
+        print(f'| {" | ".join(f"{value:.2f}" for value in each.values())} |')
+
+
+def quartiles(ratios: Iterable[float]) -> str:
+    """Write the median with the quartiles."""
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return f'{middle:.2f} [{low:.2f}, {high:.2f}]'
 
 
 if __name__ == '__main__':

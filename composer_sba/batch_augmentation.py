@@ -30,6 +30,11 @@ class Copies:
         self.fold = fold
         self.dim = 1 if getattr(transform, 'batched', False) else 0
 
+    @property
+    def takes_tensors(self) -> bool:
+        """What the transform says, for a dataset that can decode to tensors."""
+        return getattr(self.transform, 'takes_tensors', False)
+
     def __call__(self, image: Any) -> torch.Tensor:
         """Stack the copies of ``image``, shape ``(M, *)``, or of a batch of images, shape ``(N, M, *)``."""
         return torch.stack([self.transform(image) for _ in range(self.fold)], self.dim)

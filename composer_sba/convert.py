@@ -24,10 +24,10 @@ from PIL import Image
 from streaming import MDSWriter
 from tqdm import tqdm
 
+from composer_sba.decode import to_rgb
 from composer_sba.errors import DatasetError
 from composer_sba.index import INDEX, RECORD
 from composer_sba.layouts import READERS, Source, Split
-from composer_sba.mds import to_rgb
 
 SHARD_BYTES = 1 << 26
 SHUFFLE_SEED = 0

@@ -1,39 +1,24 @@
-"""Images in MDS shards: each is checked when it is read, and each random draw can be repeated."""
+"""Images in MDS shards: each is checked when it is read, and its transforms draw the same again."""
 
-import contextlib
-import hashlib
 import io
-import random
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from streaming.base.dataset import StreamingDataset, _ShardState
 from streaming.vision.base import StreamingVisionDataset
 from torch.utils.data import Dataset
 
+from composer_sba.decode import decode, to_rgb
 from composer_sba.errors import DatasetError
 from composer_sba.index import said
+from composer_sba.seeding import hash_key, seeded
 from composer_sba.sharing import claim, registration, shared_samples
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode an image to RGB; data sets hold grayscale, palette, CMYK and transparent files as well.
-
-    Args:
-        image (PIL.Image.Image): An opened image of any mode.
-
-    Returns:
-        PIL.Image.Image: The image in mode ``'RGB'``, itself if it was; transparency is dropped.
-    """
-    if image.mode == 'P' and 'transparency' in image.info:
-        image = image.convert('RGBA')  # PIL's own advice: straight to RGB it warns
-    image.load()
-    return image if image.mode == 'RGB' else image.convert('RGB')  # which would copy
 
 
 @dataclass(frozen=True)
@@ -52,16 +37,20 @@ class Expected:
     image_size: int | None
     remedy: str
 
-    def read(self, sample_id: int, read: Callable[..., Mapping], *args: Any) -> tuple[Image.Image, int]:
+    def read(
+        self, sample_id: int, read: Callable[..., Mapping], *args: Any, tensors: bool = False
+    ) -> tuple[Image.Image | torch.Tensor, int]:
         """Read and check one sample.
 
         Args:
             sample_id (int): Index of the sample in the dataset, for messages.
             read (Callable): Called with ``args``, gives the columns ``x``, an image or its file, and ``y``.
             *args (Any): Its arguments.
+            tensors (bool, optional): Whether a JPEG shall become a tensor. Default: ``False``.
 
         Returns:
-            tuple[PIL.Image.Image, int]: The image in mode ``'RGB'`` and its label.
+            tuple[PIL.Image.Image | torch.Tensor, int]: The RGB image, as :func:`composer_sba.decode.decode` gives it,
+            and its label.
 
         Raises:
             DatasetError: If the sample cannot be read, has an impossible label or the wrong size.
@@ -69,7 +58,9 @@ class Expected:
         try:
             sample = read(*args)
             image, label = sample['x'], int(sample['y'])
-            image = to_rgb(Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image)
+            if tensors and isinstance(image, JpegImageFile):  # opened by Streaming, from memory, and not decoded yet
+                image = cast(io.BytesIO, image.fp).getvalue()
+            image = decode(image, tensors) if isinstance(image, bytes) else to_rgb(image)
         except Exception as error:  # what a decoder raises depends on the format and on where the bytes are broken
             raise DatasetError(
                 f'{self.folder}: sample {sample_id} cannot be read ({said(error)}): {self.remedy}'
@@ -79,43 +70,13 @@ class Expected:
                 f'{self.folder}: sample {sample_id} has the label {label}, expected 0 to '
                 f'{self.num_classes - 1}: correct num_classes or the data'
             )
-        if self.image_size and image.size != (self.image_size, self.image_size):
+        height, width = image.shape[1:] if isinstance(image, torch.Tensor) else image.size[::-1]
+        if self.image_size and (height, width) != (self.image_size, self.image_size):
             raise DatasetError(
-                f'{self.folder}: sample {sample_id} has {image.width}x{image.height} pixels, expected '
+                f'{self.folder}: sample {sample_id} has {width}x{height} pixels, expected '
                 f'{self.image_size}x{self.image_size}: read it as name: imagefolder'
             )
         return image, label
-
-
-@contextlib.contextmanager
-def seeded(*key: int) -> Iterator[None]:
-    """Seed the generators of torch (on the CPU), NumPy and Python from a key, and put them back afterwards.
-
-    Yields:
-        None: While what is drawn depends on the key alone.
-
-    Example:
-        >>> def draw():
-        ...     with seeded(17, 0, 5):
-        ...         return torch.rand(()).item()
-        >>> draw() == draw()
-        True
-    """
-    before, seed = (random.getstate(), np.random.get_state()), hash_key(*key)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
-
-
-def hash_key(*key: int) -> int:
-    """Turn the integers that a draw depends on into one seed in [0, 2^64); neighbouring keys have unrelated seeds."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), 'little')
 
 
 class ImageDataset(StreamingVisionDataset):
@@ -127,7 +88,8 @@ class ImageDataset(StreamingVisionDataset):
 
     Args:
         batch_size (int): Samples of a batch of one rank, as the DataLoader has it.
-        transform (Callable): From an RGB image to a tensor.
+        transform (Callable): From an RGB image to a tensor; of JPEGs it gets uint8 tensors of shape ``(3, H, W)`` if it
+            has an attribute ``takes_tensors`` that is true.
         expected (Expected): What every sample must be.
         drop_last (bool): Whether every batch must be full.
         seed (int): Seeds the order and the transforms.
@@ -141,7 +103,7 @@ class ImageDataset(StreamingVisionDataset):
         self,
         *,
         batch_size: int,
-        transform: Callable[[Image.Image], Any],
+        transform: Callable[[Any], Any],
         expected: Expected,
         drop_last: bool,
         seed: int,
@@ -158,10 +120,11 @@ class ImageDataset(StreamingVisionDataset):
                 **kwargs,
             )
             claim(self._shm_prefix_int)
-        self.transform: Callable[[Image.Image], Any] = transform  # by name, for Composer's RandAugment and AugMix
+        self.transform: Callable[[Any], Any] = transform  # by name, for Composer's RandAugment and AugMix
         self.expected = expected
         self.epoch = 0
         self._failure: BaseException | None = None
+        self._prepared: set[int] = set()
         world = self._parallel_rank_world
         shared = shared_samples(self.num_samples, world.num_ranks, batch_size, drop_last)
         self.length = -(-shared // world.num_ranks)
@@ -194,7 +157,8 @@ class ImageDataset(StreamingVisionDataset):
         Raises:
             DatasetError: If the sample cannot be read or has an impossible label.
         """
-        image, label = self.expected.read(sample_id, self._read, sample_id, retry)
+        tensors = getattr(self.transform, 'takes_tensors', False)
+        image, label = self.expected.read(sample_id, self._read, sample_id, retry, tensors=tensors)
         with seeded(self.shuffle_seed, self.epoch, int(sample_id)):
             return self.transform(image), label
 
@@ -227,6 +191,10 @@ class ImageDataset(StreamingVisionDataset):
             shard_id (int): The shard.
             blocking (bool, optional): Whether to wait while another worker fetches it. Default: ``True``.
         """
+        # A worker's background threads ask for each sample, and each time Streaming would lock a file: a tenth of all
+        # that a worker does for an image of ImageNet.
+        if not blocking and shard_id in self._prepared and self._shard_states[shard_id] == _ShardState.LOCAL:
+            return
         try:
             super().prepare_shard(shard_id, blocking)
         except Exception:
@@ -234,6 +202,8 @@ class ImageDataset(StreamingVisionDataset):
             self.shards[shard_id].evict()
             self._shard_states[shard_id] = _ShardState.LOCAL
             raise
+        if self.cache_limit is None and self._shard_states[shard_id] == _ShardState.LOCAL:
+            self._prepared.add(shard_id)  # with a limit Streaming wants to know how long ago a shard was asked for
 
     def on_exception(self, future: Future) -> None:
         """Keep the exception of a thread that fetches shards, for the loop that waits for them to raise."""

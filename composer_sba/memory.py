@@ -12,8 +12,10 @@ from torch.utils.data import Dataset, DistributedSampler
 from torchvision import transforms
 
 from composer_sba.cutout import Cutout
-from composer_sba.mds import Expected, hash_key, seeded, to_rgb
+from composer_sba.decode import to_rgb
+from composer_sba.mds import Expected
 from composer_sba.pixels import Normalize
+from composer_sba.seeding import hash_key, seeded
 from composer_sba.sharing import shared_samples
 
 
@@ -43,8 +45,8 @@ class BatchTransform:
     def __init__(self, pipeline: transforms.Compose, device: torch.device | str | None = None) -> None:
         kinds = [transforms.RandomCrop, transforms.RandomHorizontalFlip, transforms.Normalize, Cutout]
         steps: dict[type, Any] = dict.fromkeys(kinds)
-        steps |= {type(step): step for step in pipeline.transforms if step is not to_rgb}
-        steps.pop(transforms.ToTensor)
+        others = (step for step in pipeline.transforms if step is not to_rgb)
+        steps |= {type(step): step for step in others if not isinstance(step, transforms.ToTensor)}
         if len(steps) > len(kinds):
             raise ValueError(f'Expected only transforms that have a batched form here, got {pipeline}.')
         crop, flip, normalize, cutout = steps.values()

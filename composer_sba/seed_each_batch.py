@@ -10,7 +10,7 @@ from composer.core.passes import sort_to_front
 from composer.loggers import Logger
 from composer.utils import dist
 
-from composer_sba.mds import hash_key
+from composer_sba.seeding import hash_key
 
 
 class SeedEachBatch(Algorithm):

@@ -23,7 +23,7 @@ from composer import Callback, State, Trainer
 from composer.loggers import Logger
 from composer.models import ComposerClassifier
 from PIL import Image
-from streaming import MDSWriter
+from streaming import MDSWriter, StreamingDataset
 from torch.utils.data import DataLoader
 
 from composer_sba import sharing
@@ -258,6 +258,26 @@ def test_a_batch_that_a_killed_worker_was_handing_over_is_removed() -> None:
     finally:
         for path in (old, new, living):
             path.unlink(missing_ok=True)
+
+
+def test_a_shard_is_asked_for_once_and_not_with_each_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time Streaming locks a file. With a limit it wants to know what was asked for last."""
+    asked: list[int] = []
+    prepare_shard = StreamingDataset.prepare_shard
+
+    def recorded(self: StreamingDataset, shard_id: int, blocking: bool = True) -> None:
+        asked.append(shard_id)
+        prepare_shard(self, shard_id, blocking)
+
+    monkeypatch.setattr(StreamingDataset, 'prepare_shard', recorded)
+    keys = dataset(tmp_path / 'mds', 97)
+    for cache, times in (({}, 1), ({'remote': keys['local'], 'local': str(tmp_path / 'c'), 'cache_limit': '1gb'}, 97)):
+        asked.clear()
+        loader = build_dataloader(DatasetConfig(**keys | cache, num_workers=0), 4)
+        assert [len(labels(loader)) for _ in range(2)] == [97, 97]
+        shards = set(range(loader.dataset.num_shards))
+        assert set(asked) == shards and len(shards) > 1
+        assert len(asked) == len(shards) if times == 1 else len(asked) >= 2 * times, (cache, len(asked))
 
 
 # --- images and transforms --------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
-"""Bytes that become numbers on the device: the same batches, bit by bit, as workers would make.
+"""Bytes that become numbers on the device: the same batches, bit by bit, as workers would make; crops beside PIL's.
 
 pytest tests/test_pixels.py
 """
 
+import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,19 @@ from composer import DataSpec
 from composer.algorithms import RandAugmentTransform
 from composer.utils import add_vision_dataset_transform
 from PIL import Image
+from streaming.base.dataset import StreamingDataset
 from torchvision import transforms
+from torchvision.transforms.functional import pil_to_tensor
 
+from composer_sba.batch_augmentation import Copies
 from composer_sba.data import DatasetConfig, build_dataloader, build_dataspec
-from composer_sba.pixels import Normalize, ToBytes
+from composer_sba.decode import decode
+from composer_sba.pixels import Normalize, Pipeline, RandomResizedCrop, ToBytes
 from test_data import encoded, write
 
 NUMBERS = np.random.default_rng(0)
+QUARTER_TURN = Image.Exif()  # which torchvision's ImageFolder does not heed either
+QUARTER_TURN[0x0112] = 6
 
 
 @pytest.fixture
@@ -31,6 +39,19 @@ def folder(tmp_path: Path) -> dict[str, Any]:
         write(tmp_path / split, [encoded(image, 'JPEG') for image in images])
     keys = {'name': 'imagefolder', 'num_classes': 12, 'crop_size': 24, 'resize_size': 32}
     return keys | {'local': str(tmp_path)}
+
+
+def photograph(height: int, width: int) -> Image.Image:
+    """Smooth colours, as JPEG is made for."""
+    noise = NUMBERS.integers(0, 256, (height // 6, width // 6, 3), np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+class AsItCame:
+    takes_tensors = True
+
+    def __call__(self, image: Any) -> Any:
+        return image
 
 
 def batches(spec: DataSpec) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -65,6 +86,80 @@ def test_images_are_augmented_before_they_are_bytes(folder: dict[str, Any]) -> N
     kinds = [type(step) for step in dataset.transform.transforms[-2:]]
     assert kinds == [RandAugmentTransform, ToBytes]
     assert batches(spec)[0][0].shape == (4, 3, 24, 24)
+
+
+@pytest.mark.parametrize(
+    ('mode', 'options', 'becomes_tensor'),
+    [
+        ('RGB', {}, True),
+        ('RGB', {'progressive': True, 'subsampling': 0}, True),
+        ('RGB', {'exif': QUARTER_TURN}, True),
+        ('L', {}, True),
+        ('CMYK', {}, False),
+        ('RGB', {'format': 'PNG'}, False),
+        ('P', {'format': 'PNG'}, False),
+    ],
+)
+def test_a_tensor_has_the_pixels_of_the_image(mode: str, options: dict[str, Any], becomes_tensor: bool) -> None:
+    buffer = io.BytesIO()
+    photograph(57, 75).convert(mode).save(buffer, **{'format': 'JPEG'} | options)
+    file = buffer.getvalue()
+    image, pixels = decode(file), decode(file, tensors=True)
+    assert isinstance(image, Image.Image) and image.mode == 'RGB'
+    assert isinstance(pixels, torch.Tensor) == becomes_tensor
+    if isinstance(pixels, Image.Image):
+        pixels = pil_to_tensor(pixels)
+    assert pixels.dtype == torch.uint8 and torch.equal(pixels, pil_to_tensor(image))
+
+
+def test_of_a_broken_jpeg_pil_says_what_is_wrong() -> None:
+    with pytest.raises(OSError, match='image file is truncated'):
+        decode(encoded(photograph(100, 100), 'JPEG')[:-500], tensors=True)
+
+
+@pytest.mark.parametrize('size', [(375, 500), (90, 61), (40, 400)])  # the last is wider than any crop may be
+def test_a_tensor_is_cropped_as_an_image(size: tuple[int, int]) -> None:
+    file, crop = encoded(photograph(*size), 'JPEG'), RandomResizedCrop(96)
+    assert isinstance(decode(file, tensors=True), torch.Tensor)
+    far = []
+    for seed in range(20):
+        crops = []
+        for tensors in (False, True):
+            torch.manual_seed(seed)
+            crops.append(ToBytes()(crop(decode(file, tensors))).int())
+            following = torch.rand(())
+        far.append((crops[0] - crops[1]).abs())
+        torch.manual_seed(seed)
+        transforms.RandomResizedCrop(96)(decode(file))
+        assert torch.rand(()) == following, 'not as many draws as torchvision'
+    levels = torch.stack(far).double()
+    assert levels.max() <= 1 and levels.mean() < 0.02, (levels.max(), levels.mean())
+
+
+@pytest.mark.parametrize('fold', [None, 3])
+@pytest.mark.parametrize('workers', [0, 2])
+def test_tensors_and_images_give_one_batch(folder: dict[str, Any], workers: int, fold: int | None) -> None:
+    def run(kind: Callable[[list[Callable]], Callable]) -> list[list[torch.Tensor]]:
+        loader: Any = build_dataspec(DatasetConfig(**folder, num_workers=workers), 4).dataloader
+        pipeline = kind(loader.dataset.transform.transforms)
+        loader.dataset.transform = Copies(pipeline, fold) if fold else pipeline
+        assert getattr(loader.dataset.transform, 'takes_tensors', False) == (kind is Pipeline)
+        return list(loader)
+
+    for (ours, labels), (images, same_labels) in zip(run(Pipeline), run(transforms.Compose), strict=True):
+        assert ours.shape == (4, *([fold] if fold else []), 3, 24, 24) and torch.equal(labels, same_labels)
+        far = (ours.int() - images.int()).abs()
+        assert far.max() <= 1, far.max()
+
+
+def test_jpegs_of_streamings_converter_become_tensors(tmp_path: Path) -> None:
+    write(tmp_path / 'train', [photograph(40, 60)], encoding='jpeg')
+    config = DatasetConfig('imagefolder', local=str(tmp_path), num_classes=1, num_workers=0)
+    dataset: Any = build_dataspec(config, 1).dataloader.dataset
+    dataset.transform = AsItCame()
+    pixels, _ = dataset.get_item(0)
+    assert isinstance(pixels, torch.Tensor), type(pixels)
+    assert torch.equal(pixels, pil_to_tensor(StreamingDataset.get_item(dataset, 0)['x']))
 
 
 @pytest.mark.parametrize('shape', [(3, 5, 7), (2, 3, 5, 7), (2, 4, 3, 5, 7)])
