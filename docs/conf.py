@@ -52,6 +52,7 @@ html_theme = 'furo'
 html_title = 'composer-sba'
 html_static_path = ['_static']
 html_css_files = ['site.css']
+html_favicon = '_static/favicon.svg'
 html_copy_source = False
 html_show_sourcelink = False
 html_show_copyright = False  # the licence says it
