@@ -45,7 +45,7 @@ study-smoke: $(INSTALLED)
 	.venv/bin/python -m composer_sba.study report --results runs/study-smoke --page runs/study-smoke/report.md
 
 docs: $(INSTALLED)
-	@.venv/bin/python -c 'import furo, myst_parser, sphinx_copybutton' 2>/dev/null || \
+	@.venv/bin/python -c 'import furo, myst_nb, sphinx_copybutton' 2>/dev/null || \
 		.venv/bin/pip install --quiet --editable '.[docs]'
 	.venv/bin/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet docs docs/_build/html
 

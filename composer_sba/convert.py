@@ -176,17 +176,18 @@ def _statistics(images: list[Any], pool: ThreadPoolExecutor) -> dict[str, list[f
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = 'python -m composer_sba.convert') -> int:
     """Run the command line.
 
     Args:
         argv (Sequence[str], optional): Arguments; ``None`` takes those of the process. Default: ``None``.
+        prog (str, optional): What the help calls the program.
 
     Returns:
         int: Exit code: 0, or 2 after a mistake in what was given, told in one line on stderr.
     """
     parser = argparse.ArgumentParser(
-        prog='python -m composer_sba.convert', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('dataset', choices=sorted(READERS), help='what the source is')
     parser.add_argument(

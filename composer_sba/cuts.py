@@ -77,8 +77,6 @@ def _why_rows_differ(cut: CutLayer, forward: Forward, latent: torch.Tensor, logi
     # batch's own mean and variance would not show that layers above normalize over rows.
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0)).to(latent)
     other = latent + 3 * latent.float().square().mean().sqrt().to(latent.dtype) * noise
-    with _hooked(cut, lambda value: other):
-        other_logits = forward()
     try:
         with _hooked(cut, lambda value: torch.cat([value, other])):
             together = forward()
@@ -87,7 +85,8 @@ def _why_rows_differ(cut: CutLayer, forward: Forward, latent: torch.Tensor, logi
     except Exception as error:  # whatever the layers above say of twice the rows is the reason
         said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')
         return f'the layers above it cannot take more rows than entered below, as in a residual branch ({said})'
-    alone = torch.cat([logits, other_logits])
+    with _hooked(cut, lambda value: other):
+        alone = torch.cat([logits, forward()])
     if together.shape != alone.shape:
         return f'{len(together)} predictions came back for {len(alone)} rows'
     # The row count may choose another kernel, whose rounding shows in TF32 and half precision.

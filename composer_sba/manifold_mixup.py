@@ -72,7 +72,7 @@ class ManifoldMixup(Algorithm):
 
     .. math::
         L = \mathbb{E}_{(x, y), (x', y')} \; \mathbb{E}_{\lambda \sim Beta(\alpha, \alpha)} \; \mathbb{E}_{k \sim S} \;
-        CE\big(f_k(Mix_\lambda(g_k(x), g_k(x'))), Mix_\lambda(y, y')\big)
+        CE(f_k(Mix_\lambda(g_k(x), g_k(x'))), Mix_\lambda(y, y'))
 
     where :math:`g_k` are the layers up to layer k of a set S, :math:`f_k` those above, and :math:`Mix_\lambda(a, b) =
     \lambda a + (1 - \lambda) b`. Each batch has one λ and one layer, and pairs rows of the same microbatch. With

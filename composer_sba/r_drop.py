@@ -23,7 +23,7 @@ def two_pass_kl(logits: torch.Tensor) -> torch.Tensor:
     The regularizer of `Liang et al., 2021 <https://arxiv.org/abs/2106.14448>`_, averaged over rows:
 
     .. math::
-        \frac{1}{2N} \sum_i \big(D_{KL}(P_{1i} \parallel P_{2i}) + D_{KL}(P_{2i} \parallel P_{1i})\big)
+        \frac{1}{2N} \sum_i (D_{KL}(P_{1i} \parallel P_{2i}) + D_{KL}(P_{2i} \parallel P_{1i}))
 
     where :math:`P_{1i}` and :math:`P_{2i}` are the softmax of logits 2i and 2i + 1.
 
@@ -67,8 +67,8 @@ class RDrop(Algorithm):
     <https://github.com/dropreg/R-Drop>`_:
 
     .. math::
-        L = \frac{1}{2N} \sum_i \big(CE(y_i, P_{1i}) + CE(y_i, P_{2i})\big)
-          + \frac{\alpha}{2N} \sum_i \big(D_{KL}(P_{1i} \parallel P_{2i}) + D_{KL}(P_{2i} \parallel P_{1i})\big)
+        L = \frac{1}{2N} \sum_i (CE(y_i, P_{1i}) + CE(y_i, P_{2i}))
+          + \frac{\alpha}{2N} \sum_i (D_{KL}(P_{1i} \parallel P_{2i}) + D_{KL}(P_{2i} \parallel P_{1i}))
 
     where :math:`P_{1i}` and :math:`P_{2i}` are the predictions for row i under two dropout masks. Gradients flow
     through both. The paper adds the two cross-entropies where this takes their mean, so that loss and learning rate

@@ -77,6 +77,7 @@ def read(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Sources:
 
     Args:
         paths (Sequence[str | Path]): YAML files, each over the one before; ``extends: FILE`` is relative to the file.
+            A file that is not there is looked for among the ``shipped()`` ones.
         overrides (Sequence[str]): ``key.sub=value``, the value in YAML.
 
     Returns:
@@ -86,9 +87,15 @@ def read(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Sources:
         RecipeError: On a file that is missing or not YAML, a cycle, an override without a key and ``=``, or a component
             nobody knows.
     """
-    files = [layer for path in paths for layer in _read_file(Path(path))]
+    files = [layer for path in paths for layer in _read_file(_found(Path(path), path))]
     layers = [*files, (COMMAND_LINE, _read_overrides(overrides))]
     return Sources(tuple((name, _spelled(Sources(((name, values),)), values)) for name, values in layers))
+
+
+def shipped() -> Path:
+    """The folder of the recipes that come with the package: within it in a wheel, beside it in a checkout."""
+    package = Path(__file__).parent
+    return package / 'yamls' if (package / 'yamls').is_dir() else package.parent / 'yamls'
 
 
 def _read_file(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
@@ -110,8 +117,12 @@ def _read_file(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict
     base = values.pop('extends', None)
     if not isinstance(base, str | None):
         raise RecipeError(f'{path}: extends: expected the name of a file, got {show(base)}')
-    lower = [] if base is None else _read_file(path.parent / base, (*above, path))
+    lower = [] if base is None else _read_file(_found(path.parent / base, base), (*above, path))
     return [*lower, (str(path), {str(key): value for key, value in values.items()})]
+
+
+def _found(path: Path, name: str | Path) -> Path:
+    return path if path.exists() or not (shipped() / name).is_file() else shipped() / name
 
 
 def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:

@@ -26,16 +26,17 @@ from composer_sba.summary import Summary
 RECIPE_FILE = 'recipe.yaml'
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = 'composer train.py') -> int:
     """Run the command.
 
     Args:
         argv (Sequence[str], optional): The arguments after the program's name. Default: ``None``, those of the process.
+        prog (str, optional): What the help calls the program.
 
     Returns:
         int: The exit code.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = _parser(prog).parse_args(argv)
     try:
         recipe = load(arguments.file, arguments.overrides)
         if arguments.dry_run:
@@ -105,13 +106,14 @@ def _is_interrupt(error: BaseException | None) -> bool:
     return error is not None and _is_interrupt(error.__context__)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog='composer train.py', description='Train what a recipe says.')
+def _parser(prog: str = 'composer train.py') -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description='Train what a recipe says.')
     parser.add_argument(
         *('-f', '--file'),
         required=True,
         action='append',
-        help='the recipe, a YAML file; yamls/ has some. Given again: a file merged over it, as those in yamls/methods',
+        help='the recipe: a YAML file, or the name of one that comes with the package (digits_sba.yaml). Given again: '
+        'a file merged over it (methods/sba.yaml)',
     )
     parser.add_argument('--dry-run', action='store_true', help='check and print the resolved recipe, train nothing')
     parser.add_argument('--traceback', action='store_true', help='show where a refusal came from')

@@ -1,23 +1,29 @@
 """How Sphinx builds the site: ``make docs``."""
 
+import sys
 from importlib.metadata import version as installed
 from pathlib import Path
 
 DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS))
 
 project = 'composer-sba'
 author = 'The composer-sba authors'
 version = release = installed('composer-sba')
 
 extensions = [
-    'myst_parser',  # pages are Markdown
+    'myst_nb',  # pages are Markdown, and a notebook that is run as the site is built
     'sphinx.ext.autodoc',  # the reference is made of docstrings,
     'sphinx.ext.napoleon',  # which are in Google's style
-    'sphinx.ext.mathjax',
+    'mathml',  # beside this file
     'sphinx.ext.viewcode',
     'sphinx_copybutton',
 ]
 exclude_patterns = ['_build']
+
+nb_execution_timeout = 300
+nb_execution_raise_on_error = True
+nb_merge_streams = True
 
 myst_enable_extensions = ['attrs_inline', 'colon_fence', 'deflist', 'dollarmath', 'substitution']
 myst_heading_anchors = 3
@@ -41,10 +47,12 @@ nitpick_ignore_regex = [  # other libraries' names, and words that Google's styl
     (r'py:class', r'(Noise|Trainer)'),  # Noise: a value that only the package itself passes on
 ]
 
+html_math_renderer = 'mathml'
 html_theme = 'furo'
 html_title = 'composer-sba'
 html_static_path = ['_static']
 html_css_files = ['site.css']
+html_favicon = '_static/favicon.svg'
 html_copy_source = False
 html_show_sourcelink = False
 html_show_copyright = False  # the licence says it

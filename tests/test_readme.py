@@ -57,11 +57,17 @@ def test_the_tree_names_every_module_and_only_those():
         elif match := re.match(r'  ([\w./, ]+?)(?:  |$)', line):
             named |= {folder + name for name in match.group(1).split(', ')}
     there = {f'composer_sba/{path.name}' for path in (ROOT / 'composer_sba').glob('*.py')}
-    there = there - {'composer_sba/__init__.py'} | {'composer_sba/study/'}
+    there |= {f'composer_sba/{path.parent.name}/' for path in (ROOT / 'composer_sba').glob('*/__init__.py')}
+    there -= {'composer_sba/__init__.py'}
     assert {name for name in named if name.startswith('composer_sba/')} == there
     assert all((ROOT / name).exists() for name in named), sorted(name for name in named if not (ROOT / name).exists())
 
 
 def test_every_recipe_and_link_that_it_names_exists():
-    for path in re.findall(r'yamls/[\w/]+\.yaml', README) + re.findall(r'\]\(([\w./]+)\)', README):
+    shipped = [f'yamls/{name}' for name in re.findall(r'-f ([\w]+\.yaml)', README)]
+    for path in shipped + re.findall(r'yamls/[\w/]+\.yaml', README) + re.findall(r'\]\(([\w./]+)\)', README):
         assert (ROOT / path).exists(), path
+
+
+def test_it_stays_short():
+    assert len(README.splitlines()) <= 150

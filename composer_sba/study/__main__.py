@@ -16,6 +16,7 @@ from rich.table import Table
 
 from composer_sba.build import one_line
 from composer_sba.errors import UserError
+from composer_sba.sources import shipped
 from composer_sba.study.benchmark import DTYPES, Options, benchmark
 from composer_sba.study.cost import training_flops
 from composer_sba.study.plan import MAX_COST, STUDIES, Run, plan
@@ -24,28 +25,34 @@ from composer_sba.study.records import Record, read
 from composer_sba.study.step import KINDS
 from composer_sba.vicinity import Basis
 
-RECIPES = Path(__file__).parents[2] / 'yamls'
+RECIPES = shipped()
 SCRATCH = Path('runs/study')
 # For a dry run on a machine that has no results yet: sustained rates of a first guess, per run.
 ASSUMED_TFLOPS = {'cpu': 0.05, 'gpu': 15.0}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = 'python -m composer_sba.study') -> int:
     """Run the command.
 
     Args:
         argv (Sequence[str], optional): The arguments after the program's name. Default: ``None``, those of the process.
+        prog (str, optional): What the help calls the program.
 
     Returns:
         int: The exit code.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = _parser(prog).parse_args(argv)
     try:
         if arguments.study == 'report':
             from composer_sba.study.report import report  # matplotlib and SciPy, which a study does not need
 
             for path in report(arguments.results, arguments.page):
                 print(path)
+            return 0
+        if arguments.study == 'vicinity':
+            from composer_sba.study.plane import draw_vicinity  # matplotlib
+
+            print(*draw_vicinity(arguments.out), arguments.out, sep='\n')
             return 0
         if arguments.study == 'step':
             print(benchmark(arguments.recipes, arguments.out, _options(arguments)))
@@ -135,10 +142,10 @@ def _add_step(command: argparse.ArgumentParser) -> None:
     command.add_argument('--out', type=Path, default=Path('benchmarks'), metavar='DIR', help='where the report goes')
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog='python -m composer_sba.study', description=__doc__.partition('\n')[0])
+def _parser(prog: str = 'python -m composer_sba.study') -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.partition('\n')[0])
     commands = parser.add_subparsers(
-        dest='study', required=True, metavar='{table1,eta,layers,rivals,search,step,report}'
+        dest='study', required=True, metavar='{table1,eta,layers,rivals,search,step,vicinity,report}'
     )
     helps = {
         'table1': "the cells of the paper's Table 1",
@@ -163,6 +170,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument('--recipes', type=Path, default=RECIPES, metavar='DIR', help='where the recipes are')
         command.add_argument('--results', type=Path, default=Path('results'), metavar='DIR', help='for one line a run')
     _add_step(commands.add_parser('step', help='what a step costs, with SBA and without', description='Time steps.'))
+    command = commands.add_parser('vicinity', help='a picture of raw and virtual points and what they change')
+    figure = Path('docs/figures/vicinity.png')
+    command.add_argument('--out', type=Path, default=figure, metavar='FILE', help='the figure to write')
     command = commands.add_parser('report', help='tables and figures of all that has been run')
     command.add_argument('--results', type=Path, default=Path('results'), metavar='DIR', help='where the lines are')
     command.add_argument('--page', type=Path, default=Path('docs/results.md'), metavar='FILE', help='what to write')

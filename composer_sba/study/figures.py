@@ -54,7 +54,7 @@ def error_against_time(path: Path, runs: Sequence[Record]) -> None:
         axes.set(xlabel=f'training time, {word}', ylabel='error, %')
         place(axes, marks)
 
-    _write(path, (8, 5), draw)
+    write(path, (8, 5), draw)
 
 
 def learning_curves(path: Path, runs: Sequence[Record]) -> None:
@@ -89,7 +89,7 @@ def learning_curves(path: Path, runs: Sequence[Record]) -> None:
         figure.supxlabel('epoch', fontsize=9.5)
         figure.supylabel('error, %', fontsize=9.5)
 
-    _write(path, (8, 0.4 + 1.75 * down), draw)
+    write(path, (8, 0.4 + 1.75 * down), draw)
 
 
 def error_against_eta(path: Path, runs: Sequence[Record], best: float | None = None) -> None:
@@ -117,7 +117,7 @@ def error_against_eta(path: Path, runs: Sequence[Record], best: float | None = N
         axes.set(xlabel='η, weight of the KL term', ylabel='error, %')
         place(axes, [*marks, *_band(axes, runs)])
 
-    _write(path, (8, 4), draw)
+    write(path, (8, 4), draw)
 
 
 def error_and_cost_against_layer(path: Path, runs: Sequence[Record]) -> None:
@@ -158,7 +158,7 @@ def error_and_cost_against_layer(path: Path, runs: Sequence[Record]) -> None:
         error.set_xlim(right=1.2 * len(layers) - 0.5)  # room for the names of the lines
         place(error, [*marks, *_band(error, runs)])
 
-    _write(path, (8, 3.6), draw)
+    write(path, (8, 3.6), draw)
 
 
 def _error(row: Sequence[Record]) -> Spread:
@@ -209,7 +209,14 @@ def _band(axes: Axes, runs: Sequence[Record]) -> list[Mark]:
     return [Mark('baseline', axes.get_xlim()[1], error.mean)]
 
 
-def _write(path: Path, size: tuple[float, float], draw: Callable[[Figure], None]) -> None:
+def write(path: Path, size: tuple[float, float], draw: Callable[[Figure], None]) -> None:
+    """Write a PNG in the style of all figures.
+
+    Args:
+        path (Path): Where; folders are made.
+        size (tuple[float, float]): Width and height. Unit: inches, of 150 pixels.
+        draw (Callable): Draws into the figure it is given.
+    """
     with style.context(['default', STYLE], after_reset=True):
         figure = Figure(figsize=size, dpi=150, layout='constrained')
         FigureCanvasAgg(figure)

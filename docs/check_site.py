@@ -1,0 +1,134 @@
+"""Open every page of the built site in a headless Chromium, at desktop and phone width, and say what is wrong.
+
+By hand, after ``make docs``: ``pip install playwright``, then ``python docs/check_site.py [--chromium PATH]
+[--screenshots DIR]``. Exit code 1 if anything is wrong.
+"""
+
+import argparse
+import functools
+import http.server
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote, urldefrag
+
+from playwright.sync_api import Browser, Page, sync_playwright
+
+SITE = Path(__file__).parent / '_build' / 'html'
+WIDTHS = {'desktop': 1280, 'phone': 390}
+# What a page looks like from inside: pictures that did not load, equations without size, anchors, and what sticks out.
+INSPECT = """() => ({
+    pictures: [...document.images].filter(each => !(each.complete && each.naturalWidth)).map(each => each.src),
+    equations: [...document.querySelectorAll('math')].filter(each => each.getBoundingClientRect().width < 2).length,
+    source: [...document.querySelectorAll('.math')].map(each => each.textContent),
+    links: [...document.querySelectorAll('a[href]')].map(each => each.href),
+    ids: [...document.querySelectorAll('[id]')].map(each => each.id),
+    blocks: document.querySelectorAll('div.highlight pre').length,
+    buttons: document.querySelectorAll('div.highlight button.copybtn').length,
+    wide: document.documentElement.scrollWidth - window.innerWidth,
+})"""
+
+
+def main() -> int:
+    """Check the site and print what is wrong, a line each."""
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('--chromium', help="the browser (playwright's own)")
+    parser.add_argument('--screenshots', type=Path, metavar='DIR', help='a picture of each page in each width')
+    given = parser.parse_args()
+    handler = functools.partial(Quiet, directory=str(SITE))
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server, sync_playwright() as playwright:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        home = f'http://127.0.0.1:{server.server_address[1]}/'
+        browser = playwright.chromium.launch(executable_path=given.chromium)
+        pages = [str(path.relative_to(SITE)) for path in sorted(SITE.rglob('*.html')) if '_static' not in path.parts]
+        wrong = [
+            *check_pages(browser, home, pages, given.screenshots),
+            *check_search(browser, home),
+            *check_copy(browser, home),
+        ]
+        browser.close()
+        server.shutdown()
+    print(*wrong, f'{len(pages)} pages at {" and ".join(map(str, WIDTHS.values()))} px, {len(wrong)} faults', sep='\n')
+    return 1 if wrong else 0
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Serves the site without a line for each request."""
+
+    def log_message(self, *args: object) -> None:
+        """Say nothing."""
+
+
+def check_pages(browser: Browser, home: str, pages: list[str], screenshots: Path | None) -> Iterator[str]:
+    """Open each page in each width."""
+    ids: dict[str, set[str]] = {}
+    links: dict[str, set[str]] = {}
+    for width, pixels in WIDTHS.items():
+        page = browser.new_page(viewport={'width': pixels, 'height': 900})
+        said = listen(page, home)
+        for name in pages:
+            said.clear()
+            page.goto(home + name, wait_until='networkidle')
+            for picture in page.locator('img[loading=lazy]').all():
+                picture.scroll_into_view_if_needed()
+            seen = page.evaluate(INSPECT)
+            ids[home + name], links[home + name] = set(seen['ids']), set(seen['links'])
+            yield from (f'{name} ({width}): {line}' for line in said)
+            yield from (f'{name} ({width}): picture {picture}' for picture in seen['pictures'])
+            if seen['equations'] or any('\\' in source for source in seen['source']):
+                yield f'{name} ({width}): {seen["equations"]} equations have no size'
+            if seen['wide'] > 0:
+                yield f'{name} ({width}): {seen["wide"]} pixels wider than the window'
+            if seen['blocks'] != seen['buttons'] and not name.startswith('_modules'):
+                yield f'{name} ({width}): {seen["blocks"]} blocks of code, {seen["buttons"]} buttons to copy'
+            if screenshots is not None:
+                path = screenshots / width / f'{name.replace("/", "-")}.png'
+                page.screenshot(path=path, full_page=True)
+        page.close()
+    for name, targets in links.items():
+        for target in sorted(targets):
+            url, anchor = urldefrag(target)
+            if '/_modules/' in name and anchor:
+                continue  # Sphinx links from the source to names that a page need not document
+            if url.startswith(home) and (url not in ids or (anchor and unquote(anchor) not in ids[url])):
+                if not (SITE / url.removeprefix(home)).is_file() or anchor:
+                    yield f'{name}: leads to {target}, which is not there'
+
+
+def listen(page: Page, home: str) -> list[str]:
+    """Gather what a page complains of, and what it asks of other servers."""
+    said: list[str] = []
+    page.on('console', lambda message: said.append(message.text) if message.type == 'error' else None)
+    page.on('pageerror', lambda error: said.append(str(error)))
+    page.on('requestfailed', lambda request: said.append(f'{request.url} failed'))
+    page.on('response', lambda got: said.append(f'{got.url}: {got.status}') if got.status >= 400 else None)
+    page.on('request', lambda asked: said.append(f'{asked.url} is elsewhere') if home not in asked.url else None)
+    return said
+
+
+def check_search(browser: Browser, home: str) -> Iterator[str]:
+    """Search as a reader does."""
+    page: Page = browser.new_page()
+    page.goto(f'{home}search.html?q=cut+layer', wait_until='networkidle')
+    page.wait_for_selector('ul.search li', timeout=10_000)
+    found = page.locator('ul.search li a').evaluate_all('each => each.map(link => link.href)')
+    if not any('own_model' in link for link in found):
+        yield f'search for "cut layer" finds no page on it: {found[:10]}'
+
+
+def check_copy(browser: Browser, home: str) -> Iterator[str]:
+    """Copy the first command of the landing page."""
+    context = browser.new_context(permissions=['clipboard-read', 'clipboard-write'])
+    page = context.new_page()
+    page.goto(home, wait_until='networkidle')
+    block = page.locator('div.highlight-console').first
+    block.hover()
+    block.locator('button.copybtn').click()
+    copied = page.evaluate('navigator.clipboard.readText()')
+    if not copied or '$' in copied:
+        yield f'a command is copied as {copied!r}'
+
+
+if __name__ == '__main__':
+    sys.exit(main())

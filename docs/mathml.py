@@ -1,0 +1,35 @@
+"""Equations as MathML, which browsers draw by themselves: no script, nothing to fetch, also for a reader offline."""
+
+from typing import Any
+
+from docutils import nodes
+from docutils.utils.math import MathError
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.application import Sphinx
+from sphinx.util.logging import getLogger
+
+LOGGER = getLogger(__name__)
+
+
+def _inline(writer: Any, node: nodes.math) -> None:
+    writer.body.append(_translated(node, block=False))
+    raise nodes.SkipNode
+
+
+def _block(writer: Any, node: nodes.math_block) -> None:
+    writer.body.append(f'<div class="equation">{_translated(node, block=True)}</div>\n')
+    raise nodes.SkipNode
+
+
+def _translated(node: nodes.Element, block: bool) -> str:
+    try:
+        return str(tex2mathml(node.astext(), as_block=block))
+    except MathError as error:
+        LOGGER.warning('no equation: %s: %s', error, node.astext(), location=node)
+        return ''
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Register the renderer; ``html_math_renderer`` chooses it."""
+    app.add_html_math_renderer('mathml', (_inline, None), (_block, None))
+    return {'parallel_read_safe': True, 'parallel_write_safe': True}

@@ -1,0 +1,232 @@
+"""The survey of cut layers: its counts against SBA's own steps and sums by hand, its cuts by training at them.
+
+Twenty families of torchvision stand for the networks of users: in each, cuts that a reader of the architecture knows
+to be valid train, and layers known to be none are refused. ``SURVEY=all python -m pytest tests/test_survey.py`` takes
+every module of every family, which lasts long.
+"""
+
+import os
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision import models
+from torchvision.models.resnet import Bottleneck
+from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
+
+from composer_sba import LatentExpander
+from composer_sba import functional as sbaf
+from composer_sba.errors import CutLayerError
+from composer_sba.layers import named_layers
+from composer_sba.layers.__main__ import main
+from composer_sba.models import digits_net, resnet_cifar
+from composer_sba.recipe import load
+from composer_sba.study.cost import flops_per_image
+from composer_sba.survey import survey
+
+CLASSES = 5
+# Pixels, what the network is built with, cuts, and layers that are none
+FAMILIES = {
+    'resnet18': (32, {}, ['conv1', 'layer2', 'layer4.0', 'head'], ['layer1.0.conv1', 'layer3.0.downsample']),
+    'resnext50_32x4d': (32, {}, ['layer2.1', 'head'], ['layer2.1.conv2']),
+    'wide_resnet50_2': (32, {}, ['layer4', 'head'], ['layer4.2.bn3']),
+    'vgg11_bn': (32, {}, ['features.4', 'classifier.1', 'head'], ['classifier']),
+    'alexnet': (64, {}, ['features.2', 'avgpool', 'head'], ['classifier.6']),
+    'densenet121': (
+        32,
+        {},
+        ['features.denseblock1', 'features.transition2', 'head'],
+        ['features.denseblock3.denselayer2'],
+    ),
+    'mobilenet_v2': (32, {}, ['features.2', 'head'], ['features.3.conv']),
+    'mobilenet_v3_small': (32, {}, ['features.1', 'classifier.0', 'head'], ['features.3.block']),
+    'efficientnet_b0': (32, {}, ['features.3', 'head'], ['features.2.1.block', 'features.2.0.block.2.avgpool']),
+    'efficientnet_v2_s': (32, {}, ['features.2', 'head'], ['features.2.1.block']),
+    'convnext_tiny': (32, {}, ['features.1', 'features.3.1', 'head'], ['features.5.2.block.0']),
+    'regnet_y_400mf': (32, {}, ['stem', 'trunk_output.block2', 'head'], ['trunk_output.block2.block2-1.f']),
+    'shufflenet_v2_x0_5': (32, {}, ['stage2', 'stage3.2', 'head'], ['stage3.2.branch2']),
+    'squeezenet1_1': (32, {}, ['features.4', 'classifier.1'], ['features.4.expand1x1', 'head']),
+    'mnasnet0_5': (32, {}, ['layers.9', 'head'], ['layers.9.1.layers']),
+    'googlenet': (32, {'aux_logits': False, 'init_weights': True}, ['inception4a', 'head'], ['inception4a.branch1']),
+    'inception_v3': (75, {'aux_logits': False, 'init_weights': True}, ['Mixed_6b', 'head'], ['Mixed_6b.branch1x1']),
+    'swin_t': (32, {}, ['features.1', 'features.3.1', 'head'], ['features.1.0.attn']),
+    'swin_v2_t': (32, {}, ['features.2', 'head'], ['features.1.0.mlp']),
+    'vit_b_16': (
+        32,
+        {},
+        ['encoder.layers.encoder_layer_1', 'head'],
+        ['conv_proj', 'encoder.layers.encoder_layer_1.self_attention'],
+    ),
+    'maxvit_t': (32, {}, ['stem', 'blocks.0', 'head'], ['blocks.0.layers.0.layers.MBconv.layers']),
+}
+SMALL = {  # the blocks and joints of a family, fewer and thinner
+    'resnext50_32x4d': partial(models.ResNet, Bottleneck, [1, 2, 1, 1], groups=8, width_per_group=4),
+    'wide_resnet50_2': partial(models.ResNet, Bottleneck, [1, 1, 1, 2], width_per_group=128),
+    'densenet121': partial(models.DenseNet, 8, (2, 2, 2), 16),
+    'swin_t': partial(models.SwinTransformer, [2, 2], 16, [2, 2], [2, 4], [2, 2]),
+    'swin_v2_t': partial(
+        models.SwinTransformer,
+        *([2, 2], 16, [2, 2], [2, 4], [2, 2]),
+        block=SwinTransformerBlockV2,
+        downsample_layer=PatchMergingV2,
+    ),
+    'vit_b_16': partial(models.VisionTransformer, 32, 16, 2, hidden_dim=32, mlp_dim=64, num_heads=4),
+    'maxvit_t': partial(models.MaxVit, (32, 32), 16, 2, [16, 32], [1, 1], 8, 0.0),
+}
+
+
+def network_of(family):
+    _, arguments, *_ = FAMILIES[family]
+    build = SMALL.get(family) or partial(models.get_model, family, weights=None, **arguments)
+    network = build(num_classes=CLASSES)
+    for module in network.modules():  # a head that begins as zero, ViT's, has no divergence yet
+        if isinstance(module, nn.Linear) and not module.weight.any():
+            nn.init.normal_(module.weight, std=0.02)
+    return network
+
+
+def train_a_step(network, layer, pixels):
+    """One step of SBA at a layer: its loss, the divergence in it, and the gradient of the first parameter."""
+    images, labels = torch.randn(4, 3, pixels, pixels), torch.arange(4)
+    expander = LatentExpander(network, layer, fold=2)
+    try:
+        expander.check(lambda: network(images[:2]))
+        with expander.armed(step=0):
+            logits, virtual = expander.split(network(images))
+        divergence = sbaf.soft_label_kl(logits, virtual)
+        loss = F.cross_entropy(logits, labels) + 0.1 * divergence
+        network.zero_grad()
+        divergence.backward()  # alone: that of cross-entropy passes by whatever the virtual rows do
+    finally:
+        expander.remove()
+    return loss, divergence, next(p for p in network.parameters() if p.requires_grad).grad
+
+
+def check_trains(network, layer, pixels):
+    loss, divergence, gradient = train_a_step(network, layer, pixels)
+    assert loss.isfinite() and divergence >= -1e-6, f'{layer}: loss {loss}, divergence {divergence}'
+    assert gradient is not None and gradient.isfinite().all() and gradient.abs().max() > 0, f'{layer}: {gradient}'
+
+
+def check_refused(network, layer, pixels):
+    images = torch.randn(3, 3, pixels, pixels)
+    with pytest.raises(CutLayerError) as refusal:
+        LatentExpander(network, layer).check(lambda: network(images))
+    assert '\n' not in str(refusal.value) and repr(layer) in str(refusal.value), refusal.value
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_cuts_of_a_family_train_and_others_are_refused(family):
+    pixels, _, cuts, others = FAMILIES[family]
+    network = network_of(family)
+    for layer in cuts:
+        check_trains(network, layer, pixels)
+    for layer in others:
+        check_refused(network, layer, pixels)
+
+
+@pytest.mark.skipif(os.environ.get('SURVEY') != 'all', reason='SURVEY=all takes every module of every family')
+@pytest.mark.parametrize('family', FAMILIES)
+def test_every_cut_of_the_survey_trains_and_every_module_it_refuses_is_refused(family):
+    pixels, _, cuts, _ = FAMILIES[family]
+    network = network_of(family)
+    found = [name for cut in survey(network, (3, pixels, pixels)) for name in cut.names]
+    assert set(cuts) <= set(found), f'{set(cuts) - set(found)} are not found'
+    for layer in found:
+        check_trains(network, layer, pixels)
+    within = {name for name in named_layers(network) if any(name.startswith(f'{cut}.') for cut in found)}
+    for layer in named_layers(network).keys() - within - set(found):  # a block that is a cut is taken as a whole
+        check_refused(network, layer, pixels)
+
+
+def test_the_ratio_is_that_of_the_operations_of_a_step():
+    """Beside the study's count, which runs an armed step instead of adding up parts of a plain one."""
+    baseline = ['yamls/resnet44_cifar10_baseline.yaml']
+    plain = flops_per_image(load(baseline, ['model.depth=14']))
+    found = {name: cut for cut in survey(resnet_cifar(10, depth=14), (3, 32, 32)) for name in cut.names}
+    for layer, fold in (('head', 40), ('stage2', 4), ('stage3.0', 1)):
+        sba = f'algorithms.sba={{layers: {layer}, fold: {fold}, augment_prob: 1.0}}'
+        expected = flops_per_image(load(baseline, ['model.depth=14', sba])) / plain
+        assert found[layer].ratio(fold) == pytest.approx(expected, rel=1e-9), layer
+
+
+def test_shares_and_memory_of_a_chain_by_hand():
+    chain = nn.Sequential(nn.Linear(10, 20), nn.Sigmoid(), nn.Linear(20, 40), nn.ReLU(inplace=True), nn.Linear(40, 5))
+    chain = nn.Sequential(nn.Flatten(), *chain)
+    found = {cut.names: cut for cut in survey(chain, (1, 2, 5))}
+    # Multiplications of the three products: forward and two gradients, but none for the input
+    total = 2 * 10 * 20 + 3 * 20 * 40 + 3 * 40 * 5
+    shares = {names: cut.share for names, cut in found.items()}
+    assert shares == {
+        ('input',): pytest.approx(1),
+        ('0',): pytest.approx(1),
+        ('1',): pytest.approx((3 * 20 * 40 + 3 * 40 * 5) / total),
+        ('2',): pytest.approx((3 * 20 * 40 + 3 * 40 * 5) / total),
+        ('3',): pytest.approx(3 * 40 * 5 / total),
+        ('4', 'head'): pytest.approx(3 * 40 * 5 / total),
+    }
+    # A Linear keeps its input, a sigmoid and a ReLU what they return; the ReLU's is the next layer's input.
+    memory = {names: cut.memory / 4 for names, cut in found.items()}
+    assert memory == {('input',): 70, ('0',): 70, ('1',): 80, ('2',): 60, ('3',): 40, ('4', 'head'): 40}
+
+
+def test_the_network_is_left_as_it_was():
+    network = digits_net()
+    network.conv2.eval()
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    stream = torch.get_rng_state()
+    survey(network, (3, 8, 8))
+    assert torch.equal(stream, torch.get_rng_state())
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert network.conv1.training and not network.conv2.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+
+
+def test_the_command_prints_a_table_from_the_input_to_the_head(capsys):
+    assert main(['--model', 'resnet_cifar', '--fold', '40', 'depth=20']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.strip('│').split('│')] for line in lines if line.startswith('│')]
+    assert rows[0][:5] == ['input', '3×32×32', '3,072', '100 %', '41.00'], rows[0]
+    assert [row[0] for row in rows][-1].startswith('pool, head'), rows
+    assert rows[-1][1:5] == ['64', '64', '0.00158 %', '1.00063'], rows[-1]
+    assert lines[0].strip() == 'resnet_cifar, 32 px, M = 40'
+
+
+def own():
+    """A user's factory, as ``test_survey:own``."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def batches():
+    """One that is no network."""
+    return [own()]
+
+
+def test_the_command_takes_a_factory_of_the_users(capsys, monkeypatch):
+    monkeypatch.chdir(os.path.dirname(__file__))
+    assert main(['--model', 'test_survey:own', '--channels', '1', '--image-size', '8']) == 0
+    assert 'head' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ('--model resnet19', "unknown model 'resnet19'; did you mean 'resnet1"),
+        ('--model resnet18 depth=20', "resnet18 cannot be built with {'depth': 20}: "),
+        ('--model resnet_cifar depth=21', 'resnet_cifar: depth must be 6n + 2'),
+        ('--model resnet_cifar depth', "command line: expected key=value, got 'depth'"),
+        ('--model nowhere:own', "nowhere:own: No module named 'nowhere'"),
+        ('--model test_survey:gone', "has no attribute 'gone'"),
+        ('--model test_survey:batches', 'expected a function that returns a torch.nn.Module, got list'),
+        ('--model test_survey:own --image-size 9', 'The network takes no images of shape (3, 9, 9): '),
+        ('--model digits_net --fold 0', '--fold: expected M >= 1, got 0'),
+        ('--model fcn_resnet50', "unknown model 'fcn_resnet50'"),
+    ],
+)
+def test_a_mistake_ends_in_one_line(arguments, message, capsys):
+    assert main(arguments.split()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith('error: ') and message in said and said.count('\n') == 1, said
