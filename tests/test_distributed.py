@@ -1,19 +1,27 @@
 """SBA on gloo ranks under DDP, FSDP1 and FSDP2: the same coins and layers on all, other noise on each, one loss.
 
-pytest tests/test_distributed.py; RANKS=2,4 pytest tests/test_distributed.py for more of them
+pytest tests/test_distributed.py; RANKS=2,4 pytest tests/test_distributed.py for the long form
 """
 
+import contextlib
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 import composer_sba.functional as sbaf
+import train_on_ranks
 from sba_on_ranks import losses
 
 SCRIPT = Path(__file__).parent / 'sba_on_ranks.py'
 WRAPPER = {'ddp': 'DistributedDataParallel', 'fsdp1': 'FullyShardedDataParallel', 'fsdp2': 'FSDPLinear'}
+LONG = 'RANKS' in os.environ
 RANKS = [int(each) for each in os.environ.get('RANKS', '2').split(',')]
 COINS = [float(sbaf.should_augment(0.5, 17, t)) for t in range(8)]
 CHOSEN = [float(sbaf.choose_layer(3, 17, t)) for t in range(8) if COINS[t]]
@@ -53,3 +61,91 @@ def test_one_process_has_the_same_coins_and_learns(one_process):
     assert one_process['sba/augmented'] == COINS and one_process['sba/layer'] == CHOSEN
     total = one_process['loss/train/total']
     assert total[-1] < total[0], total
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parent.parent
+RECIPE = str(ROOT / 'yamls' / 'digits_sba.yaml')
+KEYS = ['max_duration=3ep', 'progress_bar=false', 'eval_interval=100ep', 'global_train_batch_size=240']
+KEYS += ['train_dataset.num_workers=1', 'algorithms.sba.layers=[conv2,head]', 'save_interval=1ba']
+
+
+def batches(ranks):
+    """Batch -> its images on all ranks, sorted; batch -> coin and layer, the same on all."""
+    images = {}
+    for rank in ranks:
+        for batch, found in rank['images']:
+            images[batch] = sorted([*images.get(batch, []), *found])
+        assert rank['draws'] == ranks[0]['draws']
+    return images, {batch: draws for batch, draws in ranks[0]['draws']}
+
+
+def launched(run_ranks, nproc, keys):
+    said = run_ranks(ROOT / 'tests' / 'train_on_ranks.py', nproc, RECIPE, *KEYS, *keys, timeout=300)
+    return batches([json.loads(line) for line in said.splitlines() if line.startswith('{')])
+
+
+@pytest.mark.skipif(not LONG, reason='long: RANKS=2,4')
+def test_a_run_of_two_ranks_goes_on_on_another_number_of_them(run_ranks, tmp_path):
+    """From the middle of an epoch: the same images in each batch, transformed alike, the same coins and layers."""
+    folder = tmp_path / 'two'
+    images, draws = launched(run_ranks, 2, [f'save_folder={folder}', 'save_num_checkpoints_to_keep=-1'])
+    assert sorted(images) == list(range(18)) and sorted(draws) == list(range(18))
+    for epoch in range(3):
+        seen = [each for batch in range(6 * epoch, 6 * epoch + 6) for each in images[batch]]
+        assert len(seen) == 1437, f'{len(seen)} images in epoch {epoch}'
+    (middle,) = folder.glob('*-ba8-rank0.pt')
+    elsewhere = tmp_path / 'elsewhere'
+    for nproc in (1, *(each for each in RANKS if each != 2)):
+        keys = [f'load_path={middle}', f'save_folder={elsewhere}/{nproc}']
+        if nproc == 1:
+            resumed = batches([json.loads(json.dumps(train_on_ranks.run(RECIPE, [*KEYS, *keys])))])
+        else:
+            resumed = launched(run_ranks, nproc, keys)
+        assert resumed[0] == {batch: images[batch] for batch in range(8, 18)}, f'{nproc} ranks saw other images'
+        assert resumed[1] == {batch: draws[batch] for batch in range(8, 18)}, f'{nproc} ranks drew otherwise'
+
+
+@pytest.mark.parametrize('victim', [0, 1] if LONG else [1])
+def test_a_rank_that_is_killed_takes_the_run_down(tmp_path, victim):
+    keys = ['max_duration=1000ep', 'progress_bar=false', 'train_dataset.num_workers=1', f'save_folder={tmp_path}/run']
+    keys += [f'{section}.local={tmp_path}/digits' for section in ('train_dataset', 'eval_dataset')]
+    command = [sys.executable, '-m', 'composer.cli', '-n', '2', str(ROOT / 'train.py'), '-f', RECIPE, *keys]
+    environment = {name: value for name, value in os.environ.items() if not name.endswith(('RANK', 'WORLD_SIZE'))}
+    launcher = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+    try:
+        end = time.monotonic() + 300
+        while not list(tmp_path.glob('run/ep*.pt')) and launcher.poll() is None and time.monotonic() < end:
+            time.sleep(0.1)
+        ranks = {
+            each.environ()['RANK']: each.pid for each in psutil.Process(launcher.pid).children() if is_training(each)
+        }
+        os.kill(ranks[str(victim)], signal.SIGKILL)
+        said, _ = launcher.communicate(timeout=120)  # the launcher gives the others 30 s
+        assert launcher.returncode not in (0, None), said
+        assert f'Rank {victim} crashed with exit code -9' in said
+        end = time.monotonic() + 60
+        while (left := group(launcher.pid)) and time.monotonic() < end:  # workers look for their trainer every 5 s
+            time.sleep(0.1)
+        assert not left, f'processes left: {left}'
+        blocks = [path.name for path in Path('/dev/shm').glob('*_locals') if str(tmp_path) in path.read_text('latin1')]
+        assert not blocks, f'shared memory left: {blocks}'
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+
+
+def is_training(process):
+    return 'RANK' in process.environ() and 'train.py' in ' '.join(process.cmdline())
+
+
+def group(leader):
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getpgid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(' '.join(process.cmdline())[:200])
+    return found

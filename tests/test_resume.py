@@ -1,7 +1,7 @@
 """Runs that were cut off, anywhere: they end with the bits of the unbroken run.
 
-pytest tests/test_resume.py; KILLS=50 pytest tests/test_resume.py -k killed -s for a campaign. CIFAR10=data/cifar10,
-where the real images are: it trains on them. COINS=epoch: coins of epochs, not of batches
+pytest tests/test_resume.py; KILLS=50 pytest tests/test_resume.py -k killed -s -o faulthandler_timeout=0 for a campaign.
+CIFAR10=data/cifar10, where the real images are: it trains on them. COINS=epoch: coins of epochs, not of batches
 """
 
 import os

@@ -196,11 +196,9 @@ def main() -> int:
         said = (soak.folder / 'log').read_text()
     failures = [*grown(lives), *([f'{left} blocks in /dev/shm after an orderly end'] if left else [])]
     failures += [line for line in said.splitlines() if 'Traceback' in line or line.startswith('error')]
-    print(
-        f'{len(lives)} kills, {lives[-1].batches} batches.',
-        *(failures or ['Nothing grew, nothing was left.']),
-        sep='\n',
-    )
+    made = (lives[-1].temporary - lives[0].temporary) / max(len(lives) - 1, 1)
+    print(f'{len(lives)} kills, {lives[-1].batches} batches; each life left {made:.0f} temporary files of libraries.')
+    print(*(failures or ['Nothing else grew, nothing else was left.']), sep='\n')
     return int(bool(failures))
 
 
