@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 SITE = Path(__file__).parent / '_build' / 'html'
 WIDTHS = {'desktop': 1280, 'phone': 390}
@@ -99,7 +99,13 @@ def check_pages(browser: Browser, home: str, pages: list[str], screenshots: Path
 def listen(page: Page, home: str) -> list[str]:
     """Gather what a page complains of, and what it asks of other servers."""
     said: list[str] = []
-    page.on('console', lambda message: said.append(message.text) if message.type == 'error' else None)
+
+    def complain(message: ConsoleMessage) -> None:
+        # Of any server a browser asks for this file, where a page names no icon, as Sphinx's pages of source do
+        if message.type == 'error' and not message.location['url'].endswith('/favicon.ico'):
+            said.append(f'{message.text} {message.location["url"]}')
+
+    page.on('console', complain)
     page.on('pageerror', lambda error: said.append(str(error)))
     page.on('requestfailed', lambda request: said.append(f'{request.url} failed'))
     page.on('response', lambda got: said.append(f'{got.url}: {got.status}') if got.status >= 400 else None)

@@ -139,6 +139,8 @@ def test_what_is_built_works_outside_the_checkout(kind, tmp_path) -> None:
     said = run('python', '-m', 'composer_sba.train', '-f', 'digits_sba.yaml', 'max_duration=1ep', 'progress_bar=false')
     assert 'digits_sba: 23 steps' in said, said
     assert 'resnet44' in run('composer-sba', 'study', 'table1', '--dry-run')
+    if kind == 'sdist':
+        return  # has the same wheel in the end, and a type checker takes minutes
     (outside / 'user.py').write_text("from composer_sba import SBA\nSBA(fold=4)\nSBA(fold='many')\n")
     said = run('python', '-m', 'mypy', '--follow-imports=silent', 'user.py', code=1)
     assert 'user.py:3: error: Argument "fold" to "SBA" has incompatible type "str"; expected "int"' in said, said
