@@ -1,8 +1,6 @@
 """A recipe -> Composer's Trainer, and what refuses to be built -> one line that names its key."""
 
-import inspect
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,11 @@ from composer.utils.reproducibility import seed_all
 from torch import nn
 
 from composer_sba.data import DatasetConfig, build_dataspec, dataset_classes
-from composer_sba.errors import CutLayerError, DatasetError, RecipeError, UserError
+from composer_sba.errors import DatasetError, RecipeError
 from composer_sba.models import classifier
 from composer_sba.recipe import DECAY_ALL, Recipe, component_arguments
-from composer_sba.registry import components, construct
+from composer_sba.refusal import argument_key, one_line, refusal
+from composer_sba.registry import construct
 from composer_sba.sba import sort_sba_last
 from composer_sba.seed_each_batch import SeedEachBatch, sort_seed_first
 from composer_sba.sources import NAMED
@@ -63,12 +62,14 @@ def build_trainer(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
             parallelism_config=recipe.parallelism,
             algorithm_passes=[sort_sba_last, sort_seed_first],
         )
-    except CutLayerError as error:
-        raise recipe.sources.error(layers_key(recipe, error), one_line(error)) from error
-    except UserError:
-        raise
-    except (ValueError, FileNotFoundError) as error:  # how Composer words what it cannot run as asked
-        raise RecipeError(f'{recipe.sources.file}: {one_line(error)}') from error
+    except Exception as error:
+        refused = refusal(recipe, error)
+        if refused is None and isinstance(error, ValueError | OSError | OverflowError):
+            # how Composer words what it cannot run as asked
+            refused = RecipeError(f'{recipe.sources.file}: {one_line(error)}')
+        if refused is None:
+            raise
+        raise refused from error
 
 
 def build_components(recipe: Recipe) -> dict[str, Any]:
@@ -113,32 +114,6 @@ def parameter_groups(model: nn.Module, decay_norm_and_bias: bool) -> list[dict[s
     return [{'params': [p for p in parameters if p.ndim > 1]}, {'params': exempt, 'weight_decay': 0.0}]
 
 
-def layers_key(recipe: Recipe, error: CutLayerError) -> str:
-    """The key of the layers that an error is about: of the algorithms that cut, the one whose layer it names first."""
-
-    def place(name: str) -> int:
-        layers = recipe.algorithms[name].get('layers', 'head')
-        found = [str(error).find(repr(layer)) for layer in ([layers] if isinstance(layers, str) else layers)]
-        return min((each for each in found if each >= 0), default=len(str(error)))
-
-    known = components('algorithms')
-    cutting = [name for name in recipe.algorithms if 'layers' in inspect.signature(known[name]).parameters]
-    return f'algorithms.{min(cutting, key=place)}.layers'
-
-
-def one_line(error: Exception) -> str:
-    r"""The one line of an error that tells what to do; a DataLoader worker's holds it last, below a traceback.
-
-    Example:
-        >>> one_line(ValueError('Caught ValueError in worker 0.\nTraceback ...\nValueError: no such shard'))
-        'no such shard'
-    """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    if 'Traceback' in str(error):
-        return re.sub(r'^[\w.]+: ', '', lines[-1])
-    return ' '.join(lines)
-
-
 def _eval_interval(recipe: Recipe) -> Any:
     """What Trainer takes: the recipe's interval, or a function of state and event that adds the last epochs."""
     if not recipe.eval_last_epochs:
@@ -164,17 +139,9 @@ def _component(recipe: Recipe, section: str, *supplied: Any) -> Any:
 def _build(recipe: Recipe, section: str, name: str, arguments: Mapping[str, Any], *supplied: Any) -> Any:
     try:
         return construct(section, name, arguments, *supplied)
-    except (ValueError, TypeError, ImportError) as error:
+    except Exception as error:  # a constructor may raise anything over an argument that it did not expect
         at = section if section not in NAMED else f'{section}.{name}'
-        named = [key for key in _keys(arguments) if re.search(rf'\b{key.rpartition(".")[2]}\b', str(error))]
-        raise recipe.sources.error('.'.join([at, *named[:1]]), one_line(error)) from error
-
-
-def _keys(arguments: Mapping[str, Any], at: str = '') -> Iterator[str]:
-    """Dotted keys, the deepest first."""
-    for key, value in arguments.items():
-        yield from _keys(value, f'{at}{key}.') if isinstance(value, Mapping) else ()
-        yield f'{at}{key}'
+        raise recipe.sources.error(argument_key(at, arguments, error), one_line(error)) from error
 
 
 def _data(recipe: Recipe, section: str, rows: int) -> DataSpec | None:

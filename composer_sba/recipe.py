@@ -1,11 +1,13 @@
 """Recipes: YAML files and the command line, read into one checked :class:`Recipe` that says everything that ran."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from composer.core import Time
 from composer.utils import FSDP2Config, FSDPConfig
 from omegaconf import OmegaConf
@@ -16,6 +18,7 @@ from composer_sba.data import DatasetConfig
 from composer_sba.registry import component_faults, components
 from composer_sba.sources import NAMED, SINGLE, Sources, read
 
+MAX_CLASSES = 1_000_000  # a head of so many rows still fits into memory
 DECAY_ALL = 'decay_norm_and_bias'  # an option of every optimizer, ours and not the optimizer's own
 
 Duration = int | str | Time[int]
@@ -149,6 +152,7 @@ def component_arguments(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def _faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What is wrong with a merged recipe: dotted key and problem. What follows a fault may rest on what it refused."""
+    yield from _number_faults(values)
     yield from faults(Recipe, values, supplied=['sources'])
     for section in SINGLE:
         entry = values[section]
@@ -164,6 +168,7 @@ def _faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for section in ('train_dataset', 'eval_dataset'):
         if values[section] is not None:
             yield from _below(section, faults(DatasetConfig, values[section]))
+    yield from _below('compile_config', faults(torch.compile, values['compile_config'] or {}, supplied=['model']))
     yield from _parallelism_faults(values['parallelism'] or {})
     for key in ('global_train_batch_size', 'device_eval_batch_size', 'device_train_microbatch_size'):
         if isinstance(values[key], int) and values[key] < 1:
@@ -179,8 +184,11 @@ def _single_faults(section: str, entry: Mapping[str, Any]) -> Iterator[tuple[str
         yield DECAY_ALL, f'belongs to optimizer, not to {section}'
     if not isinstance(entry.get(DECAY_ALL, True), bool):
         yield DECAY_ALL, f'expected bool, got {show(entry[DECAY_ALL])}'
-    if section == 'model' and 'num_classes' not in entry:
+    classes = entry.get('num_classes')
+    if section == 'model' and classes is None:
         yield 'num_classes', 'is required (int)'
+    if section == 'model' and isinstance(classes, int) and not 1 <= classes <= MAX_CLASSES:
+        yield 'num_classes', f'expected 1 to {MAX_CLASSES}, got {classes}'
     yield from component_faults(section, entry['name'], component_arguments(entry))
 
 
@@ -193,6 +201,17 @@ def _parallelism_faults(parallelism: Mapping[str, Any]) -> Iterator[tuple[str, s
         for name in settings or {}:
             if name not in known:
                 yield f'parallelism.fsdp.{name}', f'unknown key{nearest(name, known)}'
+
+
+def _number_faults(values: Any, at: str = '') -> Iterator[tuple[str, str]]:
+    """Numbers that no option can mean: those which are none, and those too long for the machine."""
+    if isinstance(values, Mapping | list):
+        for key, value in values.items() if isinstance(values, Mapping) else enumerate(values):
+            yield from _number_faults(value, f'{at}.{key}' if at else f'{key}')
+    elif isinstance(values, float) and math.isnan(values):
+        yield at, 'expected a number, got nan'
+    elif isinstance(values, int) and not -(2**63) <= values < 2**63:
+        yield at, f'expected an integer of at most 64 bits, got {values}'
 
 
 def _below(key: str, found: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:

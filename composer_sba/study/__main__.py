@@ -14,8 +14,8 @@ from typing import get_args
 from rich.console import Console
 from rich.table import Table
 
-from composer_sba.build import one_line
 from composer_sba.errors import UserError
+from composer_sba.refusal import one_line
 from composer_sba.study.benchmark import DTYPES, Options, benchmark
 from composer_sba.study.cost import training_flops
 from composer_sba.study.plan import MAX_COST, STUDIES, Run, plan
