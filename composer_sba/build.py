@@ -1,5 +1,6 @@
 """A recipe -> Composer's Trainer, and what refuses to be built -> one line that names its key."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from composer_sba.registry import construct
 from composer_sba.sba import sort_sba_last
 from composer_sba.seed_each_batch import SeedEachBatch, sort_seed_first
 from composer_sba.sources import NAMED
+from composer_sba.trust import damage, only_data
 from composer_sba.unfinished import mend
 
 
@@ -45,23 +47,23 @@ def build_trainer(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
     rows = recipe.global_train_batch_size // world
     try:
         dist.initialize_dist(get_device(recipe.device), recipe.dist_timeout)
-        if recipe.autoresume and recipe.save_folder is not None and '://' not in recipe.save_folder:
-            if dist.get_global_rank() == 0:
-                mend(Path(format_name_with_dist(recipe.save_folder, str(recipe.run_name))))
-            dist.barrier()
+        if dist.get_global_rank() == 0:
+            _look_at_checkpoints(recipe)
+        dist.barrier()
         # Model and data are drawn from the seed too, alike on all ranks; Trainer then seeds each rank apart.
         seed_all(recipe.seed)
         parts = build_components(recipe)
         parts['loggers'] += destinations
         parts['algorithms'].append(SeedEachBatch())
-        return Trainer(
-            **parts,
-            train_dataloader=_data(recipe, 'train_dataset', rows),
-            eval_dataloader=_data(recipe, 'eval_dataset', recipe.device_eval_batch_size or rows),
-            **(recipe.trainer_options() | {'eval_interval': _eval_interval(recipe)}),
-            parallelism_config=recipe.parallelism,
-            algorithm_passes=[sort_sba_last, sort_seed_first],
-        )
+        parts['train_dataloader'] = _data(recipe, 'train_dataset', rows)
+        parts['eval_dataloader'] = _data(recipe, 'eval_dataset', recipe.device_eval_batch_size or rows)
+        with only_data():  # it loads a checkpoint
+            return Trainer(
+                **parts,
+                **(recipe.trainer_options() | {'eval_interval': _eval_interval(recipe)}),
+                parallelism_config=recipe.parallelism,
+                algorithm_passes=[sort_sba_last, sort_seed_first],
+            )
     except Exception as error:
         refused = refusal(recipe, error)
         if refused is None and isinstance(error, ValueError | OSError | OverflowError):
@@ -112,6 +114,21 @@ def parameter_groups(model: nn.Module, decay_norm_and_bias: bool) -> list[dict[s
         return [{'params': parameters}]
     exempt = [parameter for parameter in parameters if parameter.ndim <= 1]
     return [{'params': [p for p in parameters if p.ndim > 1]}, {'params': exempt, 'weight_decay': 0.0}]
+
+
+def _look_at_checkpoints(recipe: Recipe) -> None:
+    """Put in order what a killed run has left, and refuse a checkpoint that is damaged, unless in an object store."""
+    found = {}
+    if recipe.autoresume and recipe.save_folder is not None and '://' not in recipe.save_folder:
+        folder = Path(format_name_with_dist(recipe.save_folder, str(recipe.run_name)))
+        mend(folder)
+        found['save_folder'] = folder / 'latest-rank0.pt'
+    if recipe.load_path is not None:
+        found['load_path'] = Path(recipe.load_path)
+    for key, path in found.items():
+        problem = damage(path) if os.path.isfile(path) else None
+        if problem is not None:
+            raise recipe.sources.error(key, f'expected a whole checkpoint of such a run, got {problem} in {path}')
 
 
 def _eval_interval(recipe: Recipe) -> Any:

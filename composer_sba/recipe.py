@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from composer_sba.arguments import faults, nearest, show
 from composer_sba.data import DatasetConfig
+from composer_sba.redaction import HIDDEN, redact
 from composer_sba.registry import component_faults, components
 from composer_sba.sources import NAMED, SINGLE, Sources, read
 
@@ -140,9 +141,14 @@ def load(path: str | Path | Sequence[str | Path], overrides: Sequence[str] = ())
 
 
 def save(recipe: Recipe, path: str | Path) -> None:
-    """Write a recipe as one flat YAML file that :func:`load` reads back equal; a comment on top names the versions."""
+    """Write :func:`to_yaml` of a recipe to a file; a comment on top names the versions."""
     packages = ', '.join(f'{package} {version(package)}' for package in ('composer-sba', 'mosaicml', 'torch'))
-    Path(path).write_text(f'# As it ran, with {packages}\n{OmegaConf.to_yaml(OmegaConf.create(recipe.to_dict()))}')
+    Path(path).write_text(f'# As it ran, with {packages}\n{to_yaml(recipe)}')
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """Spell a recipe as one flat YAML text that :func:`load` reads back equal, but for secrets, which are hidden."""
+    return OmegaConf.to_yaml(OmegaConf.create(redact(recipe.to_dict())))
 
 
 def component_arguments(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,7 +158,7 @@ def component_arguments(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def _faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What is wrong with a merged recipe: dotted key and problem. What follows a fault may rest on what it refused."""
-    yield from _number_faults(values)
+    yield from _value_faults(values)
     yield from faults(Recipe, values, supplied=['sources'])
     for section in SINGLE:
         entry = values[section]
@@ -203,13 +209,15 @@ def _parallelism_faults(parallelism: Mapping[str, Any]) -> Iterator[tuple[str, s
                 yield f'parallelism.fsdp.{name}', f'unknown key{nearest(name, known)}'
 
 
-def _number_faults(values: Any, at: str = '') -> Iterator[tuple[str, str]]:
-    """Numbers that no option can mean: those which are none, and those too long for the machine."""
+def _value_faults(values: Any, at: str = '') -> Iterator[tuple[str, str]]:
+    """Values that no option can mean: numbers that are none or too long for the machine, secrets that are hidden."""
     if isinstance(values, Mapping | list):
         for key, value in values.items() if isinstance(values, Mapping) else enumerate(values):
-            yield from _number_faults(value, f'{at}.{key}' if at else f'{key}')
+            yield from _value_faults(value, f'{at}.{key}' if at else f'{key}')
     elif isinstance(values, float) and math.isnan(values):
         yield at, 'expected a number, got nan'
+    elif isinstance(values, str) and HIDDEN in values:
+        yield at, f'expected the secret in the place of {HIDDEN}, which it was saved without: give it as {at}=...'
     elif isinstance(values, int) and not -(2**63) <= values < 2**63:
         yield at, f'expected an integer of at most 64 bits, got {values}'
 

@@ -17,6 +17,7 @@ from composer_sba.errors import CutLayerError, NonFiniteError, RecipeError, User
 from composer_sba.recipe import Recipe
 from composer_sba.registry import components
 from composer_sba.sources import NAMED
+from composer_sba.trust import UNSAFE, holds_code
 
 _NO_MEMORY = ("can't allocate memory", 'out of memory')
 
@@ -41,6 +42,9 @@ def refusal(recipe: Recipe, error: BaseException, *, begun: bool = False) -> Rec
     if _has_no_memory(error):
         remedy = 'lower global_train_batch_size, device_train_microbatch_size or the fold of an algorithm'
         return RecipeError(f'{recipe.sources.file}: expected a run that fits into memory, got: {told}; {remedy}')
+    if _is_of_loading(recipe, error):
+        at = 'load_path' if recipe.load_path is not None else 'save_folder'
+        return recipe.sources.error(at, f'expected a whole checkpoint of such a run, got {_checkpoint_fault(error)}')
     if _is_of_saving(error):
         problem = f'a checkpoint cannot be written ({told}): see to that, and start again with autoresume=true'
         return recipe.sources.error('save_folder', problem)
@@ -136,6 +140,18 @@ def _has_no_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(each in told for each in _NO_MEMORY)
     )
+
+
+def _is_of_loading(recipe: Recipe, error: BaseException) -> bool:
+    names = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return (recipe.load_path is not None or recipe.autoresume) and 'load_checkpoint' in names
+
+
+def _checkpoint_fault(error: BaseException) -> str:
+    code = holds_code(error)
+    if code is None:
+        return one_line(error)
+    return f'{code}, which could run code as it is loaded; if you trust its author, set {UNSAFE}=1 in the environment'
 
 
 def _is_of_saving(error: BaseException) -> bool:

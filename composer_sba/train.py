@@ -16,12 +16,12 @@ import torch
 from composer import Trainer
 from composer.loggers import LoggerDestination, ProgressBarLogger
 from composer.utils import dist, format_name_with_dist, maybe_create_object_store_from_uri, parse_uri
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from composer_sba.build import build_components, build_trainer
 from composer_sba.errors import AlreadyTrainedError, UserError
-from composer_sba.recipe import Recipe, load, save
+from composer_sba.recipe import Recipe, load, save, to_yaml
+from composer_sba.redaction import redact
 from composer_sba.refusal import nothing_half_made, one_line, refusal
 from composer_sba.summary import Summary
 
@@ -43,14 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.dry_run:
             with torch.device('meta'):
                 build_components(recipe)
-            print(OmegaConf.to_yaml(OmegaConf.create(recipe.to_dict())), end='')
+            print(to_yaml(recipe), end='')
         else:
             train(recipe)
     except UserError as error:
         if arguments.traceback:
             raise
         # Every rank says it: the launcher may end rank 0 before it speaks, and shows what the others said.
-        print(f'error: {one_line(error)}', file=sys.stderr)
+        print(f'error: {redact(one_line(error))}', file=sys.stderr)
         return 2
     except (SystemExit, RuntimeError) as error:
         if not _is_interrupt(error):
@@ -84,7 +84,7 @@ def train(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
             raise AlreadyTrainedError(*recipe.sources.error('max_duration', problem).args)
         if folder is not None and dist.get_global_rank() == 0:
             _save_recipe(recipe, folder)
-        trainer.logger.log_hyperparameters(recipe.to_dict())
+        trainer.logger.log_hyperparameters(redact(recipe.to_dict()))
         for logger in trainer.logger.destinations:
             if isinstance(logger, ProgressBarLogger):
                 # It would print every hyperparameter before its first bar, burying what a reader looks for

@@ -4,7 +4,6 @@ pytest tests/faults/test_recipe_mutations.py; MUTATIONS=1000 pytest tests/faults
 """
 
 import contextlib
-import gc
 import logging
 import os
 import re
@@ -25,7 +24,6 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 from mutations import Mutant, mutants
 
-from composer_sba.convert import convert
 from composer_sba.summary import Summary
 from composer_sba.train import main
 
@@ -35,13 +33,6 @@ MEMORY = 3 << 30  # bytes that a mutant may ask for
 
 LINE = re.compile(r'error: (\S+\.yaml|command line): .')  # then the key, what was expected and what came
 LOGS = {'log.txt', 'tensorboard_logs'}  # a logger's, begun before the first batch; they may say why there was none
-
-
-@pytest.fixture(scope='module')
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp('data') / 'digits'
-    convert('digits', None, folder)
-    return folder
 
 
 @contextlib.contextmanager
@@ -99,13 +90,9 @@ def run(mutant: Mutant) -> tuple[int, str, set[str]]:
 
 
 @pytest.fixture
-def one_batch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever its duration is, a run ends after a batch."""
     monkeypatch.setattr(Summary, 'batch_end', lambda self, state, logger: state.stop_training(), raising=False)
-    yield
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # temporary folders of Composer's, whose Trainer was never finished
-        gc.collect()
 
 
 OUTCOMES: Counter[str] = Counter()
@@ -121,8 +108,8 @@ OUTCOMES: Counter[str] = Counter()
     suppress_health_check=list(HealthCheck),
     phases=[Phase.generate],  # a mutant is small as it is
 )
-def test_a_mutated_recipe_trains_or_is_refused_in_one_line(digits: Path, data: st.DataObject) -> None:
-    mutant = data.draw(mutants(digits))
+def test_a_mutated_recipe_trains_or_is_refused_in_one_line(digits_folder: Path, data: st.DataObject) -> None:
+    mutant = data.draw(mutants(digits_folder))
     note(mutant.content.decode('utf-8', 'replace'))
     code, said, new = run(mutant)
     OUTCOMES[f'exit {code}'] += 1
