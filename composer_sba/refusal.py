@@ -45,8 +45,9 @@ def refusal(recipe: Recipe, error: BaseException, *, begun: bool = False) -> Rec
     if _is_of_loading(recipe, error):
         at = 'load_path' if recipe.load_path is not None else 'save_folder'
         return recipe.sources.error(at, f'expected a whole checkpoint of such a run, got {_checkpoint_fault(error)}')
-    if _is_of_saving(error):
-        problem = f'a checkpoint cannot be written ({told}): see to that, and start again with autoresume=true'
+    fault = _saving_fault(error)
+    if fault is not None:
+        problem = f'a checkpoint cannot be written ({fault}): see to that, and start again with autoresume=true'
         return recipe.sources.error('save_folder', problem)
     key = None if begun and not isinstance(error, UserError) else component_key(recipe, error)
     if key is not None:
@@ -154,8 +155,15 @@ def _checkpoint_fault(error: BaseException) -> str:
     return f'{code}, which could run code as it is loaded; if you trust its author, set {UNSAFE}=1 in the environment'
 
 
-def _is_of_saving(error: BaseException) -> bool:
-    """Whether a checkpoint could not be written, as Python or as torch.save says it."""
-    frames = (frame.f_locals.get('self') for frame, _ in traceback.walk_tb(error.__traceback__))
-    wrote = isinstance(error, OSError) or 'PytorchStreamWriter failed writing' in str(error)
-    return wrote and any(isinstance(each, CheckpointSaver) for each in frames)
+def _saving_fault(error: BaseException) -> str | None:
+    """Why a checkpoint could not be written; torch.save often says only that, in the wake of what the disk said."""
+    frames = [frame.f_locals.get('self') for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if not any(isinstance(each, CheckpointSaver) for each in frames):
+        return None
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]  # None ends it
+    return next(
+        (one_line(each) for each in chain if isinstance(each, OSError) or 'PytorchStreamWriter' in str(each)), None
+    )
