@@ -69,7 +69,7 @@ def build_trainer(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
         if refused is None and isinstance(error, ValueError | OSError | OverflowError):
             # how Composer words what it cannot run as asked
             refused = RecipeError(f'{recipe.sources.file}: {one_line(error)}')
-        if refused is None:
+        if refused is None or refused is error:
             raise
         raise refused from error
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from composer.core import Time
+from composer.core import Time, TimeUnit
 from composer.utils import FSDP2Config, FSDPConfig
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -179,6 +179,11 @@ def _faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key in ('global_train_batch_size', 'device_eval_batch_size', 'device_train_microbatch_size'):
         if isinstance(values[key], int) and values[key] < 1:
             yield key, f'expected at least 1, got {values[key]}'
+    for key in ('train_subset_num_batches', 'eval_subset_num_batches', 'save_num_checkpoints_to_keep'):
+        if values[key] < -1 or values[key] == 0:  # of no batches Composer trains epoch after epoch, for ever
+            yield key, f'expected -1 for all, or at least 1, got {values[key]}'
+    if Time.from_input(values['max_duration'], TimeUnit.EPOCH).value < 1:
+        yield 'max_duration', f'expected more than nothing, got {show(values["max_duration"])}'
     if values['eval_last_epochs'] < 0:
         yield 'eval_last_epochs', f'expected at least 0, got {values["eval_last_epochs"]}'
     if values['autoresume'] and values['save_folder'] is None:

@@ -94,7 +94,7 @@ def train(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
             trainer.fit()
         except Exception as error:
             refused = refusal(recipe, error, begun=trainer.state.timestamp.batch > begins_at)
-            if refused is None:
+            if refused is None or refused is error:
                 raise
             raise refused from error
         finally:

@@ -23,6 +23,7 @@ from composer_sba.convert import convert
 from composer_sba.convert import main as convert_main
 from composer_sba.recipe import load
 from composer_sba.redaction import redact
+from composer_sba.study.plan import Run
 from composer_sba.train import main
 
 ROOT = Path(__file__).parents[2]
@@ -212,9 +213,13 @@ def test_keys_that_name_a_secret(values: dict[str, Any], hidden: set[str]) -> No
 
 
 def test_results_of_a_study_hold_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the record of a finished run has them: without loggers and places, and redacted."""
     monkeypatch.setenv('MY_TOKEN', 'hunter2hunter2')
-    recipe = load(RECIPE, ['train_dataset.remote=s3://bucket/hunter2hunter2'])
-    assert 'hunter2' not in json.dumps(redact(recipe.to_dict()))
+    keys = ['train_dataset.remote=s3://me:hunter2hunter2@bucket', 'loggers.slack.channel_id=hunter2hunter2']
+    recipe = load(RECIPE, [*keys, 'callbacks.checkpoint_saver.folder=s3://hunter2hunter2/x'])
+    run = Run('rivals', 'digits', 'digits', 'sba', {}, recipe)
+    assert 'hunter2' in json.dumps(recipe.to_dict())
+    assert 'hunter2' not in json.dumps(redact(run.facts)), run.facts
 
 
 # --- archives and folders ---------------------------------------------------------------------------------------------
