@@ -112,20 +112,20 @@ def nothing_half_made(folder: str | None, *files: str) -> Iterator[None]:
         folder (str, optional): The run's folder; one in an object store is left alone.
         *files (str): What the run puts there before its first checkpoint.
     """
+    path = Path(str(folder))
     ours = folder is not None and '://' not in folder and dist.get_global_rank() == 0
-    made = (
-        [path for path in (Path(str(folder)), *Path(str(folder)).parents) if not os.path.exists(path)] if ours else []
-    )
+    made = [each for each in (path, *path.parents) if ours and not os.path.exists(each)]
+    before = set(os.listdir(path)) if ours and os.path.isdir(path) else set()
     try:
         yield
     except UserError:
-        if made and os.path.isdir(made[0]) and set(os.listdir(made[0])) <= set(files):
-            for name in files:
-                (made[0] / name).unlink(missing_ok=True)
-            for path in made:
-                if any(path.iterdir()):
+        if ours and os.path.isdir(path) and set(os.listdir(path)) <= {*before, *files}:
+            for name in {*files} - before:
+                (path / name).unlink(missing_ok=True)
+            for each in made:
+                if any(each.iterdir()):
                     break
-                path.rmdir()
+                each.rmdir()
         raise
 
 
