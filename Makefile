@@ -63,5 +63,5 @@ format: $(INSTALLED)
 	.venv/bin/ruff format
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache docs/_build
+	rm -rf build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache docs/_build
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

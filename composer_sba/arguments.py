@@ -43,7 +43,7 @@ def faults(build: Build, arguments: Mapping[str, Any], supplied: Sequence[str] =
         hint = hints.get(key, Any)
         nested = next((h for h in _options(hint) if is_dataclass(h) and isinstance(value, Mapping)), None)
         if key not in named and not takes_any:
-            yield key, f'unknown key{nearest(key, named)}'
+            yield f'{key}', f'unknown key{nearest(f"{key}", named)}'
         elif nested is not None:
             yield from ((f'{key}.{below}', problem) for below, problem in faults(nested, value))  # type: ignore[arg-type]  # a dataclass is a type
         elif not fits(hint, value):
@@ -113,10 +113,12 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 def _fits_one(option: Any, value: Any) -> bool:
     kind, inner = typing.get_origin(option) or option, typing.get_args(option)
+    if kind is Any:
+        return True
     if kind is Literal:
         return value in inner
     if isinstance(value, bool) or value is None:
-        return kind in (Any, type(value))
+        return kind is type(value)
     if kind is Time:
         return isinstance(value, str) and _is_time(value)
     if kind is float:

@@ -1,8 +1,7 @@
 """A recipe -> Composer's Trainer, and what refuses to be built -> one line that names its key."""
 
-import inspect
-import re
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,15 @@ from composer.utils.reproducibility import seed_all
 from torch import nn
 
 from composer_sba.data import DatasetConfig, build_dataspec, dataset_classes
-from composer_sba.errors import CutLayerError, DatasetError, RecipeError, UserError
+from composer_sba.errors import DatasetError, RecipeError
 from composer_sba.models import classifier
 from composer_sba.recipe import DECAY_ALL, Recipe, component_arguments
-from composer_sba.registry import components, construct
+from composer_sba.refusal import argument_key, one_line, refusal
+from composer_sba.registry import construct
 from composer_sba.sba import sort_sba_last
 from composer_sba.seed_each_batch import SeedEachBatch, sort_seed_first
 from composer_sba.sources import NAMED
+from composer_sba.trust import damage, only_data
 from composer_sba.unfinished import mend, take_over
 
 
@@ -47,35 +48,36 @@ def build_trainer(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
     rows = recipe.global_train_batch_size // world
     try:
         dist.initialize_dist(get_device(recipe.device), recipe.dist_timeout)
-        resumes = recipe.autoresume and recipe.save_folder is not None and '://' not in recipe.save_folder
-        folder = Path(format_name_with_dist(recipe.save_folder or '', str(recipe.run_name)))
-        if resumes:
-            if dist.get_global_rank() == 0:
-                mend(folder)
-            dist.barrier()
+        if dist.get_global_rank() == 0:
+            _look_at_checkpoints(recipe)
+        dist.barrier()
         # Model and data are drawn from the seed too, alike on all ranks; Trainer then seeds each rank apart.
         seed_all(recipe.seed)
         parts = build_components(recipe)
         parts['loggers'] += destinations
         parts['algorithms'].append(SeedEachBatch())
-        trainer = Trainer(
-            **parts,
-            train_dataloader=_data(recipe, 'train_dataset', rows),
-            eval_dataloader=_data(recipe, 'eval_dataset', recipe.device_eval_batch_size or rows),
-            **(recipe.trainer_options() | {'eval_interval': _eval_interval(recipe)}),
-            parallelism_config=recipe.parallelism,
-            algorithm_passes=[sort_sba_last, sort_seed_first],
-        )
-        for saver in trainer.state.callbacks if resumes and dist.get_global_rank() == 0 else ():
-            if isinstance(saver, CheckpointSaver):
+        parts['train_dataloader'] = _data(recipe, 'train_dataset', rows)
+        parts['eval_dataloader'] = _data(recipe, 'eval_dataset', recipe.device_eval_batch_size or rows)
+        with only_data():  # it loads a checkpoint
+            trainer = Trainer(
+                **parts,
+                **(recipe.trainer_options() | {'eval_interval': _eval_interval(recipe)}),
+                parallelism_config=recipe.parallelism,
+                algorithm_passes=[sort_sba_last, sort_seed_first],
+            )
+        folder = _resumed_folder(recipe)
+        for saver in trainer.state.callbacks if dist.get_global_rank() == 0 else ():
+            if folder is not None and isinstance(saver, CheckpointSaver):
                 take_over(saver, folder)
         return trainer
-    except CutLayerError as error:
-        raise recipe.sources.error(layers_key(recipe, error), one_line(error)) from error
-    except UserError:
-        raise
-    except (ValueError, FileNotFoundError) as error:  # how Composer words what it cannot run as asked
-        raise RecipeError(f'{recipe.sources.file}: {one_line(error)}') from error
+    except Exception as error:
+        refused = refusal(recipe, error)
+        if refused is None and isinstance(error, ValueError | OSError | OverflowError):
+            # how Composer words what it cannot run as asked
+            refused = RecipeError(f'{recipe.sources.file}: {one_line(error)}')
+        if refused is None or refused is error:
+            raise
+        raise refused from error
 
 
 def build_components(recipe: Recipe) -> dict[str, Any]:
@@ -120,30 +122,26 @@ def parameter_groups(model: nn.Module, decay_norm_and_bias: bool) -> list[dict[s
     return [{'params': [p for p in parameters if p.ndim > 1]}, {'params': exempt, 'weight_decay': 0.0}]
 
 
-def layers_key(recipe: Recipe, error: CutLayerError) -> str:
-    """The key of the layers that an error is about: of the algorithms that cut, the one whose layer it names first."""
-
-    def place(name: str) -> int:
-        layers = recipe.algorithms[name].get('layers', 'head')
-        found = [str(error).find(repr(layer)) for layer in ([layers] if isinstance(layers, str) else layers)]
-        return min((each for each in found if each >= 0), default=len(str(error)))
-
-    known = components('algorithms')
-    cutting = [name for name in recipe.algorithms if 'layers' in inspect.signature(known[name]).parameters]
-    return f'algorithms.{min(cutting, key=place)}.layers'
+def _resumed_folder(recipe: Recipe) -> Path | None:
+    """Where a run that resumes by itself keeps its checkpoints, unless in an object store."""
+    if not recipe.autoresume or recipe.save_folder is None or '://' in recipe.save_folder:
+        return None
+    return Path(format_name_with_dist(recipe.save_folder, str(recipe.run_name)))
 
 
-def one_line(error: Exception) -> str:
-    r"""The one line of an error that tells what to do; a DataLoader worker's holds it last, below a traceback.
-
-    Example:
-        >>> one_line(ValueError('Caught ValueError in worker 0.\nTraceback ...\nValueError: no such shard'))
-        'no such shard'
-    """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    if 'Traceback' in str(error):
-        return re.sub(r'^[\w.]+: ', '', lines[-1])
-    return ' '.join(lines)
+def _look_at_checkpoints(recipe: Recipe) -> None:
+    """Put in order what a killed run has left, and refuse a checkpoint that is damaged, unless in an object store."""
+    found = {}
+    folder = _resumed_folder(recipe)
+    if folder is not None:
+        mend(folder)
+        found['save_folder'] = folder / 'latest-rank0.pt'
+    if recipe.load_path is not None:
+        found['load_path'] = Path(recipe.load_path)
+    for key, path in found.items():
+        problem = damage(path) if os.path.isfile(path) else None
+        if problem is not None:
+            raise recipe.sources.error(key, f'expected a whole checkpoint of such a run, got {problem} in {path}')
 
 
 def _eval_interval(recipe: Recipe) -> Any:
@@ -171,17 +169,9 @@ def _component(recipe: Recipe, section: str, *supplied: Any) -> Any:
 def _build(recipe: Recipe, section: str, name: str, arguments: Mapping[str, Any], *supplied: Any) -> Any:
     try:
         return construct(section, name, arguments, *supplied)
-    except (ValueError, TypeError, ImportError) as error:
+    except Exception as error:  # a constructor may raise anything over an argument that it did not expect
         at = section if section not in NAMED else f'{section}.{name}'
-        named = [key for key in _keys(arguments) if re.search(rf'\b{key.rpartition(".")[2]}\b', str(error))]
-        raise recipe.sources.error('.'.join([at, *named[:1]]), one_line(error)) from error
-
-
-def _keys(arguments: Mapping[str, Any], at: str = '') -> Iterator[str]:
-    """Dotted keys, the deepest first."""
-    for key, value in arguments.items():
-        yield from _keys(value, f'{at}{key}.') if isinstance(value, Mapping) else ()
-        yield f'{at}{key}'
+        raise recipe.sources.error(argument_key(at, arguments, error), one_line(error)) from error
 
 
 def _data(recipe: Recipe, section: str, rows: int) -> DataSpec | None:

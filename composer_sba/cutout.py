@@ -1,6 +1,10 @@
 """Cutout: a square of each image is erased, as a transform."""
 
+from numbers import Integral
+
 import torch
+
+from composer_sba.checks import check_number
 
 
 class Cutout:
@@ -14,7 +18,7 @@ class Cutout:
         size (int): Side of the square, >= 1. Unit: pixels; 16 for CIFAR-10 and 8 for CIFAR-100 in the paper.
 
     Raises:
-        ValueError: If ``size`` is below 1.
+        ValueError: If ``size`` is no integer >= 1.
 
     Example:
         >>> erased = (Cutout(4)(torch.ones(3, 8, 8)) == 0).sum().item()
@@ -23,8 +27,7 @@ class Cutout:
     """
 
     def __init__(self, size: int) -> None:
-        if size < 1:
-            raise ValueError(f'Expected cutout to be an integer >= 1, got {size!r}.')
+        check_number('size', size, 'an integer >= 1', lambda value: value >= 1, Integral)
         self.size = size
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:

@@ -16,11 +16,13 @@ from composer_sba.convert import convert
 from composer_sba.cutout import Cutout
 from composer_sba.decode import to_rgb
 from composer_sba.errors import DatasetError
-from composer_sba.index import RECORD, read_index, remake
+from composer_sba.index import RECORD, check_hashes, read_index, remake
 from composer_sba.mds import ByIndex, Expected, ImageDataset
 from composer_sba.memory import BatchTransform, EachOnce, MemoryDataset
 from composer_sba.pixels import Normalize, Pipeline, RandomResizedCrop, ToBytes, ToFloats
 from composer_sba.sharing import shared_samples
+
+CHEAP = 1 << 30  # bytes of shards whose hashes are compared without being asked to, in less than a second
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,9 @@ class DatasetConfig:
     """Size at which the local cache of ``remote`` drops its oldest shards, as '100gb'. None: it keeps all."""
     download_timeout: float = 60
     """Longest wait for a shard from ``remote``, in seconds."""
+    verify: bool | None = None
+    """Whether the shards in ``local`` are compared with their hashes before training, which reads them all. None: if
+    they have at most 1 GiB together. What comes from ``remote`` is compared as it comes."""
     in_memory: bool = False
     """Whether the images are decoded once, kept as uint8 on the training device and transformed there, a batch at a
     time and without workers. For digits, cifar10 and cifar100."""
@@ -281,6 +286,9 @@ def _dataloader(
             f'{f" with full batches of {batch_size}" if drop_last else ""}'
         )
     remedy = remake(folder, config.remote, _make(config))
+    bytes_in_all = sum(shard['raw_data']['bytes'] for shard in shards)
+    if (bytes_in_all <= CHEAP if config.verify is None else config.verify) and dist.get_local_rank() == 0:
+        check_hashes(folder, shards, remedy)
     expected = Expected(str(folder), num_classes, _KNOWN[config.name].size, remedy)
     seed = seed if config.shuffle_seed is None else config.shuffle_seed
     if config.in_memory:

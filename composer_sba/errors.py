@@ -19,3 +19,7 @@ class DatasetError(UserError):
 
 class CutLayerError(UserError):
     """A layer that cannot be cut, or a model that has none: names the layer, the reason and what would do."""
+
+
+class NonFiniteError(UserError):
+    """A divergence that is NaN or infinite: names the batch, the layer and what to try."""

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from streaming.base.hashing import get_hash
 from streaming.base.storage import CloudDownloader
 
 from composer_sba.errors import DatasetError
@@ -65,6 +66,25 @@ def read_index(local: Path, remote: str | None, split: str, *, make: str, timeou
             if file.stat().st_size != size:
                 raise DatasetError(f'{file} has {file.stat().st_size:,} bytes, {INDEX} says {size:,}: {remedy}')
     return index
+
+
+def check_hashes(folder: Path, shards: list[dict[str, Any]], remedy: str) -> None:
+    """Compare the shards that lie in a folder with the hashes that were taken as they were written.
+
+    Args:
+        folder (Path): Folder of the split.
+        shards (list[dict]): As ``index.json`` lists them.
+        remedy (str): What to do about a broken dataset, for messages.
+
+    Raises:
+        DatasetError: If a byte of a shard is not what it was.
+    """
+    for file in (shard[kind] for shard in shards for kind in ('raw_data', 'zip_data')):
+        path = folder / file['basename'] if file else folder
+        hashes = file['hashes'] if path.is_file() else {}
+        for algorithm in sorted(hashes, key='xxh64'.__ne__)[:1]:  # the fastest, at gigabytes a second
+            if get_hash(algorithm, path.read_bytes()) != hashes[algorithm]:
+                raise DatasetError(f'{path} has changed since it was written, its {algorithm} differs: {remedy}')
 
 
 def _fetch(remote: str, path: Path, timeout: float) -> None:

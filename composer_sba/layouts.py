@@ -2,17 +2,14 @@
 
 import functools
 import pickle
-import tarfile
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from lzma import LZMAError
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from composer_sba.archives import refuse_links, unpack
 from composer_sba.errors import DatasetError
 
 Split = Sequence[tuple[Path | np.ndarray, int]]
@@ -73,26 +70,13 @@ def _root(source: str | Path | None, scratch: Path) -> Path:
         raise DatasetError(f'--source {source} does not exist: give a folder of images or an archive of one')
     folder = Path(source)
     if not folder.is_dir():
-        _unpack(folder, scratch)
+        unpack(folder, scratch)
         folder = scratch
     for root in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
         if any((root / name).exists() for name in ('train', 'batches.meta')):
+            refuse_links(folder)
             return root
     raise DatasetError(f'{source} has no train/<class>/ folders and no CIFAR batches: nothing to convert')
-
-
-def _unpack(archive: Path, folder: Path) -> None:
-    try:
-        if tarfile.is_tarfile(archive):
-            with tarfile.open(archive) as tar:
-                tar.extractall(folder, filter='data')
-        elif zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as unzipped:
-                unzipped.extractall(folder)
-        else:
-            raise DatasetError(f'{archive} is neither a folder nor a .tar, .tar.gz, .tar.xz or .zip archive')
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, LZMAError, zlib.error) as error:
-        raise DatasetError(f'{archive}: cannot be unpacked ({error}): download it again') from error
 
 
 def _class_folders(root: Path) -> Source:

@@ -8,7 +8,7 @@ from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 
 from composer_sba import functional as sbaf
-from composer_sba.checks import check_fold, check_seed
+from composer_sba.checks import check_fold, check_layers, check_seed
 from composer_sba.host import first_forward, network_of
 from composer_sba.latent import LatentExpander
 from composer_sba.vicinity import Vicinity, as_vicinity
@@ -51,6 +51,7 @@ class MajorityVote(Algorithm):
         vicinity: Vicinity | Mapping[str, Any] = Vicinity(),
         seed: int = 0,
     ) -> None:
+        check_layers(layers)
         check_fold(fold)
         check_seed(seed)
         self.layers = layers

@@ -14,7 +14,7 @@ from composer.utils import dist
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from composer_sba.checks import check_number, check_seed
+from composer_sba.checks import check_layers, check_number, check_seed
 from composer_sba.cuts import check_cut, evaluation
 from composer_sba.errors import CutLayerError
 from composer_sba.host import first_forward, network_of
@@ -113,6 +113,7 @@ class ManifoldMixup(Algorithm):
         seed: int | None = None,
         target_key: str | int | Callable = 1,
     ) -> None:
+        check_layers(layers)
         check_number('alpha', alpha, 'a finite number > 0', lambda value: 0 < value < math.inf)
         if seed is not None:
             check_seed(seed)

@@ -1,21 +1,25 @@
 """Recipes: YAML files and the command line, read into one checked :class:`Recipe` that says everything that ran."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from composer.core import Time
+import torch
+from composer.core import Time, TimeUnit
 from composer.utils import FSDP2Config, FSDPConfig
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from composer_sba.arguments import faults, nearest, show
 from composer_sba.data import DatasetConfig
+from composer_sba.redaction import HIDDEN, redact
 from composer_sba.registry import component_faults, components
 from composer_sba.sources import NAMED, SINGLE, Sources, read
 
+MAX_CLASSES = 1_000_000  # a head of so many rows still fits into memory
 DECAY_ALL = 'decay_norm_and_bias'  # an option of every optimizer, ours and not the optimizer's own
 
 Duration = int | str | Time[int]
@@ -137,9 +141,14 @@ def load(path: str | Path | Sequence[str | Path], overrides: Sequence[str] = ())
 
 
 def save(recipe: Recipe, path: str | Path) -> None:
-    """Write a recipe as one flat YAML file that :func:`load` reads back equal; a comment on top names the versions."""
+    """Write :func:`to_yaml` of a recipe to a file; a comment on top names the versions."""
     packages = ', '.join(f'{package} {version(package)}' for package in ('composer-sba', 'mosaicml', 'torch'))
-    Path(path).write_text(f'# As it ran, with {packages}\n{OmegaConf.to_yaml(OmegaConf.create(recipe.to_dict()))}')
+    Path(path).write_text(f'# As it ran, with {packages}\n{to_yaml(recipe)}')
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """Spell a recipe as one flat YAML text that :func:`load` reads back equal, but for secrets, which are hidden."""
+    return OmegaConf.to_yaml(OmegaConf.create(redact(recipe.to_dict())))
 
 
 def component_arguments(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,6 +158,7 @@ def component_arguments(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def _faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What is wrong with a merged recipe: dotted key and problem. What follows a fault may rest on what it refused."""
+    yield from _value_faults(values)
     yield from faults(Recipe, values, supplied=['sources'])
     for section in SINGLE:
         entry = values[section]
@@ -164,10 +174,16 @@ def _faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for section in ('train_dataset', 'eval_dataset'):
         if values[section] is not None:
             yield from _below(section, faults(DatasetConfig, values[section]))
+    yield from _below('compile_config', faults(torch.compile, values['compile_config'] or {}, supplied=['model']))
     yield from _parallelism_faults(values['parallelism'] or {})
     for key in ('global_train_batch_size', 'device_eval_batch_size', 'device_train_microbatch_size'):
         if isinstance(values[key], int) and values[key] < 1:
             yield key, f'expected at least 1, got {values[key]}'
+    for key in ('train_subset_num_batches', 'eval_subset_num_batches', 'save_num_checkpoints_to_keep'):
+        if values[key] < -1 or values[key] == 0:  # of no batches Composer trains epoch after epoch, for ever
+            yield key, f'expected -1 for all, or at least 1, got {values[key]}'
+    if Time.from_input(values['max_duration'], TimeUnit.EPOCH).value < 1:
+        yield 'max_duration', f'expected more than nothing, got {show(values["max_duration"])}'
     if values['eval_last_epochs'] < 0:
         yield 'eval_last_epochs', f'expected at least 0, got {values["eval_last_epochs"]}'
     if values['autoresume'] and values['save_folder'] is None:
@@ -179,8 +195,11 @@ def _single_faults(section: str, entry: Mapping[str, Any]) -> Iterator[tuple[str
         yield DECAY_ALL, f'belongs to optimizer, not to {section}'
     if not isinstance(entry.get(DECAY_ALL, True), bool):
         yield DECAY_ALL, f'expected bool, got {show(entry[DECAY_ALL])}'
-    if section == 'model' and 'num_classes' not in entry:
+    classes = entry.get('num_classes')
+    if section == 'model' and classes is None:
         yield 'num_classes', 'is required (int)'
+    if section == 'model' and isinstance(classes, int) and not 1 <= classes <= MAX_CLASSES:
+        yield 'num_classes', f'expected 1 to {MAX_CLASSES}, got {classes}'
     yield from component_faults(section, entry['name'], component_arguments(entry))
 
 
@@ -193,6 +212,19 @@ def _parallelism_faults(parallelism: Mapping[str, Any]) -> Iterator[tuple[str, s
         for name in settings or {}:
             if name not in known:
                 yield f'parallelism.fsdp.{name}', f'unknown key{nearest(name, known)}'
+
+
+def _value_faults(values: Any, at: str = '') -> Iterator[tuple[str, str]]:
+    """Values that no option can mean: numbers that are none or too long for the machine, secrets that are hidden."""
+    if isinstance(values, Mapping | list):
+        for key, value in values.items() if isinstance(values, Mapping) else enumerate(values):
+            yield from _value_faults(value, f'{at}.{key}' if at else f'{key}')
+    elif isinstance(values, float) and math.isnan(values):
+        yield at, 'expected a number, got nan'
+    elif isinstance(values, str) and HIDDEN in values:
+        yield at, f'expected the secret in the place of {HIDDEN}, which it was saved without: give it as {at}=...'
+    elif isinstance(values, int) and not -(2**63) <= values < 2**63:
+        yield at, f'expected an integer of at most 64 bits, got {values}'
 
 
 def _below(key: str, found: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:

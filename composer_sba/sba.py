@@ -8,22 +8,23 @@ from typing import Any, Literal
 
 import torch
 from composer.algorithms.warnings import NoEffectWarning, NotIntendedUseWarning
-from composer.core import Algorithm, Event, State
+from composer.core import Algorithm, Event, Precision, State
 from composer.core.passes import sort_to_back, sort_to_front
 from composer.loggers import Logger
 from torch import nn
 
 from composer_sba import functional as sbaf
 from composer_sba.analytic import AnalyticHead
-from composer_sba.checks import check_choice, check_flag, check_fold, check_number, check_seed
+from composer_sba.checks import check_choice, check_flag, check_fold, check_layers, check_number, check_seed
 from composer_sba.errors import UserError
-from composer_sba.host import add_term, at_epoch_start, first_forward, network_of, refuse_model
+from composer_sba.host import add_term, at_epoch_start, first_forward, network_of, non_finite, refuse_model
 from composer_sba.latent import LatentExpander, NormStats
 from composer_sba.vicinity import Vicinity, as_vicinity
 
 Target = Literal['soft', 'hard']
 Granularity = Literal['batch', 'epoch']
 Estimator = Literal['sampled', 'analytic']
+MAX_OVERFLOWS = 10  # augmented batches in a row that a GradScaler may leave out
 
 
 class SBA(Algorithm):
@@ -68,6 +69,16 @@ class SBA(Algorithm):
     Raises:
         ValueError: If an argument lies outside its range; the message names it, its range and its value.
         CutLayerError: When the Trainer is built or at the first batch, if a layer or the model cannot be cut.
+        NonFiniteError: In training, if the virtual samples' loss is NaN or infinite; the message names the batch and
+            the layer.
+
+    Note:
+        A loss that is not finite ends the fit: on the CPU before it can reach a weight; on other devices, whose values
+        are read once a batch, after the update but before a checkpoint is written. Under ``amp_fp16``, whose GradScaler
+        leaves such an update out, the fit goes on with a warning, and ends when 10 augmented batches in a row are lost.
+        Logits of minus infinity, as of classes that are masked, have no finite divergence: mask with a large negative
+        number. Activations that are all zero have no noise in units of their RMS, so that Gaussian points equal them; a
+        network of one class has a divergence of 0; a batch may have one row, if the layers above the cut take one.
 
     Note:
         Runs on AFTER_LOAD (hooks go in), BATCH_START (coin), BEFORE_FORWARD to AFTER_BACKWARD (armed), AFTER_FORWARD
@@ -131,6 +142,7 @@ class SBA(Algorithm):
         self._loss: Any = None
         self._sums: dict[str, torch.Tensor] = {}
         self._rows = 0
+        self._overflows = 0  # augmented batches in a row whose divergence was not finite
 
     def __repr__(self) -> str:
         return self._repr
@@ -203,6 +215,8 @@ class SBA(Algorithm):
             else:
                 loss = sbaf.hard_label_loss(virtual, self._labels(state))
             self._measure(raw.detach(), virtual.detach(), loss.detach())
+        if loss.device.type == 'cpu':  # another device would have to be waited for
+            self._check_finite(loss.item(), state, state.timestamp.batch.value)
         self._loss = state.loss = add_term(state.loss, self.eta * loss)
 
     def after_backward(self, state: State, logger: Logger) -> None:
@@ -225,6 +239,7 @@ class SBA(Algorithm):
         if self._augment:
             metrics['sba/layer'] = self._layer
             metrics |= {name: float(total) / self._rows for name, total in self._sums.items()}
+            self._check_finite(metrics['sba/kl'], state, state.timestamp.batch.value - 1)
         logger.log_metrics(metrics)
 
     def fit_end(self, state: State, logger: Logger) -> None:
@@ -271,6 +286,18 @@ class SBA(Algorithm):
         agreement = (virtual.argmax(-1) == raw.argmax(-1)).float().mean()
         self._add_up(len(raw), {'sba/kl': kl, 'sba/virtual_agreement': agreement})
 
+    def _check_finite(self, kl: float, state: State, batch: int) -> None:
+        if math.isfinite(kl):
+            self._overflows = 0
+            return
+        self._overflows += 1
+        error = non_finite(kl, state.outputs, batch, self._attached.cuts[self._layer].name)
+        if state.precision != Precision.AMP_FP16 or self._overflows >= MAX_OVERFLOWS:
+            self._disarm()
+            raise error
+        if self._overflows == 1:
+            warnings.warn(f'{error} The GradScaler leaves the update out.', RuntimeWarning, stacklevel=2)
+
     def _add_up(self, rows: int, means: dict[str, torch.Tensor]) -> None:
         # Sums stay on the device until the batch is over, when the Trainer waits for the device anyway.
         for name, value in means.items():
@@ -306,9 +333,7 @@ class SBA(Algorithm):
         return {**hparams, 'vicinity': asdict(self.vicinity)}
 
     def _check_arguments(self) -> None:
-        names = [self.layers] if isinstance(self.layers, str) else self.layers
-        if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) and name for name in names):
-            raise ValueError(f'Expected layers to be a layer name or a list of them, got {self.layers!r}.')
+        check_layers(self.layers)
         check_fold(self.fold)
         if not callable(self.augment_prob):
             expected = 'a number in [0, 1] or a Composer scheduler'
@@ -319,7 +344,7 @@ class SBA(Algorithm):
         check_flag('stop_gradient', self.stop_gradient)
         check_choice('norm_stats', self.norm_stats, NormStats)
         check_choice('estimator', self.estimator, Estimator)
-        if self.estimator == 'analytic' and list(names) != ['head']:
+        if self.estimator == 'analytic' and self.layers not in ('head', ['head'], ('head',)):
             raise ValueError(f"Expected layers to be 'head' for estimator='analytic', got {self.layers!r}.")
         if self.estimator == 'analytic' and self.target != 'soft':
             raise ValueError(f"Expected target to be 'soft' for estimator='analytic', got {self.target!r}.")

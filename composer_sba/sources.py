@@ -104,18 +104,19 @@ def _read_file(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict
     try:
         values = OmegaConf.to_container(OmegaConf.load(path))
     except OSError as error:
-        cause = f', which {above[-1]} extends' if above else ''
-        raise RecipeError(f'{path}: {error.strerror or error}{cause}') from error
+        cause = f'{above[-1]}: extends: ' if above else ''
+        raise RecipeError(f'{cause}{path}: {error.strerror or error}') from error
     except MarkedYAMLError as error:
         mark = error.problem_mark
         where = f'line {mark.line + 1}, column {mark.column + 1}: ' if mark else ''
         raise RecipeError(f'{path}: {where}not YAML: {error.problem}') from error
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise RecipeError(f'{path}: not YAML: {str(error).splitlines()[0]}') from error
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError, RecursionError) as error:
+        # The last four are what PyYAML raises over dates, keys, tags and depths that it did not think of
+        raise RecipeError(f'{path}: not YAML: {(str(error) or type(error).__name__).splitlines()[0]}') from error
     if not isinstance(values, dict):
         raise RecipeError(f'{path}: expected a mapping of keys, got a {type(values).__name__}')
     base = values.pop('extends', None)
-    if not isinstance(base, str | None):
+    if not isinstance(base, str | None) or '\0' in (base or ''):
         raise RecipeError(f'{path}: extends: expected the name of a file, got {show(base)}')
     lower = [] if base is None else _read_file(_found(path.parent / base, base), (*above, path))
     return [*lower, (str(path), {str(key): value for key, value in values.items()})]

@@ -4,6 +4,7 @@ Exit codes: 0 trained, 2 a mistake in the recipe or its data (one line on stderr
 """
 
 import argparse
+import os
 import signal
 import sys
 import warnings
@@ -15,12 +16,13 @@ import torch
 from composer import Trainer
 from composer.loggers import LoggerDestination, ProgressBarLogger
 from composer.utils import dist, format_name_with_dist, maybe_create_object_store_from_uri, parse_uri
-from omegaconf import OmegaConf
 from rich.console import Console
 
-from composer_sba.build import build_components, build_trainer, layers_key, one_line
-from composer_sba.errors import AlreadyTrainedError, CutLayerError, UserError
-from composer_sba.recipe import Recipe, load, save
+from composer_sba.build import build_components, build_trainer
+from composer_sba.errors import AlreadyTrainedError, UserError
+from composer_sba.recipe import Recipe, load, save, to_yaml
+from composer_sba.redaction import redact
+from composer_sba.refusal import nothing_half_made, one_line, refusal
 from composer_sba.summary import Summary
 
 RECIPE_FILE = 'recipe.yaml'
@@ -42,14 +44,14 @@ def main(argv: Sequence[str] | None = None, prog: str = 'composer train.py') -> 
         if arguments.dry_run:
             with torch.device('meta'):
                 build_components(recipe)
-            print(OmegaConf.to_yaml(OmegaConf.create(recipe.to_dict())), end='')
+            print(to_yaml(recipe), end='')
         else:
             train(recipe)
     except UserError as error:
         if arguments.traceback:
             raise
         # Every rank says it: the launcher may end rank 0 before it speaks, and shows what the others said.
-        print(f'error: {one_line(error)}', file=sys.stderr)
+        print(f'error: {redact(one_line(error))}', file=sys.stderr)
         return 2
     except (SystemExit, RuntimeError) as error:
         if not _is_interrupt(error):
@@ -74,7 +76,7 @@ def train(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
     """
     folder = _folder(recipe)
     summary = Summary()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), nothing_half_made(folder, RECIPE_FILE):
         # Composer, of the last batch of every epoch, which is as short as the data makes it
         warnings.filterwarnings('ignore', message='Cannot split tensor of length', category=UserWarning)
         trainer = build_trainer(recipe, summary, *destinations)
@@ -83,15 +85,19 @@ def train(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
             raise AlreadyTrainedError(*recipe.sources.error('max_duration', problem).args)
         if folder is not None and dist.get_global_rank() == 0:
             _save_recipe(recipe, folder)
-        trainer.logger.log_hyperparameters(recipe.to_dict())
+        trainer.logger.log_hyperparameters(redact(recipe.to_dict()))
         for logger in trainer.logger.destinations:
             if isinstance(logger, ProgressBarLogger):
                 # It would print every hyperparameter before its first bar, burying what a reader looks for
                 logger.hparams_already_logged_to_console = True
+        begins_at = trainer.state.timestamp.batch
         try:
             trainer.fit()
-        except CutLayerError as error:
-            raise recipe.sources.error(layers_key(recipe, error), one_line(error)) from error
+        except Exception as error:
+            refused = refusal(recipe, error, begun=trainer.state.timestamp.batch > begins_at)
+            if refused is None or refused is error:
+                raise
+            raise refused from error
         finally:
             trainer.close()
     if dist.get_global_rank() == 0:
@@ -126,7 +132,7 @@ def _folder(recipe: Recipe) -> str | None:
     if recipe.save_folder is None:
         return None
     folder = format_name_with_dist(recipe.save_folder, str(recipe.run_name))
-    if (Path(folder) / RECIPE_FILE).exists() and not (recipe.save_overwrite or recipe.autoresume):
+    if os.path.exists(f'{folder}/{RECIPE_FILE}') and not (recipe.save_overwrite or recipe.autoresume):
         problem = f'{folder} holds a run: give another run_name, or autoresume=true to resume, or save_overwrite=true'
         raise recipe.sources.error('save_folder', problem)
     return folder

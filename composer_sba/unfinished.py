@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from composer.callbacks import CheckpointSaver
 
+from composer_sba.trust import holds_code, only_data
+
 _CHECKPOINT = re.compile(r'ep(\d+)-ba(\d+)-rank0\.pt')
 _LATEST = 'latest-rank0.pt'
 _ASIDE = 'unfinished.pt'
@@ -73,8 +75,11 @@ def _place(path: Path) -> tuple[int, ...]:
 
 def _is_whole(path: Path) -> bool:
     try:
-        torch.load(path, map_location='meta', mmap=True, weights_only=False)  # trusted as far as autoresume does
-    except (RuntimeError, EOFError, pickle.UnpicklingError):
+        with only_data():
+            torch.load(path, map_location='meta', mmap=True)
+    except pickle.UnpicklingError as error:
+        return holds_code(error) is not None  # whole, and to be refused when it is loaded
+    except (RuntimeError, EOFError):
         return False
     return True
 

@@ -14,8 +14,9 @@ from typing import get_args
 from rich.console import Console
 from rich.table import Table
 
-from composer_sba.build import one_line
 from composer_sba.errors import UserError
+from composer_sba.redaction import redact
+from composer_sba.refusal import one_line
 from composer_sba.sources import shipped
 from composer_sba.study.benchmark import DTYPES, Options, benchmark
 from composer_sba.study.cost import training_flops
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'python -m composer_sba.
             return 0
         return _study(arguments)
     except UserError as error:
-        print(f'error: {one_line(error)}', file=sys.stderr)
+        print(f'error: {redact(one_line(error))}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print('interrupted: the same command goes on with what is missing', file=sys.stderr)

@@ -39,7 +39,7 @@ _INCIDENTAL = (
     *('console_log_interval', 'python_log_level', 'save_folder', 'save_filename', 'save_latest_filename'),
     *('save_interval', 'save_num_checkpoints_to_keep', 'save_overwrite', 'save_weights_only'),
 )
-_INCIDENTAL_DATA = ('local', 'remote', 'num_workers', 'cache_limit', 'download_timeout')
+_INCIDENTAL_DATA = ('local', 'remote', 'num_workers', 'cache_limit', 'download_timeout', 'verify')
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from filelock import FileLock
 
 from composer_sba.errors import AlreadyTrainedError, UserError
 from composer_sba.last_epochs_median import last_epochs_median
+from composer_sba.redaction import redact
 from composer_sba.study.cost import flops_per_image
 from composer_sba.study.plan import Run
 from composer_sba.study.records import append, read
@@ -130,7 +131,7 @@ def _train(run: Run, curve: Curve, scratch: Path) -> dict[str, Any]:
             shutil.rmtree(scratch / run.hash)
             trainer = train(run.recipe, curve)
     except UserError as error:
-        print(f'error: {error}', file=sys.stderr, flush=True)
+        print(f'error: {redact(str(error))}', file=sys.stderr, flush=True)
         sys.exit(2)
     return make_record(run, trainer, curve)
 
@@ -148,7 +149,7 @@ def make_record(run: Run, trainer: Trainer, curve: Curve) -> dict[str, Any]:
         'setting': run.setting,
         'seed': run.recipe.seed,
         'hash': run.hash,
-        'recipe': run.facts,
+        'recipe': redact(run.facts),
         'date': datetime.now(timezone.utc).isoformat(timespec='seconds'),
         'device': 'gpu' if state.device.name == 'gpu' else 'cpu',
         'hardware': hardware(state.device.name),

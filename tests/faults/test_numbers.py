@@ -1,0 +1,217 @@
+"""Numbers that go wrong, compared with what is promised: stop before a weight is lost, or stay finite.
+
+pytest tests/faults/test_numbers.py
+"""
+
+import math
+import re
+
+import pytest
+import torch
+from composer import Callback, Trainer
+from composer.core import Precision
+from composer.models import ComposerClassifier
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import composer_sba.functional as sbaf
+from composer_sba import SBA, LatentExpander, Vicinity
+from composer_sba.analytic import AnalyticHead
+from composer_sba.errors import NonFiniteError
+
+CLASSES = 5
+# Composer, of a last batch that is shorter than a microbatch
+pytestmark = pytest.mark.filterwarnings('ignore:Cannot split tensor of length')
+
+
+class Poison(nn.Module):
+    """Puts a number into the rows that reach it in training: into all of them, or behind the first ``after``."""
+
+    def __init__(self, value: float, after: int = 0) -> None:
+        super().__init__()
+        self.value, self.after, self.active = value, after, True
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        if not (self.active and self.training):
+            return rows
+        return torch.cat([rows[: self.after], rows[self.after :] * self.value])
+
+
+def network(poison: nn.Module | None = None, above: nn.Module | None = None) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = {'stem': nn.Linear(6, 8), 'act': nn.ReLU(), 'poison': poison or nn.Identity(), 'mid': nn.Linear(8, 8)}
+    return nn.Sequential(nn.Sequential(), *layers.values(), above or nn.Identity(), nn.Linear(8, CLASSES))
+
+
+def trainer(net: nn.Module, *algorithms, rows: int = 12, **options) -> Trainer:
+    data = TensorDataset(torch.randn(rows, 6), torch.randint(CLASSES, (rows,)))
+    model = ComposerClassifier(net, num_classes=CLASSES)
+    return Trainer(
+        model=model,
+        train_dataloader=DataLoader(data, 4),
+        max_duration='1ep',
+        optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
+        algorithms=list(algorithms),
+        device='cpu',
+        progress_bar=False,
+        **options,
+    )
+
+
+class After(Callback):
+    """Turns the poison on at a batch."""
+
+    def __init__(self, poison: Poison, batch: int) -> None:
+        self.poison, self.batch = poison, batch
+        poison.active = False
+
+    def batch_start(self, state, logger) -> None:
+        self.poison.active = state.timestamp.batch == self.batch
+
+
+@pytest.mark.parametrize('estimator', ['sampled', 'analytic'])
+@pytest.mark.parametrize('value', [math.nan, math.inf])
+def test_a_network_that_diverges_stops_before_a_weight_is_lost(value: float, estimator: str) -> None:
+    """NaN or Inf in the latent batch, so in all logits."""
+    poison = Poison(value)
+    run = trainer(network(poison), SBA(augment_prob=1.0, estimator=estimator), callbacks=[After(poison, 2)])
+    with pytest.raises(NonFiniteError) as caught:
+        run.fit()
+    expected = r"Expected a finite divergence, got (nan|inf) in batch 2 at layer 'head'; so are the raw predictions, "
+    assert re.match(expected + r'the network diverges: lower the learning rate', str(caught.value)), str(caught.value)
+    weights = run.state.model.state_dict()
+    assert all(value.isfinite().all() for value in weights.values()), weights
+    assert run.state.timestamp.batch == 2
+
+
+@pytest.mark.parametrize('target', ['soft', 'hard'])
+def test_virtual_samples_that_overflow_are_told_from_the_network(target: str) -> None:
+    poison = Poison(math.nan, after=4)  # the four raw rows of a batch stay as they are
+    poison.active = False
+    run = trainer(network(poison), SBA('1', augment_prob=1.0, target=target), callbacks=[After(poison, 1)])
+    with pytest.raises(NonFiniteError, match="nan in batch 1 at layer '1'; the raw predictions are finite: lower the "):
+        run.fit()
+    assert all(value.isfinite().all() for value in run.state.model.state_dict().values())
+    run.state.model.eval()
+    assert run.state.model.module(torch.zeros(3, 6)).shape == (3, CLASSES), 'the cut is still armed'
+
+
+def test_no_checkpoint_is_written_after_a_divergence(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the value is read at the end of the batch, as on a GPU: weights are lost, the last checkpoint is not."""
+    poison = Poison(math.nan)
+    sba = SBA(augment_prob=1.0)
+    check = sba._check_finite
+    at_end = lambda kl, state, batch: check(kl, state, batch) if state.timestamp.batch > batch else None  # noqa: E731
+    monkeypatch.setattr(sba, '_check_finite', at_end)
+    saving = {'save_folder': str(tmp_path), 'save_interval': '1ba', 'save_overwrite': True}
+    run = trainer(network(poison), sba, callbacks=[After(poison, 2)], **saving)
+    with pytest.raises(NonFiniteError, match='in batch 2'):
+        run.fit()
+    saved = torch.load(tmp_path / 'latest-rank0.pt', weights_only=False)['state']
+    assert saved['timestamp']['Timestamp']['batch'] == 2
+    assert all(value.isfinite().all() for value in saved['model'].values()), 'the last checkpoint is not whole'
+
+
+def test_what_a_grad_scaler_leaves_out_ends_the_run_only_if_it_goes_on() -> None:
+    """Composer has no amp_fp16 on the CPU, so the state only says that it is."""
+    run = trainer(network(), SBA(augment_prob=1.0))
+    (sba,) = [each for each in run.state.algorithms if isinstance(each, SBA)]
+    run.state._precision = Precision.AMP_FP16
+    with pytest.warns(RuntimeWarning, match='in batch 0 at layer .*GradScaler leaves the update out'):
+        sba._check_finite(math.inf, run.state, 0)
+    for batch in range(1, 9):
+        sba._check_finite(math.nan, run.state, batch)
+    sba._check_finite(0.1, run.state, 9)
+    with pytest.warns(RuntimeWarning):
+        for batch in range(10, 19):
+            sba._check_finite(math.nan, run.state, batch)
+    with pytest.raises(NonFiniteError, match='in batch 19'):
+        sba._check_finite(math.nan, run.state, 19)
+
+
+@pytest.mark.parametrize('basis', ['identity', 'normalized', 'orthogonal', 'hadamard'])
+def test_activations_without_variance_have_no_noise(basis: str) -> None:
+    """RMS 0: Gaussian points equal the raw ones, and so do dropout points."""
+    for latent in (torch.zeros(4, 8), torch.zeros(4, 8).to(torch.bfloat16)):
+        virtual = Vicinity(sigma=0.5, basis=basis).sample(latent.requires_grad_(), 4)
+        assert virtual.eq(0).all(), virtual
+        virtual.float().sum().backward()
+        assert latent.grad.isfinite().all()
+
+
+@pytest.mark.parametrize('estimator', ['sampled', 'analytic'])
+def test_a_dead_layer_trains_on(estimator: str) -> None:
+    run = trainer(network(Poison(0.0)), SBA(augment_prob=1.0, estimator=estimator))
+    run.state.model.module[4].bias.data.zero_()
+    run.fit()
+    assert all(value.isfinite().all() for value in run.state.model.state_dict().values())
+
+
+def test_one_class_has_nothing_to_diverge() -> None:
+    logits, virtual = torch.randn(3, 1, requires_grad=True), torch.randn(4, 3, 1, requires_grad=True)
+    kl = sbaf.soft_label_kl(logits, virtual, stop_gradient=False)
+    kl.backward()
+    assert kl == 0 and virtual.grad.eq(0).all()
+    assert sbaf.hard_label_loss(virtual, torch.zeros(3, dtype=torch.int64)) == 0
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 1))
+    head = AnalyticHead(model)
+    head.arm(0)
+    model(torch.randn(3, 6))
+    assert abs(head.kl()) < 1e-6, head.kl()
+
+
+@pytest.mark.parametrize('norm_stats', ['raw', 'all'])
+@pytest.mark.parametrize('basis', ['identity', 'hadamard'])
+def test_one_row_is_a_batch(basis: str, norm_stats: str) -> None:
+    """Whose statistics are those of its pixels, above a cut."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.Conv2d(4, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 5),
+    )
+    expander = LatentExpander(model, '0', 3, Vicinity(basis=basis), norm_stats=norm_stats)
+    with expander.armed(0):
+        raw, virtual = expander.split(model(torch.randn(1, 3, 8, 8)))
+    kl = sbaf.soft_label_kl(raw, virtual)
+    kl.backward()
+    assert (raw.shape, virtual.shape) == ((1, 5), (3, 1, 5))
+    assert 0 <= kl < math.inf
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_one_row_that_a_layer_cannot_take_is_refused_as_without_sba() -> None:
+    run = trainer(network(above=nn.BatchNorm1d(8)), SBA('1', augment_prob=1.0), rows=9)
+    with pytest.raises(ValueError, match='Expected more than 1 value per channel'):
+        run.fit()
+    assert run.state.timestamp.batch == 2
+
+
+@pytest.mark.parametrize('rows', [9, 11])
+@pytest.mark.parametrize('microbatch', [None, 2])
+def test_a_last_batch_that_is_short(rows: int, microbatch: int | None) -> None:
+    run = trainer(network(), SBA(['1', 'head'], augment_prob=1.0), rows=rows, device_train_microbatch_size=microbatch)
+    run.fit()
+    assert (run.state.timestamp.batch, run.state.timestamp.sample) == (3, rows)
+    assert all(value.isfinite().all() for value in run.state.model.state_dict().values())
+
+
+@pytest.mark.parametrize(('scale', 'finite'), [(1e4, True), (1e30, False)])
+def test_bfloat16_that_overflows_is_seen(scale: float, finite: bool) -> None:
+    """The square of 1e30 is beyond float32, in which the unit of the noise is computed: the divergence says so."""
+    model = network(Poison(scale))
+    expander = LatentExpander(model, '3', 4)
+    with torch.autocast('cpu', torch.bfloat16), expander.armed(0):
+        raw, virtual = expander.split(model(torch.randn(4, 6)))
+    assert raw.dtype == torch.bfloat16 and raw.isfinite().all()
+    kl = sbaf.soft_label_kl(raw, virtual)
+    assert bool(kl.isfinite()) == finite, f'{kl}, rms {virtual.float().square().mean().sqrt()}'
+
+
+def test_a_vote_of_nan_stays_one() -> None:
+    logits = torch.randn(3, 2, 4)
+    logits[1, 0, 2] = math.nan
+    voted = sbaf.majority_vote(logits)
+    assert voted[0].isnan().any() and voted[1].isfinite().all(), voted
