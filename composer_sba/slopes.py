@@ -80,7 +80,7 @@ class Gram:
 
 
 def _tail(top_N2Q: torch.Tensor) -> torch.Tensor:
-    square_NQ = (top_N2Q[:, 1] - top_N2Q[:, 0]).square_()
+    square_NQ = (top_N2Q[:, -1] - top_N2Q[:, 0]).square_()  # of one class, none
     return square_NQ.square().sum(-1, keepdim=True) / (square_NQ.sum(-1, keepdim=True).square() + _EPSILON)
 
 
