@@ -1,6 +1,6 @@
 """Recipes with mistakes: each trains a batch, or is refused in one line that leaves nothing behind.
 
-pytest tests/faults/test_recipe_mutations.py; MUTATIONS=1000 pytest tests/faults -k mutated --hypothesis-seed=1 -s
+pytest tests/faults/test_recipe_mutations.py; MUTATIONS=1200 pytest tests/faults -k mutated --hypothesis-seed=1 -s
 """
 
 import contextlib
