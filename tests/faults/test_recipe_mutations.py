@@ -34,7 +34,7 @@ MUTATIONS = int(os.environ.get('MUTATIONS', '0'))
 SECONDS = 60  # the longest that one batch may take
 MEMORY = 3 << 30  # bytes that a mutant may ask for
 
-LINE = re.compile(r'error: (\S+\.yaml|command line): .')  # then the key, what was expected and what came
+LINE = re.compile(r'error: (\S+\.yaml|command line): (.+: .|expected )')  # the key; that no key could be read
 LOGS = {'log.txt', 'tensorboard_logs'}  # a logger's, begun before the first batch; they may say why there was none
 
 
