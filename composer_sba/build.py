@@ -15,10 +15,10 @@ from composer.utils.reproducibility import seed_all
 from torch import nn
 
 from composer_sba.data import DatasetConfig, build_dataspec, dataset_classes
-from composer_sba.errors import DatasetError, RecipeError
+from composer_sba.errors import DatasetError
 from composer_sba.models import classifier
 from composer_sba.recipe import DECAY_ALL, Recipe, component_arguments
-from composer_sba.refusal import argument_key, one_line, refusal
+from composer_sba.refusal import argument_key, one_line, option_refusal, refusal
 from composer_sba.registry import construct
 from composer_sba.sba import sort_sba_last
 from composer_sba.seed_each_batch import SeedEachBatch, sort_seed_first
@@ -73,8 +73,7 @@ def build_trainer(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
     except Exception as error:
         refused = refusal(recipe, error)
         if refused is None and isinstance(error, ValueError | OSError | OverflowError):
-            # how Composer words what it cannot run as asked
-            refused = RecipeError(f'{recipe.sources.file}: {one_line(error)}')
+            refused = option_refusal(recipe, error)  # how Composer words what it cannot run as asked
         if refused is None or refused is error:
             raise
         raise refused from error

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from composer_sba.checks import check_choice, check_fold, check_layers, check_seed
+from composer_sba.checks import check_choice, check_fold, check_seed
 from composer_sba.cuts import Forward, check_cut, evaluation
 from composer_sba.errors import CutLayerError
 from composer_sba.layers import find_layers
@@ -76,7 +76,6 @@ class LatentExpander:
         norm_stats: NormStats = 'raw',
         seed: int = 0,
     ) -> None:
-        check_layers(layers)
         check_fold(fold)
         check_choice('norm_stats', norm_stats, NormStats)
         check_seed(seed)

@@ -198,8 +198,8 @@ def _single_faults(section: str, entry: Mapping[str, Any]) -> Iterator[tuple[str
     classes = entry.get('num_classes')
     if section == 'model' and classes is None:
         yield 'num_classes', 'is required (int)'
-    if section == 'model' and isinstance(classes, int) and not 1 <= classes <= MAX_CLASSES:
-        yield 'num_classes', f'expected 1 to {MAX_CLASSES}, got {classes}'
+    if section == 'model' and isinstance(classes, int) and not 2 <= classes <= MAX_CLASSES:
+        yield 'num_classes', f'expected 2 to {MAX_CLASSES}, got {classes}'
     yield from component_faults(section, entry['name'], component_arguments(entry))
 
 

@@ -55,6 +55,13 @@ def refusal(recipe: Recipe, error: BaseException, *, begun: bool = False) -> Rec
     return RecipeError(f'{recipe.sources.file}: {told}') if isinstance(error, UserError) else None
 
 
+def option_refusal(recipe: Recipe, error: BaseException) -> RecipeError:
+    """Word what the Trainer refuses: of its option that the message names, else of the recipe."""
+    told = one_line(error)
+    named = [key for key in recipe.trainer_options() if re.search(rf'\b{key}\b', told, re.IGNORECASE)]
+    return recipe.sources.error(max(named, key=len), told) if named else RecipeError(f'{recipe.sources.file}: {told}')
+
+
 def component_key(recipe: Recipe, error: BaseException) -> str | None:
     """The key of the component in whose code an exception was raised, with that of the argument which it names."""
     for frame, _ in traceback.walk_tb(error.__traceback__):

@@ -105,7 +105,9 @@ def _read_file(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict
         values = OmegaConf.to_container(OmegaConf.load(path))
     except OSError as error:
         cause = f'{above[-1]}: extends: ' if above else ''
-        raise RecipeError(f'{cause}{path}: {error.strerror or error}') from error
+        # Of YAML that is but a number OmegaConf says it by an OSError of its own
+        problem = error.strerror or 'expected a mapping of keys, got another kind of YAML'
+        raise RecipeError(f'{cause}{path}: {problem}') from error
     except MarkedYAMLError as error:
         mark = error.problem_mark
         where = f'line {mark.line + 1}, column {mark.column + 1}: ' if mark else ''

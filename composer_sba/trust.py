@@ -17,11 +17,15 @@ from torch.torch_version import TorchVersion
 UNSAFE = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'  # PyTorch's own: who sets it to 1 trusts the checkpoint
 _ONLY_DATA = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'  # PyTorch's own too, stronger than what a caller asks for
 
-_RECONSTRUCT = np.zeros(1).__reduce__()[0]
+_MADE_BY = {'_reconstruct': np.zeros(1).__reduce__()[0], 'scalar': np.float64(0).__reduce__()[0]}
 _DTYPES = [type(np.dtype(code)) for code in ('?', 'u1', 'u4', 'u8', 'i4', 'i8', 'f4', 'f8', 'U1')]
 # Plain values that a Composer checkpoint holds beside tensors: clocks, versions and the state of NumPy's generator
 _PLAIN: list[Any] = [timedelta, TorchVersion, np.ndarray, np.dtype, *_DTYPES]
-_RENAMED: list[Any] = [(_RECONSTRUCT, f'{module}.multiarray._reconstruct') for module in ('numpy.core', 'numpy._core')]
+_RENAMED: list[Any] = [
+    (make, f'{module}.multiarray.{name}')
+    for name, make in _MADE_BY.items()
+    for module in ('numpy.core', 'numpy._core')  # before NumPy 2, and since
+]
 
 
 @contextmanager
@@ -41,13 +45,15 @@ def only_data() -> Iterator[None]:
     if os.environ.get(UNSAFE, '0').lower() in ('1', 'y', 'yes', 'true'):
         yield
         return
-    before = os.environ.get(_ONLY_DATA, '0')
+    before = os.environ.get(_ONLY_DATA)
     os.environ[_ONLY_DATA] = '1'
     try:
         with torch.serialization.safe_globals([*_PLAIN, *_RENAMED]):
             yield
     finally:
-        os.environ[_ONLY_DATA] = before
+        del os.environ[_ONLY_DATA]
+        if before is not None:
+            os.environ[_ONLY_DATA] = before
 
 
 def holds_code(error: BaseException) -> str | None:

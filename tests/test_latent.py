@@ -399,7 +399,7 @@ def test_fold_is_checked(fold, got):
     [
         ({'seed': -1}, 'Expected seed to be an integer >= 0, got -1'),
         ({'seed': 1.5}, 'Expected seed to be an integer >= 0, got 1.5'),
-        ({'layers': []}, r'layers=\[\] names no layer'),
+        ({'layers': []}, r'Expected layers to be a layer name or a list of them, got \[\]'),
         ({'vicinity': {'sigma': -1}}, 'Expected sigma to be a finite number >= 0, got -1'),
         ({'norm_stats': 'none'}, "Expected norm_stats to be one of raw, all, got 'none'"),
     ],

@@ -80,7 +80,8 @@ def test_autoresume_goes_on_and_refuses_to_begin_anew(capsys: pytest.CaptureFixt
             'algorithms.manifold_mixup.layers=hed',
             "command line: algorithms.manifold_mixup.layers: The model has no layer 'hed'",
         ),
-        ('precision=amp_bf16', 'digits_sba.yaml: Precision.AMP_BF16 is not supported for CPU training.'),
+        ('precision=amp_bf16', 'command line: precision: Precision.AMP_BF16 is not supported for CPU training.'),
+        ('scale_schedule_ratio=0.001', 'max_duration: Scale schedule has reduced the max_duration to 0.'),
     ],
 )
 def test_a_mistake_found_while_building(capsys: pytest.CaptureFixture[str], override: str, line: str) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
+from composer_sba.checks import check_layers
 from composer_sba.errors import CutLayerError
 
 _WRAPPERS = {'_fsdp_wrapped_module', '_checkpoint_wrapped_module', '_orig_mod'}
@@ -90,10 +91,10 @@ def find_layers(model: nn.Module, layers: str | Sequence[str]) -> list[CutLayer]
 
     Raises:
         CutLayerError: If a name is no layer of the model, or stands there twice.
+        ValueError: If there is no name.
     """
     known = named_layers(model)
-    if not layers:
-        raise CutLayerError(f"layers={layers!r} names no layer; 'head' is the input of the last nn.Linear.")
+    check_layers(layers)
     cuts = [_find(model, known, name) for name in ([layers] if isinstance(layers, str) else layers)]
     for position, cut in enumerate(cuts):
         if any(cut.module is other.module and cut.at_input == other.at_input for other in cuts[:position]):

@@ -17,8 +17,8 @@ def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _broken_trainers_end_with_the_test() -> Iterator[None]:
+@pytest.fixture(scope='module', autouse=True)
+def _broken_trainers_end_with_the_module() -> Iterator[None]:
     yield
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # temporary folders of Composer's

@@ -29,8 +29,11 @@ ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / 'yamls' / 'digits_sba.yaml')
 SHORT = ['max_duration=1ba', 'progress_bar=false', 'eval_subset_num_batches=1']
 
-# PyTorch's and Composer's, of a save that came to nothing
-pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+pytestmark = [
+    # PyTorch's and Composer's, of a save that came to nothing and a Trainer that was never finished
+    pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning'),
+    pytest.mark.filterwarnings('ignore:Implicitly cleaning up:ResourceWarning'),
+]
 
 
 @pytest.fixture

@@ -20,8 +20,11 @@ from composer_sba.analytic import AnalyticHead
 from composer_sba.errors import NonFiniteError
 
 CLASSES = 5
-# Composer, of a last batch that is shorter than a microbatch
-pytestmark = pytest.mark.filterwarnings('ignore:Cannot split tensor of length')
+pytestmark = [
+    # Composer's, of a last batch that is shorter than a microbatch, and of a Trainer that was never finished
+    pytest.mark.filterwarnings('ignore:Cannot split tensor of length'),
+    pytest.mark.filterwarnings('ignore:Implicitly cleaning up:ResourceWarning'),
+]
 
 
 class Poison(nn.Module):

@@ -26,6 +26,9 @@ from composer_sba.redaction import redact
 from composer_sba.study.plan import Run
 from composer_sba.train import main
 
+# Composer's, of a Trainer that was never finished
+pytestmark = pytest.mark.filterwarnings('ignore:Implicitly cleaning up:ResourceWarning')
+
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / 'yamls' / 'digits_sba.yaml')
 SHORT = ['max_duration=1ba', 'eval_subset_num_batches=1', 'progress_bar=false', 'train_dataset.in_memory=true']

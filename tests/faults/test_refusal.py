@@ -1,6 +1,6 @@
 """Exceptions compared with the line that a user gets: which key, and what is left of the run.
 
-pytest tests/test_refusal.py
+pytest tests/faults/test_refusal.py
 """
 
 from pathlib import Path
@@ -10,20 +10,15 @@ import torch
 from composer.core import Event
 
 from composer_sba import SBA
-from composer_sba.convert import convert
 from composer_sba.errors import NonFiniteError, RecipeError, UserError
 from composer_sba.recipe import Recipe, load
 from composer_sba.refusal import refusal
 from composer_sba.train import main
 
-RECIPE = str(Path(__file__).parent.parent / 'yamls' / 'digits_sba.yaml')
+# Composer's, of a Trainer that was never finished
+pytestmark = pytest.mark.filterwarnings('ignore:Implicitly cleaning up:ResourceWarning')
 
-
-@pytest.fixture(scope='module')
-def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = str(tmp_path_factory.mktemp('data') / 'digits')
-    convert('digits', None, folder)
-    return folder
+RECIPE = str(Path(__file__).parents[2] / 'yamls' / 'digits_sba.yaml')
 
 
 @pytest.fixture
@@ -79,12 +74,16 @@ def test_too_little_memory_has_a_remedy(recipe: Recipe, error: Exception, begun:
 
 @pytest.mark.parametrize('kept', [True, False])
 def test_a_mistake_at_the_first_batch_leaves_what_was_there(
-    digits: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], kept: bool
+    digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kept: bool
 ) -> None:
     if kept:
         (tmp_path / 'runs' / 'mine').mkdir(parents=True)
         (tmp_path / 'runs' / 'notes').write_text('keep')
-    keys = [f'train_dataset.local={digits}', f'eval_dataset.local={digits}', 'train_dataset.in_memory=true']
+    keys = [
+        f'train_dataset.local={digits_folder}',
+        f'eval_dataset.local={digits_folder}',
+        'train_dataset.in_memory=true',
+    ]
     keys += [f'save_folder={tmp_path}/runs/mine', 'save_overwrite=false', 'max_duration=1ba', 'progress_bar=false']
     assert main(['-f', RECIPE, *keys, 'algorithms.randaugment={}']) == 2
     said = capsys.readouterr().err
