@@ -23,7 +23,7 @@ from composer_sba.registry import components, construct
 from composer_sba.sba import sort_sba_last
 from composer_sba.seed_each_batch import SeedEachBatch, sort_seed_first
 from composer_sba.sources import NAMED
-from composer_sba.unfinished import mend, take_over
+from composer_sba.unfinished import RestOfEpoch, mend, take_over
 
 
 def build_trainer(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
@@ -58,6 +58,8 @@ def build_trainer(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
         parts = build_components(recipe)
         parts['loggers'] += destinations
         parts['algorithms'].append(SeedEachBatch())
+        if recipe.train_subset_num_batches != -1:
+            parts['callbacks'].append(RestOfEpoch())
         trainer = Trainer(
             **parts,
             train_dataloader=_data(recipe, 'train_dataset', rows),
