@@ -24,7 +24,7 @@ from composer_sba.sba import sort_sba_last
 from composer_sba.seed_each_batch import SeedEachBatch, sort_seed_first
 from composer_sba.sources import NAMED
 from composer_sba.trust import damage, only_data
-from composer_sba.unfinished import mend, take_over
+from composer_sba.unfinished import RestOfEpoch, mend, take_over
 
 
 def build_trainer(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
@@ -56,6 +56,8 @@ def build_trainer(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
         parts = build_components(recipe)
         parts['loggers'] += destinations
         parts['algorithms'].append(SeedEachBatch())
+        if recipe.train_subset_num_batches != -1:
+            parts['callbacks'].append(RestOfEpoch())
         parts['train_dataloader'] = _data(recipe, 'train_dataset', rows)
         parts['eval_dataloader'] = _data(recipe, 'eval_dataset', recipe.device_eval_batch_size or rows)
         with only_data():  # it loads a checkpoint

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 from composer.callbacks import CheckpointSaver
+from composer.core import Callback, State, Time
+from composer.loggers import Logger
 
 from composer_sba.trust import holds_code, only_data
 
@@ -65,6 +67,29 @@ def take_over(saver: CheckpointSaver, folder: Path) -> None:
     own = {str(folder / Path(name).name): time for name, time in record.items() if (folder / Path(name).name).exists()}
     saver.all_saved_checkpoints_to_timestamp = own
     saver.saved_checkpoints = list(own)
+
+
+class RestOfEpoch(Callback):
+    """Ends the epoch that a run is resumed in after as many batches as ``train_subset_num_batches`` says.
+
+    Composer counts them from the resumed batch on, where the data itself goes on: the epoch would be too long. Runs on
+    FIT_START and on BEFORE_DATALOADER, between which Composer looks once. State saved: none.
+    """
+
+    def __init__(self) -> None:
+        self._length: Time[int] | None = None
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Leave the rest of the epoch."""
+        done = state.timestamp.batch_in_epoch.value
+        if done and state.dataloader_len is not None and 'train' in state.dataset_resumption:
+            self._length = state.dataloader_len
+            state.dataloader_len = self._length.value - done
+
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        """Say the length of the epoch again, for schedulers and the epochs to come."""
+        if self._length is not None:
+            state.dataloader_len, self._length = self._length.value, None
 
 
 def _place(path: Path) -> tuple[int, ...]:
