@@ -148,6 +148,10 @@ def test_a_command_exists_and_takes_its_arguments(page, command, monkeypatch, ca
             study._parser().parse_args(arguments)  # or it exits, which fails a test
         case ['python', script, *arguments] if script.startswith('benchmarks/'):
             subprocess.run([sys.executable, ROOT / script, *arguments, '--help'], check=True, capture_output=True)
+        case ['pytest', place, '-k', choice, *_]:
+            files = [ROOT / place] if (ROOT / place).is_file() else list((ROOT / place).glob('test_*.py'))
+            tests = re.findall(r'^def (test_\w+)', ''.join(file.read_text() for file in files), re.MULTILINE)
+            assert all(any(word in test for test in tests) for word in choice.split(' or ')), tests
         case ['make', target]:
             assert re.search(rf'^{target}:', (ROOT / 'Makefile').read_text(), re.MULTILINE)
         case ['pip', 'install', '-e', package]:
