@@ -152,6 +152,8 @@ def test_a_command_exists_and_takes_its_arguments(page, command, monkeypatch, ca
             files = [ROOT / place] if (ROOT / place).is_file() else list((ROOT / place).glob('test_*.py'))
             tests = re.findall(r'^def (test_\w+)', ''.join(file.read_text() for file in files), re.MULTILINE)
             assert all(any(word in test for test in tests) for word in choice.split(' or ')), tests
+        case ['pytest', place]:
+            assert (ROOT / place).is_file()
         case ['make', target]:
             assert re.search(rf'^{target}:', (ROOT / 'Makefile').read_text(), re.MULTILINE)
         case ['pip', 'install', '-e', package]:
