@@ -13,8 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from composer_sba.checks import check_choice, check_fold, check_seed
 from composer_sba.cuts import Forward, check_cut, evaluation
 from composer_sba.errors import CutLayerError
-from composer_sba.layers import find_layers
-from composer_sba.logit_noise import draw_logit_noise, draw_logit_noise_by_seed, suits
+from composer_sba.layers import CutLayer, find_layers
+from composer_sba.logit_noise import ROWS_A_CLASS, draw_logit_noise, draw_logit_noise_by_seed, suits
 from composer_sba.one_pass import OnePass
 from composer_sba.schedule import choose_layer, noise_seed
 from composer_sba.tail import RawRows, keep_raw_rows, run_below
@@ -222,14 +222,20 @@ class LatentExpander:
             raise CutLayerError(f'Expected a floating tensor at layer {self.cuts[index].name!r}, got {got}.')
         self._raw_rows = self._split_rows = len(latent)
         vicinity, law, copies = self.vicinity, self._law, self.fold
-        if self.cuts[index].name == 'head' and latent.ndim == 2 and self._gaussian_at_head > 0:
-            self._late_copies = self._gaussian_at_head
+        self._late_copies = self._count_late_copies(self.cuts[index], latent)
+        if self._late_copies > 0:
             vicinity, law, copies = self._dropout_alone, self._dropout_law, copies - self._late_copies
         if copies == 0:
             return None
         if torch.compiler.is_compiling():  # which cannot trace a generator; elsewhere an operator only costs time
             return draw_by_seed(latent, self._noise_seeds[0], copies, *law)[0]
         return vicinity.expand(latent, copies, torch.Generator(latent.device).manual_seed(self.seed(0)))
+
+    def _count_late_copies(self, cut: CutLayer, latent: torch.Tensor) -> int:
+        if cut.name != 'head' or latent.ndim != 2:
+            return 0
+        pays = self._gaussian_at_head * len(latent) >= ROWS_A_CLASS * cut.linear.out_features
+        return self._gaussian_at_head if pays else 0
 
     def _at_head(self, linear: nn.Linear, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
         """Put the Gaussian copies between the raw rows and the dropout copies, if none were made of the features."""

@@ -11,12 +11,16 @@ from torch import nn
 from composer_sba.laws import clipped_moments
 from composer_sba.vicinity import Vicinity, draw_basis
 
+ROWS_A_CLASS = 2  # below so many points, what is computed once for all of them costs more than they do
 _FEATURES_A_CLASS = 4  # below so many, K draws and a K × K factor cost as much as Q draws
 _FEATURES_AT_FULL_CLIP = 64  # so many make logits Gaussian whose features' excess kurtosis is 1
 
 
 def suits(linear: nn.Linear, vicinity: Vicinity) -> bool:
-    """Tell whether Gaussian points at a linear layer may be drawn as noise of its outputs, and whether that pays."""
+    """Tell whether Gaussian points at a linear layer may be drawn as noise of its outputs, and whether that pays.
+
+    It pays if the points are at least ``ROWS_A_CLASS`` times the classes too.
+    """
     _, kurtosis = clipped_moments(vicinity)
     return (
         type(linear).forward is nn.Linear.forward

@@ -140,6 +140,13 @@ def test_the_head_runs_on_raw_and_dropout_rows_and_copies_keep_their_order():
     assert not torch.equal(virtual[0], virtual[1])
 
 
+def test_few_points_of_many_classes_are_drawn_by_feature():
+    model, few, many = Net(), torch.randn(2, 8), torch.randn(3, 8)
+    for x, rows in (few, 2 * (1 + 4)), (many, 3):  # 4 points a row, and 5 classes
+        assert expanded(model, x, GAUSSIAN)[1].shape == (4, len(x), K)
+        assert model.rows[-1] == rows
+
+
 def test_it_needs_no_dropout_points():
     model, x = Net().double(), torch.randn(N, 8, dtype=torch.float64)
     raw, virtual = expanded(model, x, GAUSSIAN)
