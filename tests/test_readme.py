@@ -4,6 +4,8 @@ Run: pytest tests/test_readme.py
 """
 
 import re
+import shlex
+import tarfile
 from pathlib import Path
 
 import torch
@@ -11,6 +13,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.utils.data import TensorDataset
+
+from composer_sba import convert, train
+from test_convert import cifar_batches, image_folder
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
@@ -46,6 +51,30 @@ def test_the_plain_pytorch_loop_trains(digits):
     with torch.no_grad():
         after = F.cross_entropy(model(images), labels).item()
     assert after < 0.8 * before, f'loss {before:.3f} -> {after:.3f}'
+
+
+def test_the_commands_of_the_recipes_run(tmp_path, monkeypatch):
+    """One after the other in one folder, on a few images of the kinds that they name, for two batches."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'yamls').symlink_to(ROOT / 'yamls')
+    cifar_batches(tmp_path / 'cifar-10-batches-py')
+    with tarfile.open('cifar-10-python.tar.gz', 'w:gz') as archive:
+        archive.add('cifar-10-batches-py')
+    folder = image_folder(tmp_path / 'imagenet')
+    small = ['max_duration=2ba', 'global_train_batch_size=4', 'device_eval_batch_size=16', 'progress_bar=false']
+    block = re.search(r'^## From a recipe\n\n```console\n(.*?)^```', README, re.M | re.S).group(1)
+    trained = 0
+    for command in block.splitlines():
+        match shlex.split(command.removeprefix('$ ').replace('/datasets/imagenet', str(folder))):
+            case ['composer', 'train.py', *arguments]:
+                classes = ['model.num_classes=3'] if 'imagenet' in command else []
+                assert train.main([*arguments, *small, *classes]) == 0, command
+                trained += 1
+            case ['python', '-m', 'composer_sba.convert', *arguments]:
+                assert convert.main(arguments) == 0, command
+            case words:
+                assert words[:3] == ['pip', 'install', '-e'], command  # this environment
+    assert trained == 3
 
 
 def test_the_tree_names_every_module_and_only_those():
