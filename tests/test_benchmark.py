@@ -56,7 +56,7 @@ def test_a_plain_step_has_no_hooks() -> None:
 def test_a_profile_names_the_parts() -> None:
     parts = profiled(steps('conv1', 8), 'sba', rounds=1)
     assert list(parts) == [*PARTS, 'other']
-    assert parts['noise and Σ'] > 0 and parts['tail and trunk'] > 0, parts
+    assert parts['noise and Σ'] > 0, parts  # a plain step has none; the others' differences are at the mercy of the clock
 
 
 def test_the_command_writes_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
