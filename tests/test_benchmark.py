@@ -56,7 +56,8 @@ def test_a_plain_step_has_no_hooks() -> None:
 def test_a_profile_names_the_parts() -> None:
     parts = profiled(steps('conv1', 8), 'sba', rounds=1)
     assert list(parts) == [*PARTS, 'other']
-    assert parts['noise and Σ'] > 0, parts  # a plain step has none; the others' differences are at the mercy of the clock
+    # A plain step has none; what other parts differ by is at the mercy of the clock
+    assert parts['noise and Σ'] > 0, parts
 
 
 def test_the_command_writes_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
