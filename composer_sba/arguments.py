@@ -41,11 +41,12 @@ def faults(build: Build, arguments: Mapping[str, Any], supplied: Sequence[str] =
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for key, value in arguments.items():
         hint = hints.get(key, Any)
-        nested = next((h for h in _options(hint) if is_dataclass(h) and isinstance(value, Mapping)), None)
+        classes = (h for h in _options(hint) if isinstance(h, type) and is_dataclass(h))
+        nested = next(classes, None) if isinstance(value, Mapping) else None
         if key not in named and not takes_any:
             yield f'{key}', f'unknown key{nearest(f"{key}", named)}'
         elif nested is not None:
-            yield from ((f'{key}.{below}', problem) for below, problem in faults(nested, value))  # type: ignore[arg-type]  # a dataclass is a type
+            yield from ((f'{key}.{below}', problem) for below, problem in faults(nested, value))
         elif not fits(hint, value):
             yield key, f'expected {spell(hint)}, got {show(value)}'
     for key in named:

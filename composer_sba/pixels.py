@@ -32,7 +32,7 @@ class RandomResizedCrop(transforms.RandomResizedCrop):  # type: ignore[misc]  # 
         return F.interpolate(crop, self.size, mode='bilinear', antialias=True)[0]
 
 
-class Pipeline(transforms.Compose):  # type: ignore[misc]
+class Pipeline(transforms.Compose):  # type: ignore[misc]  # torchvision has no types
     """Transforms of one image that need not be a PIL image, unless others than ours were put among them.
 
     Example:
@@ -51,7 +51,7 @@ class Pipeline(transforms.Compose):  # type: ignore[misc]
         return all(isinstance(step, RandomResizedCrop | transforms.RandomHorizontalFlip) for step in before)
 
 
-class ToFloats(transforms.ToTensor):  # type: ignore[misc]
+class ToFloats(transforms.ToTensor):  # type: ignore[misc]  # torchvision has no types
     """torchvision's ``ToTensor``, which takes a uint8 tensor as well."""
 
     def __call__(self, image: Image.Image | torch.Tensor) -> torch.Tensor:

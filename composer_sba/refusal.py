@@ -168,9 +168,10 @@ def _saving_fault(error: BaseException) -> str | None:
     if not any(isinstance(each, CheckpointSaver) for each in frames):
         return None
     chain: list[BaseException] = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]  # None ends it
+    before: BaseException | None = error
+    while before is not None and before not in chain:
+        chain.append(before)
+        before = before.__cause__ or before.__context__
     return next(
         (one_line(each) for each in chain if isinstance(each, OSError) or 'PytorchStreamWriter' in str(each)), None
     )

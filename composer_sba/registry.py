@@ -46,14 +46,15 @@ def components(section: str) -> dict[str, Build]:
     """
     if section == 'model':
         return dict(MODELS)
-    own, module, base = {
+    parts: dict[str, tuple[list[type], Any, type]] = {
         'algorithms': ([SBA, BatchAugmentation, MajorityVote, ManifoldMixup, RDrop], algorithms, Algorithm),
         'callbacks': ([LastEpochsMedian], callbacks, Callback),
         'loggers': ([], loggers, LoggerDestination),
         'scheduler': ([], optim, optim.ComposerScheduler),
         'optimizer': ([torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW], optim, torch.optim.Optimizer),
-    }[section]
-    return {_spelling(cls): cls for cls in [*own, *_public(module, base)]}  # type: ignore[misc]  # a list of classes that share no base
+    }
+    own, module, base = parts[section]
+    return {_spelling(cls): cls for cls in [*own, *_public(module, base)]}
 
 
 def canonical(section: str, name: str) -> str | None:

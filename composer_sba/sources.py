@@ -11,7 +11,7 @@ Each layer lies over the one before. Three rules merge them:
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -139,7 +139,7 @@ def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             together = OmegaConf.merge(together, OmegaConf.from_dotlist([text]))
         except (YAMLError, OmegaConfBaseException) as error:
             raise RecipeError(f"{COMMAND_LINE}: {key}: expected YAML after =, got '{text}'") from error
-    return OmegaConf.to_container(together)  # type: ignore[return-value]  # its keys are text
+    return cast(dict[str, Any], OmegaConf.to_container(together))
 
 
 def _spelled(source: Sources, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,6 +27,10 @@ _RENAMED: list[Any] = [
     for name, make in _MADE_BY.items()
     for module in ('numpy.core', 'numpy._core')  # before NumPy 2, and since
 ]
+
+# Which of them zipfile raises depends on the bit that is wrong: in a magic number, a length, a name, an offset, the
+# flag of encryption or the method of compression. UnicodeDecodeError is a ValueError.
+_OF_DAMAGE = (zipfile.BadZipFile, EOFError, OSError, ValueError, RuntimeError, zlib.error)
 
 
 @contextmanager
@@ -71,11 +76,11 @@ def damage(path: Path) -> str | None:
     Returns:
         str | None: Words for a message, None for a whole checkpoint.
     """
-    if not zipfile.is_zipfile(path):
-        return None
     try:
+        if not zipfile.is_zipfile(path):
+            return None
         with zipfile.ZipFile(path) as archive:
             name = archive.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
-        return str(error)
+    except _OF_DAMAGE as error:
+        return str(error) or f'a file that ends too early ({type(error).__name__})'
     return None if name is None else f'a wrong checksum of {name}'

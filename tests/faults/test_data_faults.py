@@ -47,7 +47,7 @@ def disk(folder: Path, options: str) -> Iterator[Path]:
     mounted = subprocess.run(
         ['mount', '-t', 'tmpfs', '-o', options, 'none', str(folder)], capture_output=True, text=True
     )
-    if mounted.returncode:
+    if mounted.returncode:  # only root may mount; a full disk cannot be had otherwise without harm to the real one
         pytest.skip(f'cannot mount a small disk: {mounted.stderr.strip()}')
     yield folder
     subprocess.run(['umount', '--lazy', str(folder)], check=True)

@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 from composer import Callback, Trainer
-from composer.core import Precision
+from composer.core import Precision, State
 from composer.models import ComposerClassifier
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -104,7 +104,11 @@ def test_no_checkpoint_is_written_after_a_divergence(tmp_path, monkeypatch: pyte
     poison = Poison(math.nan)
     sba = SBA(augment_prob=1.0)
     check = sba._check_finite
-    at_end = lambda kl, state, batch: check(kl, state, batch) if state.timestamp.batch > batch else None  # noqa: E731
+
+    def at_end(kl: float, state: State, batch: int) -> None:
+        if state.timestamp.batch > batch:
+            check(kl, state, batch)
+
     monkeypatch.setattr(sba, '_check_finite', at_end)
     saving = {'save_folder': str(tmp_path), 'save_interval': '1ba', 'save_overwrite': True}
     run = trainer(network(poison), sba, callbacks=[After(poison, 2)], **saving)

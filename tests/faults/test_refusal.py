@@ -4,6 +4,7 @@ pytest tests/faults/test_refusal.py
 """
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -29,9 +30,9 @@ def recipe() -> Recipe:
 def raised(error: Exception) -> Exception:
     """As one of SBA's methods raises it."""
     sba = SBA()
-    sba.eval_start = lambda state, logger: (_ for _ in ()).throw(error)  # type: ignore[method-assign]
+    sba.eval_start = Mock(side_effect=error)
     try:
-        sba.apply(Event.EVAL_START, None, None)  # type: ignore[arg-type]
+        sba.apply(Event.EVAL_START, Mock(), Mock())
     except type(error) as caught:
         return caught
     raise AssertionError('nothing was raised')
