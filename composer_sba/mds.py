@@ -1,6 +1,8 @@
 """Images in MDS shards: each is checked when it is read, and its transforms draw the same again."""
 
+import contextlib
 import io
+import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
-from streaming.base.dataset import StreamingDataset, _ShardState
+from streaming.base.dataset import StreamingDataset, _Iterator, _ShardState
 from streaming.vision.base import StreamingVisionDataset
 from torch.utils.data import Dataset
 
@@ -163,10 +165,21 @@ class ImageDataset(StreamingVisionDataset):
             return self.transform(image), label
 
     def _read(self, sample_id: int, retry: int) -> dict[str, Any]:
+        shard_id, _ = self.spanner[sample_id]
         try:
-            return StreamingDataset.get_item(self, sample_id, retry)
+            sample = StreamingDataset.get_item(self, sample_id, retry)
+            while not self._is_checked(shard_id):  # read while another worker had fetched it and was comparing its hash
+                self.prepare_shard(shard_id)
+                sample = StreamingDataset.get_item(self, sample_id, retry)
+            return sample
         except Exception as error:
             raise self._failure or error from None  # the thread that fetched the shard knows why it is not there
+
+    def _is_checked(self, shard_id: int) -> bool:
+        shard = self.shards[shard_id]
+        # A shard that is not what was hashed is deleted before its state says that it is here.
+        path = os.path.join(shard.dirname, shard.split, shard.file_pairs[0][0].basename)
+        return self._shard_states[shard_id] == _ShardState.LOCAL and os.path.exists(path)
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         """Tell where in the data a run is, for its checkpoint.
@@ -211,10 +224,28 @@ class ImageDataset(StreamingVisionDataset):
             self._failure = future.exception()
             self._event.set()
 
+    def _prepare_thread(self, it: _Iterator) -> None:
+        with _exit_told(it):
+            super()._prepare_thread(it)
+
+    def _ready_thread(self, it: _Iterator) -> None:
+        with _exit_told(it):
+            super()._ready_thread(it)
+
     def _get_work(self, epoch: int, sample_in_epoch: int) -> np.ndarray:
         # The one place where each worker learns which epoch it is in, be it a resumed one.
         self.epoch = epoch
         return super()._get_work(epoch, sample_in_epoch)
+
+
+@contextlib.contextmanager
+def _exit_told(it: _Iterator) -> Iterator[None]:
+    """Tell of a thread's end if it raises: Streaming waits for two to end and counts those alone that return."""
+    try:
+        yield
+    except BaseException:
+        it.on_exit()
+        raise
 
 
 class ByIndex(Dataset):

@@ -3,6 +3,7 @@
 Run: python -m pytest tests/test_data.py
 """
 
+import concurrent.futures
 import io
 import json
 import multiprocessing
@@ -12,18 +13,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import streaming.base.stream
 import torch
 from composer import Callback, State, Trainer
 from composer.loggers import Logger
 from composer.models import ComposerClassifier
 from PIL import Image
 from streaming import MDSWriter, StreamingDataset
+from streaming.base.hashing import get_hash
 from torch.utils.data import DataLoader
 
 from composer_sba import sharing
@@ -448,6 +452,69 @@ def test_shard_that_cannot_be_fetched_is_neither_a_short_epoch_nor_a_wait_for_ev
     last = str(caught.value).strip().splitlines()[-1]
     assert 'Checksum failure' in last and f'delete {tmp_path}/cache/{split} to fetch it again' in last, last
     assert not (tmp_path / 'cache' / split / 'shard.00001.mds').exists(), 'the next run would take the bad shard'
+
+
+def test_a_worker_both_of_whose_threads_fail_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streaming waits for threads that return; here the one that looks ahead fails, and then the one that reads on."""
+
+    def fails_too(self: StreamingDataset, it: Any) -> None:
+        assert self._event.wait(60)
+        raise OSError('this thread fails as well')
+
+    monkeypatch.setattr(StreamingDataset, '_ready_thread', fails_too)
+    keys = dataset(tmp_path / 'remote', 97) | {'local': str(tmp_path / 'cache'), 'remote': str(tmp_path / 'remote')}
+    loader = build_dataloader(DatasetConfig(**keys, num_workers=0), 4)
+    (tmp_path / 'remote' / 'train' / 'shard.00001.mds').write_bytes(b'not what was hashed')
+    said: list[str] = []
+
+    def read() -> None:
+        try:
+            list(loader)
+        except DatasetError as error:
+            said.append(str(error))
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive(), 'the epoch of a dataset that lacks a shard does not end'
+    assert len(said) == 1 and 'a shard cannot be fetched' in said[0], said
+
+
+def test_no_sample_is_taken_from_a_shard_before_its_hash_was_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker reads a shard that another one has fetched and not checked: whole to look at, but one bit differs."""
+    keys = dataset(tmp_path / 'remote', 97) | {'local': str(tmp_path / 'cache'), 'remote': str(tmp_path / 'remote')}
+    stored = tmp_path / 'remote' / 'train' / 'shard.00001.mds'
+    broken = bytearray(stored.read_bytes())
+    broken[-1] ^= 1
+    stored.write_bytes(broken)
+    data = build_dataloader(DatasetConfig(**keys, num_workers=0), 4).dataset
+    comparing, look = threading.Event(), threading.Event()
+
+    def slowly(algorithm: str, content: bytes) -> str:
+        comparing.set()
+        assert look.wait(60)
+        return get_hash(algorithm, content)
+
+    monkeypatch.setattr(streaming.base.stream, 'get_hash', slowly)
+    get_item = StreamingDataset.get_item
+    samples: list[Any] = []
+
+    def get_item_meanwhile(self: StreamingDataset, sample_id: int, retry: int = 7) -> Any:
+        sample = get_item(self, sample_id, retry)
+        samples.append(sample)
+        look.set()
+        return sample
+
+    monkeypatch.setattr(StreamingDataset, 'get_item', get_item_meanwhile)
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        fetched = threads.submit(data.prepare_shard, 1)  # as another worker would
+        assert comparing.wait(60)
+        with pytest.raises(DatasetError, match='Checksum failure'):
+            data.get_item(96)
+        assert 'Checksum failure' in str(fetched.exception(60))
+    assert samples, 'the test itself: nothing was read while the hash was compared'
 
 
 def test_remote_that_is_not_there(tmp_path: Path) -> None:
