@@ -1,84 +1,21 @@
 """Images in MDS shards: each is checked when it is read, and its transforms draw the same again."""
 
 import contextlib
-import io
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
-from PIL.JpegImagePlugin import JpegImageFile
 from streaming.base.dataset import StreamingDataset, _Iterator, _ShardState
 from streaming.vision.base import StreamingVisionDataset
 from torch.utils.data import Dataset
 
-from composer_sba.decode import decode, to_rgb
 from composer_sba.errors import DatasetError
+from composer_sba.expected import Expected
 from composer_sba.index import said
 from composer_sba.seeding import hash_key, seeded
 from composer_sba.sharing import claim, registration, shared_samples
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What every sample of a dataset must be, or its reader says in one line what it is instead.
-
-    Args:
-        folder (str): Where the dataset is, for messages.
-        num_classes (int): Labels are refused unless in [0, num_classes).
-        image_size (int, optional): Height and width that every image must have. ``None``: any.
-        remedy (str): What to do about a broken dataset, for messages.
-    """
-
-    folder: str
-    num_classes: int
-    image_size: int | None
-    remedy: str
-
-    def read(
-        self, sample_id: int, read: Callable[..., Mapping], *args: Any, tensors: bool = False
-    ) -> tuple[Image.Image | torch.Tensor, int]:
-        """Read and check one sample.
-
-        Args:
-            sample_id (int): Index of the sample in the dataset, for messages.
-            read (Callable): Called with ``args``, gives the columns ``x``, an image or its file, and ``y``.
-            *args (Any): Its arguments.
-            tensors (bool, optional): Whether a JPEG shall become a tensor. Default: ``False``.
-
-        Returns:
-            tuple[PIL.Image.Image | torch.Tensor, int]: The RGB image, as :func:`composer_sba.decode.decode` gives it,
-            and its label.
-
-        Raises:
-            DatasetError: If the sample cannot be read, has an impossible label or the wrong size.
-        """
-        try:
-            sample = read(*args)
-            image, label = sample['x'], int(sample['y'])
-            if tensors and isinstance(image, JpegImageFile):  # opened by Streaming, from memory, and not decoded yet
-                image = cast(io.BytesIO, image.fp).getvalue()
-            image = decode(image, tensors) if isinstance(image, bytes) else to_rgb(image)
-        except Exception as error:  # what a decoder raises depends on the format and on where the bytes are broken
-            raise DatasetError(
-                f'{self.folder}: sample {sample_id} cannot be read ({said(error)}): {self.remedy}'
-            ) from error
-        if not 0 <= label < self.num_classes:
-            raise DatasetError(
-                f'{self.folder}: sample {sample_id} has the label {label}, expected 0 to '
-                f'{self.num_classes - 1}: correct num_classes or the data'
-            )
-        height, width = image.shape[1:] if isinstance(image, torch.Tensor) else image.size[::-1]
-        if self.image_size and (height, width) != (self.image_size, self.image_size):
-            raise DatasetError(
-                f'{self.folder}: sample {sample_id} has {width}x{height} pixels, expected '
-                f'{self.image_size}x{self.image_size}: read it as name: imagefolder'
-            )
-        return image, label
 
 
 class ImageDataset(StreamingVisionDataset):
@@ -167,19 +104,17 @@ class ImageDataset(StreamingVisionDataset):
     def _read(self, sample_id: int, retry: int) -> dict[str, Any]:
         shard_id, _ = self.spanner[sample_id]
         try:
-            sample = StreamingDataset.get_item(self, sample_id, retry)
-            while not self._is_checked(shard_id):  # read while another worker had fetched it and was comparing its hash
+            if not self._is_checked(shard_id):
                 self.prepare_shard(shard_id)
-                sample = StreamingDataset.get_item(self, sample_id, retry)
-            return sample
+            return StreamingDataset.get_item(self, sample_id, retry)
         except Exception as error:
             raise self._failure or error from None  # the thread that fetched the shard knows why it is not there
 
     def _is_checked(self, shard_id: int) -> bool:
+        """Tell whether a shard is here and its hash was compared: Streaming reads whatever file it finds."""
         shard = self.shards[shard_id]
-        # A shard that is not what was hashed is deleted before its state says that it is here.
-        path = os.path.join(shard.dirname, shard.split, shard.file_pairs[0][0].basename)
-        return self._shard_states[shard_id] == _ShardState.LOCAL and os.path.exists(path)
+        exists = os.path.exists(os.path.join(shard.dirname, shard.split, shard.file_pairs[0][0].basename))
+        return exists and self._shard_states[shard_id] == _ShardState.LOCAL  # a bad one is deleted before it says so
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         """Tell where in the data a run is, for its checkpoint.

@@ -13,7 +13,7 @@ from torchvision import transforms
 
 from composer_sba.cutout import Cutout
 from composer_sba.decode import to_rgb
-from composer_sba.mds import Expected
+from composer_sba.expected import Expected
 from composer_sba.pixels import Normalize
 from composer_sba.seeding import hash_key, seeded
 from composer_sba.sharing import shared_samples

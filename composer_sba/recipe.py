@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from composer_sba.arguments import faults, nearest, show
-from composer_sba.data import DatasetConfig
+from composer_sba.dataset_config import DatasetConfig
 from composer_sba.redaction import HIDDEN, redact
 from composer_sba.registry import component_faults, components
 from composer_sba.sources import NAMED, SINGLE, Sources, read

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -483,7 +484,7 @@ def test_a_worker_both_of_whose_threads_fail_is_not_waited_for(tmp_path: Path, m
 def test_no_sample_is_taken_from_a_shard_before_its_hash_was_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker reads a shard that another one has fetched and not checked: whole to look at, but one bit differs."""
+    """A worker wants to read a shard that another has fetched and not checked; it looks whole, but one bit differs."""
     keys = dataset(tmp_path / 'remote', 97) | {'local': str(tmp_path / 'cache'), 'remote': str(tmp_path / 'remote')}
     stored = tmp_path / 'remote' / 'train' / 'shard.00001.mds'
     broken = bytearray(stored.read_bytes())
@@ -498,23 +499,14 @@ def test_no_sample_is_taken_from_a_shard_before_its_hash_was_compared(
         return get_hash(algorithm, content)
 
     monkeypatch.setattr(streaming.base.stream, 'get_hash', slowly)
-    get_item = StreamingDataset.get_item
-    samples: list[Any] = []
-
-    def get_item_meanwhile(self: StreamingDataset, sample_id: int, retry: int = 7) -> Any:
-        sample = get_item(self, sample_id, retry)
-        samples.append(sample)
-        look.set()
-        return sample
-
-    monkeypatch.setattr(StreamingDataset, 'get_item', get_item_meanwhile)
     with concurrent.futures.ThreadPoolExecutor() as threads:
         fetched = threads.submit(data.prepare_shard, 1)  # as another worker would
         assert comparing.wait(60)
-        with pytest.raises(DatasetError, match='Checksum failure'):
-            data.get_item(96)
-        assert 'Checksum failure' in str(fetched.exception(60))
-    assert samples, 'the test itself: nothing was read while the hash was compared'
+        read = threads.submit(data.get_item, 96)
+        time.sleep(0.5)  # it could have read a hundred samples
+        look.set()
+        for error in fetched.exception(60), read.exception(60):
+            assert 'Checksum failure' in str(error), error
 
 
 def test_remote_that_is_not_there(tmp_path: Path) -> None:
