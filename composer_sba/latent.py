@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -14,11 +14,12 @@ from composer_sba.checks import check_choice, check_fold, check_seed
 from composer_sba.cuts import Forward, check_cut, evaluation
 from composer_sba.errors import CutLayerError
 from composer_sba.layers import CutLayer, find_layers
-from composer_sba.logit_noise import ROWS_A_CLASS, draw_logit_noise, draw_logit_noise_by_seed, suits
+from composer_sba.logit_noise import ROWS_A_CLASS, draw_logit_noise, suits
 from composer_sba.one_pass import OnePass
+from composer_sba.operators import draw_by_seed, draw_logit_noise_by_seed, packed
 from composer_sba.schedule import choose_layer, noise_seed
 from composer_sba.tail import RawRows, keep_raw_rows, run_below
-from composer_sba.vicinity import Vicinity, as_vicinity, draw_by_seed
+from composer_sba.vicinity import Vicinity, as_vicinity
 
 NormStats = Literal['raw', 'all']
 
@@ -93,8 +94,7 @@ class LatentExpander:
         drawn_there = any(cut.name == 'head' and suits(cut.linear, self.vicinity) for cut in self.cuts)
         self._gaussian_at_head = self.vicinity.num_gaussian(fold) if drawn_there else 0
         self._dropout_alone = replace(self.vicinity, gaussian_fraction=0.0)
-        # As an operator takes them; torch.compile cannot trace astuple.
-        self._law, self._dropout_law = astuple(self.vicinity), astuple(self._dropout_alone)
+        self._law, self._dropout_law = packed(self.vicinity), packed(self._dropout_alone)
         self._late_copies = 0  # Gaussian copies that wait for the head to have run, while an augmented batch passes it
         self._split_rows: int | None = None
         self._handles: list[RemovableHandle] = []
@@ -228,7 +228,7 @@ class LatentExpander:
         if copies == 0:
             return None
         if torch.compiler.is_compiling():  # which cannot trace a generator; elsewhere an operator only costs time
-            return draw_by_seed(latent, self._noise_seeds[0], copies, *law)[0]
+            return draw_by_seed(latent, self._noise_seeds[0], copies, law)[0]
         return vicinity.expand(latent, copies, torch.Generator(latent.device).manual_seed(self.seed(0)))
 
     def _count_late_copies(self, cut: CutLayer, latent: torch.Tensor) -> int:
@@ -244,7 +244,7 @@ class LatentExpander:
         latent, raw = args[0][: self.raw_rows].detach(), output[: self.raw_rows]
         if torch.compiler.is_compiling():
             weight, seed = linear.weight.detach(), self._noise_seeds[1]
-            xi, directions = draw_logit_noise_by_seed(latent, weight, seed, self._late_copies, *self._law)
+            xi, directions = draw_logit_noise_by_seed(latent, weight, seed, self._late_copies, self._law)
         else:
             generator = torch.Generator(latent.device).manual_seed(self.seed(1))
             xi, directions = draw_logit_noise(latent, linear.weight, self._late_copies, self.vicinity, generator)

@@ -3,13 +3,12 @@
 Names of tensors end in their shape: N raw samples, K classes, Q features.
 """
 
-from typing import Any
-
 import torch
 from torch import nn
 
+from composer_sba.basis import draw_basis
 from composer_sba.laws import clipped_moments
-from composer_sba.vicinity import Vicinity, draw_basis
+from composer_sba.vicinity import Vicinity
 
 ROWS_A_CLASS = 2  # below so many points, what is computed once for all of them costs more than they do
 _FEATURES_A_CLASS = 4  # below so many, K draws and a K × K factor cost as much as Q draws
@@ -95,34 +94,3 @@ def _directions(
     factor_KK, _ = torch.linalg.cholesky_ex(gram_KK)
     b_KQ = torch.linalg.solve_triangular(factor_KK, a_KQ, upper=False).to(dtype)
     return b_KQ.T if basis_QQ is None else basis_QQ @ b_KQ.T
-
-
-@torch.library.custom_op('composer_sba::draw_logits', mutates_args=())
-def draw_logit_noise_by_seed(
-    latent: torch.Tensor,
-    weight: torch.Tensor,
-    seed: torch.Tensor,
-    copies: int,
-    gaussian_fraction: float,
-    sigma: float,
-    tau: float | None,
-    noise_scale: str,
-    basis: str,
-    dropout: float,
-    rescale: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run :func:`draw_logit_noise` on a generator of this seed, as one operator, as :func:`.draw_by_seed` does."""
-    vicinity = Vicinity(gaussian_fraction, sigma, tau, noise_scale, basis, dropout, rescale)  # type: ignore[arg-type]
-    generator = torch.Generator(latent.device).manual_seed(int(seed) % 2**64)
-    xi, directions = draw_logit_noise(latent, weight, copies, vicinity, generator)
-    return xi, directions.contiguous()
-
-
-@draw_logit_noise_by_seed.register_fake
-def _(
-    latent: torch.Tensor, weight: torch.Tensor, seed: torch.Tensor, copies: int, *law: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    dtype = torch.promote_types(latent.dtype, torch.float32)
-    return latent.new_empty(copies, len(latent), len(weight), dtype=dtype), weight.new_empty(
-        weight.shape[1], len(weight), dtype=dtype
-    )

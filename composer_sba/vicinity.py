@@ -8,13 +8,12 @@ from typing import Any, Literal
 import torch
 from torch.autograd.function import once_differentiable
 
+from composer_sba.basis import Basis, draw_basis, rotate
 from composer_sba.checks import check_choice, check_flag, check_number
 
 NoiseScale = Literal['rms', 'absolute']
-Basis = Literal['identity', 'normalized', 'orthogonal', 'hadamard']
 
-_Drawn = tuple[torch.Tensor, torch.Tensor]  # the augmented batch, and the features that its dropout points kept
-MAX_DENSE_FEATURES = 8192  # a dense Σ of this width holds 256 MiB in float32
+Drawn = tuple[torch.Tensor, torch.Tensor]  # the augmented batch, and the features that its dropout points kept
 
 
 @dataclass(frozen=True)
@@ -111,17 +110,17 @@ class Vicinity:
         Returns:
             torch.Tensor: Shape ``((1 + M) * N, *)``, dtype and memory format of ``latent``.
         """
-        return _Expansion.apply(latent, self, fold, generator)
+        return Expansion.apply(latent, self, fold, generator)
 
     @torch.no_grad()
-    def draw(self, latent: torch.Tensor, fold: int, generator: torch.Generator | None = None) -> _Drawn:
+    def draw(self, latent: torch.Tensor, fold: int, generator: torch.Generator | None = None) -> Drawn:
         """Write the augmented batch without gradients; :meth:`expand` is this and its backward pass.
 
         Returns:
             tuple: The augmented batch, shape ``((1 + M) * N, *)``, and the features that dropout points kept, bool,
             shape ``(q, N, *)``, contiguous.
         """
-        rows, kept = _buffers(latent, fold, self)
+        rows, kept = buffers(latent, fold, self)
         raw, gaussian, dropout = rows.unflatten(0, (1 + fold, -1)).split([1, fold - len(kept), len(kept)])
         raw.copy_(latent)
         with torch.autocast(latent.device.type, enabled=False):
@@ -129,11 +128,11 @@ class Vicinity:
                 self._write_gaussian(gaussian, latent, generator)
             if len(dropout) > 0:
                 _draw_kept(kept, dropout, self.dropout, generator)
-                dropout.copy_(kept).mul_(latent * self._dropout_scale)
+                dropout.copy_(kept).mul_(latent * self.dropout_scale)
         return rows, kept
 
     @property
-    def _dropout_scale(self) -> float:
+    def dropout_scale(self) -> float:
         """What a dropout point multiplies the features with that it keeps."""
         return 1 / (1 - self.dropout) if self.rescale else 1.0
 
@@ -144,7 +143,7 @@ class Vicinity:
         width = 2 ** (features - 1).bit_length() if self.basis == 'hadamard' else features
         noise = _scratch(points, width).normal_(0, self.sigma, generator=generator).clamp_(-tau, tau)
         if self.basis == 'hadamard':
-            _rotate(noise, generator)
+            rotate(noise, generator)
         elif self.basis != 'identity':
             noise = noise @ draw_basis(self.basis, noise, generator).T
         if self.noise_scale == 'rms':
@@ -152,21 +151,23 @@ class Vicinity:
         torch.add(latent, noise[:, :features].view(points.shape), out=points)
 
 
-class _Expansion(torch.autograd.Function):
+class Expansion(torch.autograd.Function):
     """:meth:`Vicinity.draw` with its backward pass: the sum over the copies. The noise and its scale are constants."""
 
     @staticmethod
     def forward(
         ctx: Any, latent: torch.Tensor, vicinity: Vicinity, fold: int, generator: torch.Generator | None
     ) -> torch.Tensor:
+        """Give the augmented batch of :meth:`Vicinity.draw`."""
         rows, kept = vicinity.draw(latent, fold, generator)
         ctx.save_for_backward(kept)
-        ctx.dropout_scale = vicinity._dropout_scale
+        ctx.dropout_scale = vicinity.dropout_scale
         return rows
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor, *_: None) -> tuple[torch.Tensor | None, ...]:
+        """Give the gradient of the raw latent batch, None for the other arguments."""
         (kept,) = ctx.saved_tensors
         copies = gradient.unflatten(0, (-1, kept.shape[1]))
         shifted, dropout = copies.split([len(copies) - len(kept), len(kept)])
@@ -190,7 +191,7 @@ def as_vicinity(vicinity: Vicinity | Mapping[str, Any]) -> Vicinity:
     return Vicinity(**vicinity)
 
 
-def _buffers(latent: torch.Tensor, fold: int, vicinity: Vicinity) -> _Drawn:
+def buffers(latent: torch.Tensor, fold: int, vicinity: Vicinity) -> Drawn:
     """Allocate what :meth:`Vicinity.draw` fills."""
     channels_last = latent.ndim == 4 and latent.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if channels_last and not latent.is_contiguous() else torch.contiguous_format
@@ -221,67 +222,3 @@ def _draw_kept(kept: torch.Tensor, room: torch.Tensor, rate: float, generator: t
     bits.random_(-(2**63), None, generator=generator)
     chances = bits.view(torch.int16)[: kept.numel()].view(kept.shape)
     torch.ge(chances, min(round(rate * 2**16), 2**16 - 1) - 2**15, out=kept)
-
-
-def _rotate(noise: torch.Tensor, generator: torch.Generator | None) -> None:
-    """Multiply rows with Σ = H D / √Q in place: random signs D, then the Walsh-Hadamard matrix H, Q a power of two."""
-    width = noise.shape[1]
-    signs = noise.new_empty(width).bernoulli_(generator=generator).mul_(2).sub_(1)
-    noise *= signs / math.sqrt(width)
-    for stage in range(width.bit_length() - 1):
-        first, second = noise.view(len(noise), -1, 2, 2**stage).unbind(2)
-        first += second
-        torch.sub(first, second, alpha=2, out=second)  # the difference, now that the sum has the place of ``first``
-
-
-def draw_basis(basis: Basis, rows: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """Draw the Q × Q projection Σ, one for the whole batch (Sec. 3.3)."""
-    width = rows.shape[1]
-    if width > MAX_DENSE_FEATURES:
-        raise ValueError(
-            f'basis={basis!r} needs a {width} × {width} matrix; dense bases end at {MAX_DENSE_FEATURES} features. Use '
-            f"basis='hadamard', random orthonormal directions without a matrix, or cut a narrower layer.",
-        )
-    square = torch.empty(width, width, dtype=rows.dtype, device=rows.device).normal_(generator=generator)
-    if basis == 'normalized':
-        return square.div_(torch.linalg.vector_norm(square, dim=0))  # in place: it can be the largest tensor of a step
-    factor, triangle = torch.linalg.qr(square)
-    return factor.mul_(triangle.diagonal().sign())  # without these signs QR does not draw uniformly
-
-
-@torch.library.custom_op('composer_sba::draw', mutates_args=())
-def draw_by_seed(
-    latent: torch.Tensor,
-    seed: torch.Tensor,
-    fold: int,
-    gaussian_fraction: float,
-    sigma: float,
-    tau: float | None,
-    noise_scale: str,
-    basis: str,
-    dropout: float,
-    rescale: bool,
-) -> _Drawn:
-    """Run :meth:`Vicinity.draw` on a generator of this seed, as one operator: torch.compile cannot trace a generator.
-
-    ``seed`` is 64 bits in a tensor of shape ``()`` on the CPU, since a number would be compiled in. The rest are the
-    fold and the vicinity's own arguments, since an operator takes no dataclass. Its backward pass is that of
-    :meth:`Vicinity.expand`.
-    """
-    # An operator's schema knows str, where Vicinity asks for one of a few.
-    vicinity = Vicinity(gaussian_fraction, sigma, tau, noise_scale, basis, dropout, rescale)  # type: ignore[arg-type]
-    return vicinity.draw(latent, fold, torch.Generator(latent.device).manual_seed(int(seed) % 2**64))
-
-
-@draw_by_seed.register_fake
-def _(latent: torch.Tensor, seed: torch.Tensor, fold: int, gaussian_fraction: float, *law: Any) -> _Drawn:
-    return _buffers(latent, fold, Vicinity(gaussian_fraction))
-
-
-def _keep_mask(ctx: Any, inputs: tuple[Any, ...], output: _Drawn) -> None:
-    ctx.save_for_backward(output[1])
-    ctx.dropout_scale = Vicinity(*inputs[3:])._dropout_scale
-    ctx.set_materialize_grads(False)  # the mask's would be one more block
-
-
-draw_by_seed.register_autograd(_Expansion.backward, setup_context=_keep_mask)

@@ -81,7 +81,7 @@ def test_a_layer_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.Ca
 def test_a_layer_too_wide_for_its_basis_is_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr('composer_sba.vicinity.MAX_DENSE_FEATURES', 128)  # the head's
+    monkeypatch.setattr('composer_sba.basis.MAX_DENSE_FEATURES', 128)  # the head's
     command = ['step', '--networks', 'digits', '--fold', '1', '--rounds', '1', '--batch', '8', '--basis', 'normalized']
     command += ['--recipes', str(YAMLS), '--out', str(tmp_path), '--device', 'cpu', '--cuts']
     assert main([*command, 'conv2', 'head']) == 0

@@ -4,7 +4,6 @@ Run: pytest tests/test_latent.py
 """
 
 import copy
-from dataclasses import astuple
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ import composer_sba.functional as sbaf
 import reference
 from composer_sba import LatentExpander, Vicinity
 from composer_sba.errors import CutLayerError
-from composer_sba.vicinity import draw_by_seed
+from composer_sba.operators import draw_by_seed, packed
 
 N, M = 6, 3
 GAUSSIAN = Vicinity(1.0, sigma=0.5, noise_scale='absolute')
@@ -304,7 +303,7 @@ def test_compiled_models_expand_with_one_graph_for_plain_steps_and_one_for_each_
 def test_the_operator_of_compiled_models_is_the_eager_expansion():
     latent, seed = torch.randn(N, 5, requires_grad=True), torch.tensor(7)
     vicinity = Vicinity(dropout=0.3)
-    arguments = (latent, seed, M, *astuple(vicinity))
+    arguments = (latent, seed, M, packed(vicinity))
     torch.library.opcheck(draw_by_seed, arguments)
     ours, theirs = draw_by_seed(*arguments)[0], vicinity.expand(latent, M, torch.Generator().manual_seed(7))
     assert torch.equal(ours, theirs)

@@ -5,7 +5,7 @@ Run: pytest tests/test_logit_noise.py
 
 import copy
 import math
-from dataclasses import astuple, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 import composer_sba.functional as sbaf
 from composer_sba import LatentExpander, Vicinity
+from composer_sba.basis import draw_basis
 from composer_sba.laws import clipped_moments
-from composer_sba.logit_noise import draw_logit_noise, draw_logit_noise_by_seed, suits
-from composer_sba.vicinity import draw_basis
+from composer_sba.logit_noise import draw_logit_noise, suits
+from composer_sba.operators import draw_logit_noise_by_seed, packed
 
 N, K, Q = 6, 5, 128
 GAUSSIAN = Vicinity(gaussian_fraction=1.0, sigma=0.7)
@@ -204,7 +205,7 @@ def test_compiled_it_draws_the_same_points():
 def test_the_operator_of_compiled_models_is_the_function():
     latent, linear = make(torch.float32)
     weight, seed = linear.weight.detach(), torch.tensor(7)
-    arguments = (latent, weight, seed, 3, *astuple(GAUSSIAN))
+    arguments = (latent, weight, seed, 3, packed(GAUSSIAN))
     torch.library.opcheck(draw_logit_noise_by_seed, arguments)
     for ours, theirs in zip(
         draw_logit_noise_by_seed(*arguments), draw_logit_noise(latent, weight, 3, GAUSSIAN, generator(7)), strict=True

@@ -14,6 +14,7 @@ from typing import get_args
 from rich.console import Console
 from rich.table import Table
 
+from composer_sba.basis import Basis
 from composer_sba.errors import UserError
 from composer_sba.redaction import redact
 from composer_sba.refusal import one_line
@@ -24,7 +25,6 @@ from composer_sba.study.plan import MAX_COST, STUDIES, Run, plan
 from composer_sba.study.pool import run_all
 from composer_sba.study.records import Record, read
 from composer_sba.study.step import KINDS
-from composer_sba.vicinity import Basis
 
 RECIPES = shipped()
 SCRATCH = Path('runs/study')

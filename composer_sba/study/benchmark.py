@@ -10,6 +10,7 @@ import torch
 from composer.utils import get_device
 from rich.console import Console
 
+from composer_sba.basis import Basis
 from composer_sba.data import DatasetConfig, image_size
 from composer_sba.errors import UserError
 from composer_sba.recipe import Recipe, component_arguments, load
@@ -18,7 +19,6 @@ from composer_sba.study.names import name
 from composer_sba.study.plan import Regime, cut_layers, regimes
 from composer_sba.study.step import KINDS, PARTS, Cost, Steps, measure, profiled
 from composer_sba.study.worker import hardware, shared_facts
-from composer_sba.vicinity import Basis
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 _BA_FOLD = 4  # beyond it Hoffer et al.'s BA would take most of the benchmark's time to show that it costs M

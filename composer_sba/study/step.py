@@ -21,7 +21,7 @@ from composer_sba.vicinity import Vicinity
 
 KINDS = ('plain', 'unarmed', 'sba', 'analytic', 'latent_ba', 'naive', 'ba')
 PARTS = {  # what an operator of a profile, or the first around it that fits any of these, belongs to
-    'noise and Σ': ('_Expansion', 'composer_sba::'),
+    'noise and Σ': ('Expansion', 'composer_sba::'),
     'rows': ('aten::cat', 'CatBackward'),
     'batch norm': ('batch_norm', 'BatchNorm', 'var_mean', 'VarMean', 'addcmul', 'Addcmul'),
     'tail and trunk': ('convolution', 'addmm', 'aten::mm', 'aten::bmm', 'pool'),
