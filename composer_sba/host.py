@@ -14,7 +14,7 @@ from composer.models import ComposerClassifier, HuggingFaceModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from composer_sba.errors import CutLayerError, NonFiniteError, UserError
+from composer_sba.errors import CutLayerError, UserError
 
 
 def network_of(model: nn.Module) -> nn.Module:
@@ -79,15 +79,6 @@ def refuse_model(model: nn.Module, algorithms: Sequence[Algorithm], target: str)
             NotIntendedUseWarning,
             stacklevel=2,
         )
-
-
-def non_finite(kl: float, raw_logits: Any, batch: int, cut: str) -> NonFiniteError:
-    """Word a divergence that is no number: whether the network itself is at its end, or its virtual samples alone."""
-    if isinstance(raw_logits, torch.Tensor) and bool(raw_logits.isfinite().all()):
-        cause = 'the raw predictions are finite: lower the noise (sigma, dropout), or cut at a later layer'
-    else:
-        cause = 'so are the raw predictions, the network diverges: lower the learning rate, or clip gradients'
-    return NonFiniteError(f'Expected a finite divergence, got {kl} in batch {batch} at layer {cut!r}; {cause}.')
 
 
 def add_term(loss: Any, term: torch.Tensor | None) -> Any:

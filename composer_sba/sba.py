@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from composer.algorithms.warnings import NoEffectWarning, NotIntendedUseWarning
-from composer.core import Algorithm, Event, Precision, State
+from composer.core import Algorithm, Event, State
 from composer.core.passes import sort_to_back, sort_to_front
 from composer.loggers import Logger
 from torch import nn
@@ -16,15 +16,15 @@ from torch import nn
 from composer_sba import functional as sbaf
 from composer_sba.analytic import AnalyticHead
 from composer_sba.checks import check_choice, check_flag, check_fold, check_layers, check_number, check_seed
-from composer_sba.errors import UserError
-from composer_sba.host import add_term, at_epoch_start, first_forward, network_of, non_finite, refuse_model
+from composer_sba.errors import NonFiniteError, UserError
+from composer_sba.finite import FiniteGuard
+from composer_sba.host import add_term, at_epoch_start, first_forward, network_of, refuse_model
 from composer_sba.latent import LatentExpander, NormStats
 from composer_sba.vicinity import Vicinity, as_vicinity
 
 Target = Literal['soft', 'hard']
 Granularity = Literal['batch', 'epoch']
 Estimator = Literal['sampled', 'analytic']
-MAX_OVERFLOWS = 10  # augmented batches in a row that a GradScaler may leave out
 
 
 class SBA(Algorithm):
@@ -142,7 +142,7 @@ class SBA(Algorithm):
         self._loss: Any = None
         self._sums: dict[str, torch.Tensor] = {}
         self._rows = 0
-        self._overflows = 0  # augmented batches in a row whose divergence was not finite
+        self._guard = FiniteGuard()
 
     def __repr__(self) -> str:
         return self._repr
@@ -287,16 +287,11 @@ class SBA(Algorithm):
         self._add_up(len(raw), {'sba/kl': kl, 'sba/virtual_agreement': agreement})
 
     def _check_finite(self, kl: float, state: State, batch: int) -> None:
-        if math.isfinite(kl):
-            self._overflows = 0
-            return
-        self._overflows += 1
-        error = non_finite(kl, state.outputs, batch, self._attached.cuts[self._layer].name)
-        if state.precision != Precision.AMP_FP16 or self._overflows >= MAX_OVERFLOWS:
+        try:
+            self._guard.check(kl, state, batch, self._attached.cuts[self._layer].name)
+        except NonFiniteError:
             self._disarm()
-            raise error
-        if self._overflows == 1:
-            warnings.warn(f'{error} The GradScaler leaves the update out.', RuntimeWarning, stacklevel=2)
+            raise
 
     def _add_up(self, rows: int, means: dict[str, torch.Tensor]) -> None:
         # Sums stay on the device until the batch is over, when the Trainer waits for the device anyway.
