@@ -35,6 +35,8 @@ setup: $(INSTALLED)
 
 demo: $(INSTALLED)
 	.venv/bin/composer train.py -f yamls/digits_sba.yaml
+	@echo 'Next: docs/tutorials/digits.md says what the lines mean; .venv/bin/composer train.py -f yamls/digits_baseline.yaml'
+	@echo 'trains the same without SBA. In a script of your own SBA() is one line: README.md.'
 
 test: $(INSTALLED)
 	.venv/bin/python -m pytest --durations=10

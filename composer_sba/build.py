@@ -1,6 +1,7 @@
 """A recipe -> Composer's Trainer, and what refuses to be built -> one line that names its key."""
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def build_trainer(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
         with only_data():  # it loads a checkpoint
             trainer = Trainer(
                 **parts,
-                **(recipe.trainer_options() | {'eval_interval': _eval_interval(recipe)}),
+                **(recipe.trainer_options() | {'eval_interval': _eval_interval(recipe)} | _progress(recipe)),
                 parallelism_config=recipe.parallelism,
                 algorithm_passes=[sort_sba_last, sort_seed_first],
             )
@@ -143,6 +144,16 @@ def _look_at_checkpoints(recipe: Recipe) -> None:
         problem = damage(path) if os.path.isfile(path) else None
         if problem is not None:
             raise recipe.sources.error(key, f'expected a whole checkpoint of such a run, got {problem} in {path}')
+
+
+def _progress(recipe: Recipe) -> dict[str, Any]:
+    if recipe.progress_bar is not None:
+        return {}
+    if sys.stderr.isatty():
+        return {'progress_bar': True}
+    # A file would get a line of the bar with every batch.
+    each_epoch = {} if recipe.log_to_console else {'log_to_console': True, 'console_log_interval': '1ep'}
+    return {'progress_bar': False, **each_epoch}
 
 
 def _eval_interval(recipe: Recipe) -> Any:

@@ -55,7 +55,7 @@ class TrainerOptions:
     load_strict_model_weights: bool = True
     load_ignore_keys: list[str] | None = None
     autoresume: bool = False
-    progress_bar: bool = True
+    progress_bar: bool | None = None  # on a terminal; elsewhere the metrics of each epoch as lines
     log_to_console: bool = False
     console_log_interval: Duration = '1ba'
     python_log_level: str | None = None

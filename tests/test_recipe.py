@@ -84,7 +84,7 @@ def test_every_method_goes_over_a_baseline(path: Path) -> None:
 
 def test_options_are_trainers_own() -> None:
     parameters = inspect.signature(Trainer.__init__).parameters
-    ours = {'max_duration', 'run_name', 'seed', 'eval_interval'}
+    ours = {'max_duration', 'run_name', 'seed', 'eval_interval', 'progress_bar'}
     for option in fields(TrainerOptions):
         assert option.name in parameters
         assert option.name in ours or option.default == parameters[option.name].default, option.name

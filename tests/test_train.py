@@ -42,6 +42,17 @@ def test_a_run_leaves_checkpoint_recipe_and_summary(capsys: pytest.CaptureFixtur
     assert said.err == ''
 
 
+@pytest.mark.parametrize('terminal', [True, False])
+def test_a_bar_is_for_a_terminal_and_lines_for_a_file(
+    terminal: bool, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: terminal)
+    assert main(['-f', RECIPE, 'max_duration=2ep', 'save_folder=null']) == 0
+    said = capfd.readouterr().err
+    assert ('ba/s' in said) == terminal, said
+    assert said.count('Train sba/kl') == (0 if terminal else 2), said
+
+
 def test_the_demo_learns_the_digits() -> None:
     """In half of the demo's epochs; the demo itself promises 95 %."""
     trainer = train(load(RECIPE, ['max_duration=6ep', 'progress_bar=false', 'save_folder=null']))
