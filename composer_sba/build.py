@@ -135,9 +135,10 @@ def _look_at_checkpoints(recipe: Recipe) -> None:
     """Put in order what a killed run has left, and refuse a checkpoint that is damaged, unless in an object store."""
     found = {}
     folder = _resumed_folder(recipe)
-    if folder is not None:
-        mend(folder)
-        found['save_folder'] = folder / 'latest-rank0.pt'
+    if folder is not None and recipe.save_latest_filename is not None:
+        latest = folder / format_name_with_dist(recipe.save_latest_filename, str(recipe.run_name))
+        mend(latest)
+        found['save_folder'] = latest
     if recipe.load_path is not None:
         found['load_path'] = Path(recipe.load_path)
     for key, path in found.items():

@@ -13,37 +13,36 @@ from composer.loggers import Logger
 from composer_sba.trust import holds_code, only_data
 
 _CHECKPOINT = re.compile(r'ep(\d+)-ba(\d+)-rank0\.pt')
-_LATEST = 'latest-rank0.pt'
 _ASIDE = 'unfinished.pt'
 
 
-def mend(folder: Path) -> None:
-    """Set aside the checkpoint that a killed run was writing, and make good a ``latest-rank0.pt`` that it was renewing.
+def mend(latest: Path) -> None:
+    """Set aside the checkpoint that a killed run was writing, and make good the link to the latest one.
 
     A checkpoint is written under its own name, and only then becomes the latest. Composer takes a file from beyond the
     latest checkpoint for another run's, and refuses to go on; if there is no latest one, it begins anew.
 
-    What was written before ``latest-rank0.pt`` was renewed is left alone: that is another run's, or somebody has
-    pointed it back on purpose.
+    What was written before the link was renewed is left alone: that is another run's, or somebody has pointed it back
+    on purpose. So are several beyond it, for a kill leaves one.
 
     Args:
-        folder (Path): A run's folder of unsharded checkpoints, of Composer's default names; it need not exist.
+        latest (Path): The link, in a run's folder of unsharded checkpoints of Composer's default names; neither need
+            exist.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = Path(folder, 'ep0-ba5-rank0.pt').write_bytes(b'PK')
-        ...     mend(Path(folder))
+        ...     mend(Path(folder, 'latest-rank0.pt'))
         ...     [path.name for path in Path(folder).iterdir()]
         ['unfinished.pt']
     """
-    latest = folder / _LATEST
-    found = {path: _place(path) for path in folder.glob('ep*.pt') if _place(path)}
+    found = {path: _place(path) for path in latest.parent.glob('ep*.pt') if _place(path)}
     if latest.exists():
         reached, renewed = _place(latest.resolve()), latest.lstat().st_mtime_ns
-        for path, place in found.items():
-            if reached and place > reached and path.stat().st_mtime_ns > renewed:
-                _set_aside(path)
+        beyond = [path for path, place in found.items() if place > reached and path.stat().st_mtime_ns > renewed]
+        if reached and len(beyond) == 1:
+            _set_aside(beyond[0])
         return
     for path in sorted(found, key=lambda each: each.stat().st_mtime_ns, reverse=True):
         if _is_whole(path):

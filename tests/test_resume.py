@@ -21,6 +21,7 @@ from PIL import Image
 from streaming import MDSWriter
 
 from composer_sba import SeedEachBatch
+from composer_sba.errors import UserError
 from composer_sba.recipe import load
 from composer_sba.train import train
 from composer_sba.unfinished import mend
@@ -160,7 +161,7 @@ def test_a_save_that_was_cut_off_is_set_aside(tmp_path: Path, torn: bool) -> Non
     renew(tmp_path, 10)
     last = save(tmp_path, 15, torn=torn)
     for _ in range(2):  # the second time there is nothing to do
-        mend(tmp_path)
+        mend(tmp_path / 'latest-rank0.pt')
         assert latest(tmp_path) == 10
         assert not last.exists() and (tmp_path / 'unfinished.pt').exists()
         assert all(path.exists() for path in others)
@@ -169,9 +170,9 @@ def test_a_save_that_was_cut_off_is_set_aside(tmp_path: Path, torn: bool) -> Non
 @pytest.mark.parametrize(('torn', 'expected'), [(True, 5), (False, 10)])
 def test_a_latest_checkpoint_that_was_being_renewed_is_made_good(tmp_path: Path, torn: bool, expected: int) -> None:
     save(tmp_path, 5), save(tmp_path, 10, torn=torn)
-    mend(tmp_path)
+    mend(tmp_path / 'latest-rank0.pt')
     assert latest(tmp_path) == expected
-    mend(tmp_path / 'nowhere')
+    mend(tmp_path / 'nowhere' / 'latest-rank0.pt')
     assert not (tmp_path / 'nowhere').exists()
 
 
@@ -179,8 +180,33 @@ def test_checkpoints_from_before_are_left_alone(tmp_path: Path) -> None:
     """Another run's, that was overwritten; or one's own, and the latest pointed back on purpose."""
     save(tmp_path, 100), save(tmp_path, 10)
     renew(tmp_path, 10)
-    mend(tmp_path)
+    mend(tmp_path / 'latest-rank0.pt')
     assert latest(tmp_path) == 10 and (tmp_path / 'ep0-ba100-rank0.pt').exists()
+
+
+def test_several_checkpoints_beyond_the_latest_are_left_alone(tmp_path: Path) -> None:
+    """A kill leaves one."""
+    save(tmp_path, 5)
+    renew(tmp_path, 5)
+    others = [save(tmp_path, 10), save(tmp_path, 15)]
+    mend(tmp_path / 'latest-rank0.pt')
+    assert latest(tmp_path) == 5 and all(path.exists() for path in others)
+
+
+def test_the_latest_checkpoint_may_have_another_name(tmp_path: Path) -> None:
+    """It is resumed again and again, and loses none; a damaged one is told by name."""
+    keys = [f'save_folder={tmp_path}', 'save_latest_filename=newest-rank{rank}.pt', 'save_interval=1ba']
+    keys += ['autoresume=true', 'save_overwrite=false', 'save_num_checkpoints_to_keep=-1', 'progress_bar=false']
+    for batches in (2, 4, 6):
+        train(load(RECIPE, [*BASE, *keys, f'max_duration={batches}ba']))
+        assert {path.name for path in tmp_path.glob('*.pt')} == {
+            'newest-rank0.pt',
+            *(f'ep0-ba{batch}-rank0.pt' for batch in range(1, batches + 1)),
+        }
+    path = (tmp_path / 'newest-rank0.pt').resolve()
+    path.write_bytes(path.read_bytes()[:1000] + bytes(1000) + path.read_bytes()[2000:])
+    with pytest.raises(UserError, match=r'save_folder: expected a whole checkpoint .*newest-rank0.pt'):
+        train(load(RECIPE, [*BASE, *keys, 'max_duration=8ba']))
 
 
 @pytest.mark.parametrize('torn', [True, False])
