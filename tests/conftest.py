@@ -1,4 +1,4 @@
-"""What all tests share: one seed, one number of threads, the digits in memory and a launcher of ranks."""
+"""What all tests share: one seed, one number of threads, the digits and a launcher of ranks."""
 
 import os
 import random
@@ -14,6 +14,8 @@ import pytest
 import streaming.base.shared.memory
 import torch
 from sklearn.datasets import load_digits
+
+from composer_sba.convert import convert
 
 # What Composer's launcher and initialize_dist read: a rank of a test must not inherit the test's own.
 _RANK_VARIABLES = ('RANK', 'LOCAL_RANK', 'NODE_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
@@ -44,6 +46,14 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
     images, labels = load_digits(return_X_y=True)
     grey = torch.from_numpy(images).float().reshape(-1, 1, 8, 8) / 16
     return grey.repeat(1, 3, 1, 1), torch.from_numpy(labels)
+
+
+@pytest.fixture(scope='session')
+def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scikit-learn's digits as a dataset that has been converted."""
+    folder = tmp_path_factory.mktemp('data') / 'digits'
+    convert('digits', None, folder)
+    return folder
 
 
 @pytest.fixture

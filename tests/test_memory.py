@@ -1,4 +1,4 @@
-"""Images in memory compared with Streaming's: the same samples, the same law of the transforms; and what repeats.
+"""Images in memory compared with Streaming's: the same samples, the same again with the same seed, and what repeats.
 
 Run: pytest tests/test_memory.py
 """
@@ -8,35 +8,29 @@ from collections import Counter
 from itertools import product
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
 from composer import Callback, Trainer
 from composer.models import ComposerClassifier
 from PIL import Image
-from scipy.stats import chisquare
 from torch import nn
-from torchvision import transforms
 
-from composer_sba import BatchAugmentation, sharing
+from composer_sba import BatchAugmentation
 from composer_sba.batch_augmentation import Copies
-from composer_sba.convert import convert
-from composer_sba.data import DatasetConfig, build_dataloader, transform
+from composer_sba.data import DatasetConfig, build_dataloader
 from composer_sba.errors import DatasetError
-from composer_sba.memory import BatchTransform, EachOnce, MemoryDataset
+from composer_sba.memory import MemoryDataset
 from composer_sba.recipe import load
 from composer_sba.train import train
-from test_data import encoded, write
+from shards import encoded, write
 
 RECIPE = str(Path(__file__).parent.parent / 'yamls' / 'digits_sba.yaml')
 
 
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp('data') / 'digits')
-    convert('digits', None, folder)
-    return folder
+@pytest.fixture
+def folder(digits_folder):
+    return str(digits_folder)
 
 
 @pytest.fixture
@@ -59,9 +53,6 @@ def multiset(images, labels):
     return Counter(zip((image.numpy().tobytes() for image in images), labels.tolist(), strict=True))
 
 
-# --- the same as Streaming --------------------------------------------------------------------------------------------
-
-
 def test_every_epoch_has_the_samples_that_streaming_has(loader):
     memory, streaming = loader(augment=False), loader(augment=False, in_memory=False)
     assert len(memory) == len(streaming) == 15
@@ -78,61 +69,6 @@ def test_evaluation_has_the_batches_that_streaming_has(loader):
         for ours, theirs in zip(memory, streaming, strict=True):
             assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
             assert ours[0].dtype == torch.float32 and ours[1].dtype == torch.int64
-
-
-def both_paths(config, image, draws):
-    """``draws`` transforms of one image, by the transform for single images and by that for batches."""
-    pipeline = transform(config)
-    batch = torch.from_numpy(np.array(image)).permute(2, 0, 1).expand(draws, -1, -1, -1)
-    return {'streaming': [pipeline(image) for _ in range(draws)], 'memory': BatchTransform(pipeline)(batch)}
-
-
-def assert_uniform(counts, outcomes, path):
-    """Chi-square at 1 in 1,000, of draws that the seed of the test fixes."""
-    assert set(counts) <= set(outcomes), f'{path}: {len(set(counts) - set(outcomes))} of its outcomes are impossible'
-    assert set(counts) == set(outcomes), f'{path}: {len(set(outcomes) - set(counts))} of {len(outcomes)} never came'
-    test = chisquare(list(counts.values()))
-    assert test.pvalue > 1e-3, f'{path}: chi2 {test.statistic:.1f}, {len(counts) - 1} degrees of freedom: {counts}'
-
-
-def test_every_crop_and_flip_is_as_likely_as_in_streaming():
-    image = Image.fromarray(np.random.default_rng(0).integers(1, 256, (32, 32, 3), np.uint8))
-    config = DatasetConfig('cifar10')
-    normalized = transforms.Compose(transform(config).transforms[-2:])
-    outcomes = set()
-    for top, left, flipped in product(range(9), range(9), (False, True)):
-        moved = TF.crop(TF.pad(image, [4]), top, left, 32, 32)
-        outcomes.add(normalized(TF.hflip(moved) if flipped else moved).numpy().tobytes())
-    assert len(outcomes) == 162
-    for path, images in both_paths(config, image, 50 * 162).items():
-        assert_uniform(Counter(moved.numpy().tobytes() for moved in images), outcomes, path)
-
-
-@pytest.mark.parametrize('size', [3, 4])
-def test_cutout_has_every_centre_as_often_as_in_streaming(size):
-    def erased(row, column):
-        square = np.zeros((8, 8), bool)
-        square[
-            max(row - size // 2, 0) : row - size // 2 + size, max(column - size // 2, 0) : column - size // 2 + size
-        ] = 1
-        return square.tobytes()
-
-    outcomes = {erased(row, column) for row in range(8) for column in range(8)}
-    assert len(outcomes) == 64
-    config = DatasetConfig('digits', cutout=size)  # no pixel is the mean, so zeros are what was erased
-    for path, images in both_paths(config, Image.new('RGB', (8, 8), 'white'), 50 * 64).items():
-        squares = [image == 0 for image in images]
-        assert all(torch.equal(square[:1].expand(3, -1, -1), square) for square in squares), path
-        assert_uniform(Counter(square[0].numpy().tobytes() for square in squares), outcomes, path)
-
-
-def test_a_transform_without_batched_form_is_refused():
-    pipeline = transforms.Compose([*transform(DatasetConfig('cifar10')).transforms, transforms.RandomErasing()])
-    with pytest.raises(ValueError, match=r'(?s)^Expected only transforms that have a batched form.*RandomErasing'):
-        BatchTransform(pipeline)
-
-
-# --- the same again ---------------------------------------------------------------------------------------------------
 
 
 def test_seed_and_epoch_decide_order_and_transforms(loader):
@@ -202,65 +138,11 @@ def test_a_run_resumed_in_mid_epoch_ends_with_the_same_bits(tmp_path, loader, ch
     assert torch.equal(resumed, weights), f'differ by {(resumed - weights).abs().max():.2g}'
 
 
-# --- ranks ------------------------------------------------------------------------------------------------------------
-
-
-class Samples:
-    """As much of a MemoryDataset as a sampler asks for."""
-
-    def __init__(self, size):
-        self.size, self.seed, self.epoch = size, 3, 0
-
-    def __len__(self):
-        return self.size
-
-
-def batches_of_ranks(size, ranks, batch_size, drop_last=False, epoch=0):
-    dealt = []
-    for rank in range(ranks):
-        sampler = EachOnce(Samples(size), batch_size, num_replicas=ranks, rank=rank, drop_last=drop_last)
-        sampler.set_epoch(epoch)
-        samples = list(sampler)
-        assert len(samples) == len(sampler) and sampler.dataset.epoch == epoch
-        dealt.append([samples[i : i + batch_size] for i in range(0, len(samples), batch_size)])
-    return dealt
-
-
-@pytest.mark.parametrize('drop_last', [False, True])
-@pytest.mark.parametrize('size', [1, 5, 16, 97])
-@pytest.mark.parametrize('ranks', [1, 2, 3, 4])
-def test_ranks_share_an_epoch_as_streaming_shares_it(ranks, size, drop_last):
-    for batch_size in (1, 4):
-        dealt = batches_of_ranks(size, ranks, batch_size, drop_last)
-        positions = sharing.partition(size, 1, 1, ranks, 1, batch_size, drop_last=drop_last)[0, :, 0]
-        sizes = [[len(batch) for batch in batches] for batches in dealt]
-        assert sizes == (positions >= 0).sum(-1).tolist()
-        assert len({len(batches) for batches in dealt}) == 1, f'ranks differ in batches: {sizes}'
-        samples = [sample for batches in dealt for batch in batches for sample in batch]
-        assert len(samples) == len(set(samples)) == sharing.shared_samples(size, ranks, batch_size, drop_last)
-        assert set(samples) <= set(range(size))
-
-
-def test_global_batches_do_not_depend_on_the_number_of_ranks():
-    whole = [set(batch) for batch in batches_of_ranks(97, 1, 12)[0][:8]]
-    for ranks in (2, 3, 4):
-        dealt = batches_of_ranks(97, ranks, 12 // ranks)
-        assert [set().union(*batches) for batches in zip(*dealt, strict=True)] == whole, ranks
-
-
-def test_each_epoch_leaves_out_others():
-    left_out = [set(range(97)).difference(*batches_of_ranks(97, 2, 4, drop_last=True, epoch=i)[0]) for i in range(2)]
-    assert left_out[0] != left_out[1]
-
-
 def test_batches_that_cannot_be_filled_are_refused(loader, folder):
     with pytest.raises(
         DatasetError, match=f'^{folder}/train has 5 samples, too few for 1 ranks with full batches of 6$'
     ):
         loader(6, subset=5, drop_last=True)
-
-
-# --- subset, copies, recipe -------------------------------------------------------------------------------------------
 
 
 def test_a_subset_is_the_same_whatever_the_seed(loader):
@@ -314,9 +196,6 @@ def test_a_recipe_chooses_it(folder):
     evaluation = trainer.state.evaluators[0].dataloader.dataloader.dataset
     assert isinstance(evaluation, MemoryDataset) and len(evaluation) == 360
     assert 0 < trainer.state.eval_metric_values['MulticlassAccuracy'] < 1
-
-
-# --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

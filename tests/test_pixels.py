@@ -23,7 +23,7 @@ from composer_sba.batch_augmentation import Copies
 from composer_sba.data import DatasetConfig, build_dataloader, build_dataspec
 from composer_sba.decode import decode
 from composer_sba.pixels import Normalize, Pipeline, RandomResizedCrop, ToBytes
-from test_data import encoded, write
+from shards import encoded, write
 
 NUMBERS = np.random.default_rng(0)
 QUARTER_TURN = Image.Exif()  # which torchvision's ImageFolder does not heed either

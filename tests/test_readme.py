@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from composer_sba import convert, train
-from test_convert import cifar_batches, image_folder
+from conversions import cifar_batches, image_folder
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()

@@ -4,84 +4,24 @@ Run: pytest tests/test_sba.py
 """
 
 import copy
-import warnings
-from collections import namedtuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from composer import Trainer
-from composer.algorithms import SAM, SWA, CutMix, GyroDropout, LabelSmoothing, MixUp
-from composer.algorithms.warnings import NoEffectWarning, NotIntendedUseWarning
+from composer.algorithms.warnings import NoEffectWarning
 from composer.core import Algorithm, Event
-from composer.loggers import InMemoryLogger
-from composer.loss import binary_cross_entropy_with_logits
 from composer.models import ComposerClassifier
 from composer.optim import LinearScheduler
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import composer_sba.functional as sbaf
-from composer_sba import SBA, LatentExpander, Vicinity, sort_sba_last
+from composer_sba import SBA, LatentExpander, Vicinity
 from composer_sba.errors import CutLayerError, UserError
+from small_training import BATCH, CLASSES, logged, make_trainer, train, weights
 
-# What Composer says of its own algorithms, and of a model without an optimizer, is not ours to mend.
-pytestmark = [
-    pytest.mark.filterwarnings(f'ignore:{message}')
-    for message in ('SAM has', 'SWA has', 'GyroDropout is', 'Some targets have less', 'No optimizer was specified')
-]
-ROWS, BATCH, CLASSES = 48, 16, 5
 NO_NOISE = Vicinity(1.0, sigma=0.0)
-
-
-class Net(nn.Module):
-    """Dropout below the cuts 'block' and 'head', batch norm above 'block'."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2))
-        self.block = nn.Conv2d(8, 8, 3)
-        self.norm = nn.BatchNorm2d(8)
-        self.fc = nn.Linear(8, CLASSES)
-
-    def forward(self, x):
-        return self.fc(torch.relu(self.norm(self.block(self.stem(x)))).mean((2, 3)))
-
-
-def make_trainer(algorithms, *, dtype=torch.float32, loss_fn=None, duration='2ep', **options):
-    """Net and its data, from one fixed start; return the Trainer and what it will log."""
-    torch.manual_seed(0)
-    data = TensorDataset(torch.randn(ROWS, 3, 8, 8, dtype=dtype), torch.randint(CLASSES, (ROWS,)))
-    model = ComposerClassifier(Net().to(dtype), num_classes=CLASSES, **({'loss_fn': loss_fn} if loss_fn else {}))
-    log = InMemoryLogger()
-    trainer = Trainer(
-        model=model,
-        train_dataloader=DataLoader(data, BATCH, shuffle=True),
-        max_duration=duration,
-        optimizers=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
-        algorithms=algorithms,
-        loggers=[log],
-        device='cpu',
-        seed=17,
-        progress_bar=False,
-        **options,
-    )
-    return trainer, log
-
-
-def train(algorithms, **options):
-    """Train Net for a few batches; return the Trainer and what it logged."""
-    trainer, log = make_trainer(algorithms, **options)
-    trainer.fit()
-    return trainer, log
-
-
-def logged(log, name):
-    return [float(value) for _, value in log.data.get(name, [])]
-
-
-def weights(trainer):
-    return torch.cat([value.double().flatten() for value in trainer.state.model.state_dict().values()])
 
 
 @pytest.mark.parametrize('layers', ['head', 'block', ['input', 'stem', 'head']])
@@ -134,44 +74,6 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another():
     assert not torch.equal(first, other)
 
 
-def test_coins_are_those_of_should_augment_and_metrics_are_logged_once_a_batch():
-    _, log = train([SBA(['block', 'head'])], duration='8ba', device_train_microbatch_size=4)
-    coins = [float(sbaf.should_augment(0.5, 17, t)) for t in range(8)]
-    layers = [float(sbaf.choose_layer(2, 17, t)) for t in range(8)]
-    assert logged(log, 'sba/augmented') == coins
-    assert logged(log, 'sba/augment_prob') == [0.5] * 8
-    assert logged(log, 'sba/layer') == [layer for layer, coin in zip(layers, coins, strict=True) if coin]
-    assert len(logged(log, 'sba/kl')) == sum(coins) and min(logged(log, 'sba/kl')) > 0
-    assert all(0 <= share <= 1 for share in logged(log, 'sba/virtual_agreement'))
-
-
-def test_epoch_granularity_keeps_the_coin_within_an_epoch():
-    _, log = train([SBA(granularity='epoch')], duration='6ep')
-    per_epoch = torch.tensor(logged(log, 'sba/augmented')).view(6, ROWS // BATCH)
-    assert per_epoch[:, 0].tolist() == [float(sbaf.should_augment(0.5, 17, epoch)) for epoch in range(6)]
-    assert (per_epoch == per_epoch[:, :1]).all()
-
-
-def test_epoch_granularity_asks_a_scheduler_once_an_epoch():
-    linear = LinearScheduler(alpha_i=0.0, alpha_f=1.0)
-    _, log = train([SBA(granularity='epoch', augment_prob=linear)], duration='6ep')
-    assert logged(log, 'sba/augment_prob') == pytest.approx([epoch / 6 for epoch in range(6) for _ in range(3)])
-    per_epoch = torch.tensor(logged(log, 'sba/augmented')).view(6, 3)
-    assert (per_epoch == per_epoch[:, :1]).all()
-
-
-def test_a_composer_scheduler_is_the_probability_of_its_time():
-    _, log = train([SBA(augment_prob=LinearScheduler(alpha_i=0.0, alpha_f=1.0))], duration='6ba')
-    assert logged(log, 'sba/augment_prob') == pytest.approx([t / 6 for t in range(6)])
-
-
-def test_a_scheduler_that_leaves_0_1_is_named():
-    with pytest.raises(
-        ValueError, match=r'^Expected augment_prob in \[0, 1\], got 1\.5 from LinearScheduler at batch 3\.$'
-    ):
-        train([SBA(augment_prob=LinearScheduler(alpha_i=0.0, alpha_f=3.0))], duration='6ba')
-
-
 def test_microbatches_do_not_change_the_expectation():
     """With noise off and statistics from running averages, 1 and 4 microbatches take the same steps, to 1e-6."""
 
@@ -216,31 +118,6 @@ class _LoggedCrossEntropy:
 cross_entropy_log = _LoggedCrossEntropy()
 
 
-Losses = namedtuple('Losses', ['a', 'b'])
-
-
-@pytest.mark.parametrize('kind', ['dict with total', 'dict', 'tuple', 'namedtuple'])
-def test_the_loss_keeps_its_kind(kind):
-    def loss_fn(outputs, target):
-        loss = F.cross_entropy(outputs, target)
-        if 'tuple' in kind:
-            return (loss, 0.1 * loss) if kind == 'tuple' else Losses(loss, 0.1 * loss)
-        return {'a': loss, 'b': 0.1 * loss, **({'total': 1.1 * loss} if kind == 'dict with total' else {})}
-
-    trainer, log = train([SBA(eta=1.0)], duration='8ba', loss_fn=loss_fn)
-    assert type(trainer.state.loss) is {'tuple': tuple, 'namedtuple': Losses}.get(kind, dict)
-    totals, kls = logged(log, 'loss/train/total'), iter(logged(log, 'sba/kl'))
-    added = [next(kls) if coin else 0.0 for coin in logged(log, 'sba/augmented')]
-    first = logged(log, 'loss/train/loss0' if 'tuple' in kind else 'loss/train/a')
-    if 'tuple' in kind:  # the term joins the first loss
-        first = [value - term for value, term in zip(first, added, strict=True)]
-    else:
-        assert logged(log, 'loss/train/sba') == pytest.approx(added, abs=1e-5), (
-            'a key on every step, zero when not augmented'
-        )
-    assert totals == pytest.approx([1.1 * a + term for a, term in zip(first, added, strict=True)], rel=1e-4)
-
-
 def test_training_improves_and_the_term_makes_predictions_consistent():
     """The loss falls, and virtual predictions come closer to raw ones than without the term's gradient."""
     kls = {}
@@ -252,57 +129,6 @@ def test_training_improves_and_the_term_makes_predictions_consistent():
         start, end = sum(losses[:6]) / 6, sum(losses[-6:]) / 6
         assert end < 0.8 * start, f'eta {eta}: loss {start:.3f} -> {end:.3f}'
     assert kls[1.0] < 0.5 * kls[1e-30], f'mean KL {kls[1.0]:.4f} with the term, {kls[1e-30]:.4f} without its gradient'
-
-
-OTHERS = {
-    'label smoothing': lambda: LabelSmoothing(0.1),
-    'mixup': MixUp,
-    'mixup, interpolated loss': lambda: MixUp(interpolate_loss=True),
-    'cutmix': CutMix,
-    'sam': lambda: SAM(rho=0.05, interval=2),
-    'swa': lambda: SWA(swa_start='1ep', swa_end='2ep'),
-}
-
-
-@pytest.mark.parametrize('other', list(OTHERS))
-@pytest.mark.parametrize('sba_first', [True, False])
-def test_composes_in_either_order(other, sba_first):
-    algorithms = [SBA(), OTHERS[other]()] if sba_first else [OTHERS[other](), SBA()]
-    trainer, log = train(algorithms, algorithm_passes=[sort_sba_last], duration='3ep')
-    without, _ = train([OTHERS[other]()], duration='3ep')
-    assert torch.isfinite(weights(trainer)).all()
-    assert not torch.equal(weights(trainer), weights(without)), 'SBA had no effect'
-    assert logged(log, 'sba/augmented') == [float(sbaf.should_augment(0.5, 17, t)) for t in range(9)]
-    assert min(logged(log, 'sba/kl')) > 0
-
-
-def test_both_passes_of_sam_see_one_coin_and_one_noise():
-    seen = []
-
-    class Watch(Algorithm):
-        """Keeps what enters the head; with a vanishing rho SAM's second pass has the weights of its first."""
-
-        def match(self, event, state):
-            return event == Event.FIT_START
-
-        def apply(self, event, state, logger):
-            state.model.module.stem[3].p = 0.0
-            state.model.module.fc.register_forward_hook(lambda module, args, output: seen.append(args[0].detach()))
-
-    train([SAM(rho=1e-12, interval=1), SBA(vicinity=Vicinity(sigma=1.0)), Watch()], duration='6ba')
-    passes = [rows for rows in seen if len(rows) in (BATCH, 5 * BATCH)][-12:]
-    assert {len(rows) for rows in passes} == {BATCH, 5 * BATCH}
-    for first, second in zip(passes[::2], passes[1::2], strict=True):
-        assert torch.allclose(first, second, atol=1e-5)
-
-
-def test_a_loss_rescaled_after_sba_warns_once_and_names_the_algorithm():
-    with pytest.warns(NotIntendedUseWarning, match='^MixUp changed the loss after SBA added its term') as caught:
-        train([SBA(augment_prob=1.0), MixUp(interpolate_loss=True)])
-    assert len(caught) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter('error', NotIntendedUseWarning)
-        train([SBA(augment_prob=1.0), MixUp(interpolate_loss=True)], algorithm_passes=[sort_sba_last])
 
 
 def test_evaluation_and_prediction_see_the_plain_model():
@@ -325,17 +151,6 @@ def test_a_step_that_fails_leaves_no_expanded_rows():
         trainer.fit()
     trainer.eval(DataLoader(TensorDataset(torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)), 4))
     assert len(trainer.state.model.module(torch.randn(4, 3, 8, 8))) == 4
-
-
-def test_a_loss_that_changes_logits_in_place_leaves_the_soft_label_alone():
-    def loss_fn(outputs, target):
-        return F.cross_entropy(outputs.mul_(2.0), target)
-
-    def plain_loss_fn(outputs, target):
-        return F.cross_entropy(outputs * 2.0, target)
-
-    runs = [train([SBA(augment_prob=1.0)], loss_fn=fn)[1] for fn in (loss_fn, plain_loss_fn)]
-    assert logged(runs[0], 'sba/kl') == logged(runs[1], 'sba/kl')
 
 
 def test_compiled_by_the_trainer_it_trains_as_eagerly():
@@ -410,33 +225,6 @@ def test_a_layer_that_is_no_cut_point_stops_the_first_batch():
         train([SBA('fc', augment_prob=0.01)])
 
 
-def test_hard_labels_that_interpolation_does_not_mix_are_refused():
-    with pytest.raises(UserError, match="^target='hard' needs the mixed labels of MixUp in the batch"):
-        train([MixUp(interpolate_loss=True), SBA(target='hard')])
-
-
 def test_a_target_key_that_is_not_in_the_batch_is_named():
     with pytest.raises(UserError, match="^Expected target_key to find the labels in a batch, got 'label'"):
         train([SBA(target='hard', augment_prob=1.0, target_key='label')])
-
-
-def test_gyro_dropout_is_refused():
-    with pytest.raises(CutLayerError, match='^SBA and GyroDropout exclude each other'):
-        train([GyroDropout(p=0.5, sigma=4, tau=2), SBA()])
-
-
-def test_binary_cross_entropy_warns():
-    with pytest.warns(NotIntendedUseWarning, match='trained with binary cross-entropy'):
-        train([SBA()], loss_fn=binary_cross_entropy_with_logits, duration='1ba')
-
-
-def test_hugging_face_models_are_refused():
-    transformers = pytest.importorskip('transformers')
-    from composer.models import HuggingFaceModel
-
-    config = transformers.BertConfig(
-        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
-    )
-    model = HuggingFaceModel(transformers.BertForSequenceClassification(config))
-    with pytest.raises(CutLayerError, match='^SBA cannot cut a HuggingFaceModel'):
-        Trainer(model=model, algorithms=[SBA()], device='cpu')

@@ -1,20 +1,10 @@
-"""What all tests of faults share: the digits as a dataset, and no trace of Trainers that were never finished."""
+"""What all tests of faults share: no trace of Trainers that were never finished."""
 
 import gc
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-from composer_sba.convert import convert
-
-
-@pytest.fixture(scope='session')
-def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp('data') / 'digits'
-    convert('digits', None, folder)
-    return folder
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -1,0 +1,72 @@
+"""Runs that nobody trained, with round numbers: what the report and its parts are tested on."""
+
+from composer_sba.study.records import append
+
+
+def record(method='baseline', seed=1, accuracy=0.6, seconds=100.0, *, study='rivals', setting=None, **others):
+    """A run of ten epochs whose accuracy rises evenly to its final value and stays there for the last five."""
+    recipe = {'max_duration': '10ep', 'seed': seed, 'algorithms': {}, 'model': {'name': 'resnet_cifar'}}
+    algorithms = others.pop('algorithms', {})
+    return {
+        'study': study,
+        'network': 'resnet44',
+        'dataset': 'cifar10',
+        'method': method,
+        'setting': setting or {},
+        'seed': seed,
+        'hash': f'{method}{setting}{seed}',
+        'recipe': {**recipe, 'algorithms': algorithms, **others.pop('recipe', {})},
+        'commit': '05fe84c',
+        'date': f'2026-11-2{seed}T09:12:00+00:00',
+        'device': 'cpu',
+        'hardware': 'Xeon, 1 of 2 cores',
+        'jobs': 2,
+        'versions': {'composer-sba': '0.1.0', 'torch': '2.7.0'},
+        'train_samples': 5000,
+        'epochs': [
+            {
+                **{'epoch': epoch, 'seconds': seconds * epoch / 10, 'accuracy': accuracy * min(epoch, 6) / 6},
+                **{'loss': 1.0, 'calibration_error': 0.1, 'train_loss': 1.0},
+            }
+            for epoch in range(1, 11)
+        ],
+        'accuracy': accuracy,
+        'loss': 1.0,
+        'calibration_error': 0.1,
+        'train_seconds': seconds,
+        'wall_seconds': seconds + 10,
+        'images_per_second': 500.0,
+        'flops': 1e14,
+        **others,
+    }
+
+
+RUNS = [  # errors: baseline 40 and 38, SBA 37 and 35, Cutout 39
+    record('sba', 1, 0.63, 103.0, algorithms={'sba': {'fold': 4}}, flops=2e14),
+    record('baseline', 1, 0.60, 100.0),
+    record('baseline', 2, 0.62, 110.0, loss=1.1, jobs=1),
+    record('sba', 2, 0.65, 115.5, algorithms={'sba': {'fold': 4}}, flops=2e14, commit='1a2b3c4'),
+    record('cutout', 1, 0.61, 100.0, flops=None),
+]
+
+
+def layers_study():
+    runs = [record(seed=s, study='layers', accuracy=0.6 + s / 100) for s in (1, 2)]
+    for layer, accuracy in (('layer1', 0.61), ('head', 0.5)):
+        for s in (1, 2):
+            setting = {'layer': layer}
+            runs.append(record('sba', s, accuracy + s / 100, 200.0, study='layers', setting=setting))
+            runs.append(record('latent_ba', s, 0.60 + s / 100, 400.0, study='layers', setting=setting))
+    return runs
+
+
+def eta_study():
+    runs = [record(seed=s, study='eta', accuracy=0.6 + s / 100) for s in (1, 2)]
+    return runs + [
+        record('sba', s, 0.61 + s / 100, study='eta', setting={'eta': eta}) for eta in (0.0, 0.01, 10.0) for s in (1, 2)
+    ]
+
+
+def write(folder, *runs):
+    for run in runs:
+        append(folder / f'{run["study"]}.jsonl', run)

@@ -1,0 +1,60 @@
+"""A small network for SBA, trained from one fixed start for a few batches, and what it logs."""
+
+import torch
+from composer import Trainer
+from composer.loggers import InMemoryLogger
+from composer.models import ComposerClassifier
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+ROWS, BATCH, CLASSES = 48, 16, 5
+
+
+class Net(nn.Module):
+    """Dropout below the cuts 'block' and 'head', batch norm above 'block'."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2))
+        self.block = nn.Conv2d(8, 8, 3)
+        self.norm = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.norm(self.block(self.stem(x)))).mean((2, 3)))
+
+
+def make_trainer(algorithms, *, dtype=torch.float32, loss_fn=None, duration='2ep', **options):
+    """Net and its data, from one fixed start; return the Trainer and what it will log."""
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(ROWS, 3, 8, 8, dtype=dtype), torch.randint(CLASSES, (ROWS,)))
+    model = ComposerClassifier(Net().to(dtype), num_classes=CLASSES, **({'loss_fn': loss_fn} if loss_fn else {}))
+    log = InMemoryLogger()
+    trainer = Trainer(
+        model=model,
+        train_dataloader=DataLoader(data, BATCH, shuffle=True),
+        max_duration=duration,
+        optimizers=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        algorithms=algorithms,
+        loggers=[log],
+        device='cpu',
+        seed=17,
+        progress_bar=False,
+        **options,
+    )
+    return trainer, log
+
+
+def train(algorithms, **options):
+    """Train Net for a few batches; return the Trainer and what it logged."""
+    trainer, log = make_trainer(algorithms, **options)
+    trainer.fit()
+    return trainer, log
+
+
+def logged(log, name):
+    return [float(value) for _, value in log.data.get(name, [])]
+
+
+def weights(trainer):
+    return torch.cat([value.double().flatten() for value in trainer.state.model.state_dict().values()])

@@ -1,0 +1,83 @@
+"""Composer's models and losses as SBA meets them: losses of any kind keep it, and what cannot be trained is refused.
+
+Run: pytest tests/test_host.py
+"""
+
+from collections import namedtuple
+
+import pytest
+import torch.nn.functional as F
+from composer import Trainer
+from composer.algorithms import GyroDropout, MixUp
+from composer.algorithms.warnings import NotIntendedUseWarning
+from composer.loss import binary_cross_entropy_with_logits
+
+from composer_sba import SBA
+from composer_sba.errors import CutLayerError, UserError
+from small_training import logged, train
+
+# What Composer says of its GyroDropout, and of a model without an optimizer, is not ours to mend.
+pytestmark = [
+    pytest.mark.filterwarnings(f'ignore:{message}') for message in ('GyroDropout is', 'No optimizer was specified')
+]
+Losses = namedtuple('Losses', ['a', 'b'])
+
+
+@pytest.mark.parametrize('kind', ['dict with total', 'dict', 'tuple', 'namedtuple'])
+def test_the_loss_keeps_its_kind(kind):
+    def loss_fn(outputs, target):
+        loss = F.cross_entropy(outputs, target)
+        if 'tuple' in kind:
+            return (loss, 0.1 * loss) if kind == 'tuple' else Losses(loss, 0.1 * loss)
+        return {'a': loss, 'b': 0.1 * loss, **({'total': 1.1 * loss} if kind == 'dict with total' else {})}
+
+    trainer, log = train([SBA(eta=1.0)], duration='8ba', loss_fn=loss_fn)
+    assert type(trainer.state.loss) is {'tuple': tuple, 'namedtuple': Losses}.get(kind, dict)
+    totals, kls = logged(log, 'loss/train/total'), iter(logged(log, 'sba/kl'))
+    added = [next(kls) if coin else 0.0 for coin in logged(log, 'sba/augmented')]
+    first = logged(log, 'loss/train/loss0' if 'tuple' in kind else 'loss/train/a')
+    if 'tuple' in kind:  # the term joins the first loss
+        first = [value - term for value, term in zip(first, added, strict=True)]
+    else:
+        assert logged(log, 'loss/train/sba') == pytest.approx(added, abs=1e-5), (
+            'a key on every step, zero when not augmented'
+        )
+    assert totals == pytest.approx([1.1 * a + term for a, term in zip(first, added, strict=True)], rel=1e-4)
+
+
+def test_a_loss_that_changes_logits_in_place_leaves_the_soft_label_alone():
+    def loss_fn(outputs, target):
+        return F.cross_entropy(outputs.mul_(2.0), target)
+
+    def plain_loss_fn(outputs, target):
+        return F.cross_entropy(outputs * 2.0, target)
+
+    runs = [train([SBA(augment_prob=1.0)], loss_fn=fn)[1] for fn in (loss_fn, plain_loss_fn)]
+    assert logged(runs[0], 'sba/kl') == logged(runs[1], 'sba/kl')
+
+
+def test_hard_labels_that_interpolation_does_not_mix_are_refused():
+    with pytest.raises(UserError, match="^target='hard' needs the mixed labels of MixUp in the batch"):
+        train([MixUp(interpolate_loss=True), SBA(target='hard')])
+
+
+def test_gyro_dropout_is_refused():
+    with pytest.raises(CutLayerError, match='^SBA and GyroDropout exclude each other'):
+        train([GyroDropout(p=0.5, sigma=4, tau=2), SBA()])
+
+
+def test_binary_cross_entropy_warns():
+    with pytest.warns(NotIntendedUseWarning, match='trained with binary cross-entropy'):
+        train([SBA()], loss_fn=binary_cross_entropy_with_logits, duration='1ba')
+
+
+def test_hugging_face_models_are_refused():
+    transformers = pytest.importorskip('transformers')
+    from composer.models import HuggingFaceModel
+
+    config = transformers.BertConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    model = HuggingFaceModel(transformers.BertForSequenceClassification(config))
+    with pytest.raises(CutLayerError, match='^SBA cannot cut a HuggingFaceModel'):
+        Trainer(model=model, algorithms=[SBA()], device='cpu')

@@ -1,0 +1,60 @@
+"""Datasets that are incomplete, or not where their remote should be: refused before a sample is read.
+
+Run: python -m pytest tests/test_index.py
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from composer_sba.data import DatasetConfig, build_dataloader, dataset_classes
+from composer_sba.errors import DatasetError
+from shards import dataset
+
+
+def remove(path: str) -> Callable[[Path], None]:
+    return lambda folder: shutil.rmtree(folder / path) if (folder / path).is_dir() else (folder / path).unlink()
+
+
+def rewrite(path: str, content: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / path).write_bytes(content)
+
+
+def no_samples(folder: Path) -> None:
+    (folder / 'val' / 'index.json').write_text('{"version": 2, "shards": []}')
+
+
+INDEX, SHARD = 'val/index.json', 'val/shard.00000.mds'
+MAKE = r'python -m composer_sba.convert imagefolder --source \.\.\. --out \S+mds'
+
+
+@pytest.mark.parametrize(
+    ('damage', 'message'),
+    [
+        (remove(''), rf'mds does not exist: make it with {MAKE}$'),
+        (remove('val'), rf"mds has no split 'val' \(found: \['train'\]\): correct split, or make it with {MAKE}$"),
+        (remove(INDEX), rf'mds/val has no index.json, it is incomplete: make it again with {MAKE} --overwrite$'),
+        (rewrite(INDEX, b''), rf'{INDEX} is not the index of an MDS dataset \(.+\): make it again with {MAKE}'),
+        (rewrite(INDEX, b'[]'), rf'{INDEX} is not the index of an MDS dataset \(.+\): make it again with {MAKE}'),
+        (remove(SHARD), rf'{SHARD} is missing, index.json lists it: make it again with {MAKE}'),
+        (rewrite(SHARD, b'cut'), rf'{SHARD} has 3 bytes, index.json says [\d,]+: make it again with {MAKE}'),
+        (no_samples, rf'mds/val holds no samples: make it again with {MAKE}'),
+    ],
+)
+def test_incomplete_datasets_are_refused_before_training(
+    tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    keys = dataset(tmp_path / 'mds', 5)
+    damage(tmp_path / 'mds')
+    for refused in (dataset_classes, lambda config: build_dataloader(config, 4)):
+        with pytest.raises(DatasetError, match=message) as caught:
+            refused(DatasetConfig(**keys, split='val'))
+        assert '\n' not in str(caught.value)
+
+
+def test_remote_that_is_not_there(tmp_path: Path) -> None:
+    config = DatasetConfig('cifar10', local=str(tmp_path / 'cache'), remote=str(tmp_path / 'nowhere'))
+    with pytest.raises(DatasetError, match=r'nowhere/train/index.json cannot be fetched \(.+\): check remote'):
+        dataset_classes(config)
