@@ -5,6 +5,8 @@ from typing import Literal
 
 import torch
 
+from composer_sba.errors import TooWideError
+
 Basis = Literal['identity', 'normalized', 'orthogonal', 'hadamard']
 
 MAX_DENSE_FEATURES = 8192  # a dense Σ of this width holds 256 MiB in float32
@@ -25,7 +27,7 @@ def draw_basis(basis: Basis, rows: torch.Tensor, generator: torch.Generator | No
     """Draw the Q × Q projection Σ, one for the whole batch (Sec. 3.3)."""
     width = rows.shape[1]
     if width > MAX_DENSE_FEATURES:
-        raise ValueError(
+        raise TooWideError(
             f'basis={basis!r} needs a {width} × {width} matrix; dense bases end at {MAX_DENSE_FEATURES} features. Use '
             f"basis='hadamard', random orthonormal directions without a matrix, or cut a narrower layer.",
         )

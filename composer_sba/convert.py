@@ -66,6 +66,8 @@ def convert(
     """
     out = Path(out).absolute()
     partial, replaced = (out.with_name(f'.{out.name}.{suffix}') for suffix in ('partial', 'replaced'))
+    if exist_ok and _is_dataset(out):
+        return {}  # and nothing need be writable
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(out.with_name(f'.{out.name}.lock')):

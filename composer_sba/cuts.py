@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from composer_sba.errors import CutLayerError
+from composer_sba.errors import CutLayerError, first_line
 from composer_sba.layers import CutLayer, named_layers
 
 Forward = Callable[[], torch.Tensor]
@@ -83,7 +83,7 @@ def _why_rows_differ(cut: CutLayer, forward: Forward, latent: torch.Tensor, logi
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever the layers above say of twice the rows is the reason
-        said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')
+        said = first_line(error).rstrip('.')
         return f'the layers above it cannot take more rows than entered below, as in a residual branch ({said})'
     with _hooked(cut, lambda value: other):
         alone = torch.cat([logits, forward()])

@@ -88,8 +88,12 @@ def check(config: DatasetConfig) -> Known:
             f'crop_size and resize_size do not apply to {config.name}, whose images are '
             f'{known.size}x{known.size}: remove them, or read the data as name: imagefolder'
         )
-    if config.cutout is not None and config.cutout < 1:
-        raise DatasetError(f'cutout: expected a number of pixels >= 1, got {config.cutout}')
+    for key in ('cutout', 'crop_size', 'resize_size'):
+        pixels = getattr(config, key)
+        if pixels is not None and pixels < 1:
+            raise DatasetError(f'{key}: expected a number of pixels >= 1, got {pixels}')
+    if config.num_workers is not None and config.num_workers < 0:
+        raise DatasetError(f'num_workers: expected a number >= 0, got {config.num_workers}')
     if config.cache_limit is not None and config.remote in (None, config.local):
         raise DatasetError('cache_limit without a remote would delete the only copy of the data: remove the key')
     if config.in_memory and known.size is None:

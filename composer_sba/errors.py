@@ -1,6 +1,11 @@
 """What a user can get wrong. Each message is one line that names the culprit; train.py prints it and exits with 2."""
 
 
+def first_line(error: BaseException) -> str:
+    """Give the first line of what an exception says, or its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class UserError(ValueError):
     """A mistake in what the user gave, told in one line that says what to change."""
 
@@ -15,6 +20,10 @@ class AlreadyTrainedError(RecipeError):
 
 class DatasetError(UserError):
     """Data that is missing, half-written or corrupted: names the path and the command that makes it."""
+
+
+class TooWideError(UserError):
+    """A dense basis for a layer with more features than its matrix may have: names both, and what would do."""
 
 
 class CutLayerError(UserError):

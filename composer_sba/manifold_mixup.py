@@ -208,9 +208,8 @@ class ManifoldMixup(Algorithm):
         self._handles, self._armed = [], None
 
     def _at_cut(self, index: int, latent: torch.Tensor) -> torch.Tensor | None:
-        if (
-            self._armed != index or not self._pass.on or not self._network.training
-        ):  # SBA looks at the network in evaluation mode
+        # A network that is fitted in evaluation mode is looked at, not trained.
+        if self._armed != index or not self._pass.on or not self._network.training:
             return None
         if len(latent) != len(self._partners):
             raise CutLayerError(

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from composer_sba.arguments import faults, nearest, show
 from composer_sba.dataset_config import DatasetConfig
+from composer_sba.errors import first_line
 from composer_sba.redaction import HIDDEN, redact
 from composer_sba.registry import component_faults, components
 from composer_sba.sources import NAMED, SINGLE, Sources, read
@@ -134,7 +135,7 @@ def load(path: str | Path | Sequence[str | Path], overrides: Sequence[str] = ())
     try:
         resolved: Any = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
     except OmegaConfBaseException as error:
-        raise sources.error(str(error.full_key), str(error).splitlines()[0]) from error
+        raise sources.error(str(error.full_key), first_line(error)) from error
     for key, problem in _faults(resolved):
         raise sources.error(key, problem)
     return Recipe(**resolved, sources=sources)

@@ -7,10 +7,9 @@ from typing import Any
 
 HIDDEN = '<hidden>'
 
-_NAME = (
-    r'(api_?key|token|password|passwd|passphrase|secret|credentials?|(access|private|account)_key(_id)?|webhook(_url)?)'
-)
-_KEY = re.compile(rf'(^|_){_NAME}$', re.IGNORECASE)
+_NAMES = ('api_?key', 'token', 'passw(or)?d', 'passphrase', 'secret', 'credentials?', 'webhook(_url)?')
+_NAME = rf'({"|".join(_NAMES)}|(access|private|account)_?key(_?id)?)'
+_KEY = re.compile(rf'(^|_|(?<=[a-z])(?=[A-Z]))(?i:{_NAME})$')
 _LOGIN = re.compile(r'(://[^/\s:@]*:)[^/\s@]+(?=@)')  # the password in scheme://user:password@host
 _SIGNED = re.compile(r'([?&][\w-]*(?:signature|sig|token|credential|password|secret|key)=)[^&\s]+', re.IGNORECASE)
 _VARIABLE = re.compile(r'(KEY|TOKEN|SECRET|PASSWORD|PASSWD)(_ID)?$', re.IGNORECASE)
@@ -20,8 +19,9 @@ _LEAST = 8  # characters: shorter values of such variables are switches and name
 def redact(values: Any, name: str = '') -> Any:
     """Hide what looks like a secret in plain data.
 
-    That is a text whose key says so (``api_key``, ``password``, ``aws_secret``), the password in a URL and what signs
-    it, and the value of an environment variable whose name ends in KEY, TOKEN, SECRET or PASSWORD, wherever it occurs.
+    That is a text or number whose key says so (``api_key``, ``password``, ``aws_secret``), the password in a URL and
+    what signs it, and the value of an environment variable whose name ends in KEY, TOKEN, SECRET or PASSWORD, wherever
+    it occurs.
 
     Args:
         values (Any): Mappings, lists and scalars.
@@ -40,10 +40,10 @@ def redact(values: Any, name: str = '') -> Any:
         return {key: redact(value, str(key)) for key, value in values.items()}
     if isinstance(values, list):
         return [redact(value, name) for value in values]
-    if not isinstance(values, str) or not values:
-        return values
-    if _KEY.search(name):
+    if _KEY.search(name) and values not in (None, '') and not isinstance(values, bool):
         return HIDDEN
+    if not isinstance(values, str):
+        return values
     secrets = [value for key, value in os.environ.items() if _VARIABLE.search(key) and len(value) >= _LEAST]
     for secret in sorted(secrets, key=len, reverse=True):
         values = values.replace(secret, HIDDEN)

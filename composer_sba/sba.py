@@ -143,6 +143,7 @@ class SBA(Algorithm):
         self._sums: dict[str, torch.Tensor] = {}
         self._rows = 0
         self._guard = FiniteGuard()
+        self._unchecked: torch.Tensor | int = 0  # the sum of a batch's virtual samples' losses, on the device
 
     def __repr__(self) -> str:
         return self._repr
@@ -181,6 +182,7 @@ class SBA(Algorithm):
         """Start from the first microbatch, also when a batch is tried again after running out of memory."""
         self._disarm()  # and let go of the graph of that attempt
         self._microbatch = 0
+        self._unchecked = 0
         self._sums = {}
         self._rows = 0
 
@@ -215,8 +217,10 @@ class SBA(Algorithm):
             else:
                 loss = sbaf.hard_label_loss(virtual, self._labels(state))
             self._measure(raw.detach(), virtual.detach(), loss.detach())
-        if loss.device.type == 'cpu':  # another device would have to be waited for
+        if loss.device.type == 'cpu':
             self._check_finite(loss.item(), state, state.timestamp.batch.value)
+        else:  # which would have to be waited for
+            self._unchecked = self._unchecked + loss.detach()
         self._loss = state.loss = add_term(state.loss, self.eta * loss)
 
     def after_backward(self, state: State, logger: Logger) -> None:
@@ -239,7 +243,8 @@ class SBA(Algorithm):
         if self._augment:
             metrics['sba/layer'] = self._layer
             metrics |= {name: float(total) / self._rows for name, total in self._sums.items()}
-            self._check_finite(metrics['sba/kl'], state, state.timestamp.batch.value - 1)
+        if isinstance(self._unchecked, torch.Tensor):
+            self._check_finite(self._unchecked.item(), state, state.timestamp.batch.value - 1)
         logger.log_metrics(metrics)
 
     def fit_end(self, state: State, logger: Logger) -> None:

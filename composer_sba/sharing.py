@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import functools
 import os
+import platform
 import re
 import tempfile
 import time
@@ -97,17 +98,24 @@ def registration() -> Iterator[None]:
 
     Streaming takes names that nobody has (``000000_locals``, ...) by looking first, so two runs that start together
     take the same ones; and blocks that a killed run has left make it fail or refuse the folder of the dataset. Here
-    one run chooses after another, and blocks of runs that have ended are removed first.
+    one run chooses after another, and blocks of runs that have ended are removed first. Of several machines every run
+    takes hold in the order of their names, or two could each hold one and wait for the other.
 
     Yields:
         None: While this run may choose.
     """
-    lock = FileLock(Path(tempfile.gettempdir()) / f'composer-sba-{os.getuid()}.lock')
-    with lock if dist.get_local_rank() == 0 else contextlib.nullcontext():
-        if dist.get_local_rank() == 0:
-            _remove_stale_blocks()
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
+    # Where the names are: TMPDIR may be the job's own.
+    folder = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+    lock = FileLock(folder / f'composer-sba-{os.getuid()}.lock')
+    initialized = torch.distributed.is_initialized()
+    here = platform.node()
+    with contextlib.ExitStack() as held:
+        for node in sorted(set(dist.all_gather_object(here))) if initialized else [here]:
+            if node == here and dist.get_local_rank() == 0:
+                held.enter_context(lock)
+                _remove_stale_blocks()
+            if initialized:
+                torch.distributed.barrier()
         yield
 
 

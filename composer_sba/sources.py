@@ -19,7 +19,7 @@ from yaml import MarkedYAMLError, YAMLError
 
 from composer_sba import registry
 from composer_sba.arguments import nearest, show
-from composer_sba.errors import RecipeError
+from composer_sba.errors import RecipeError, first_line
 
 NAMED = ('algorithms', 'callbacks', 'loggers')  # sections that map names to arguments
 SINGLE = ('model', 'optimizer', 'scheduler')  # sections of one component, with its name under `name`
@@ -114,7 +114,7 @@ def _read_file(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict
         raise RecipeError(f'{path}: {where}not YAML: {error.problem}') from error
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError, RecursionError) as error:
         # The last four are what PyYAML raises over dates, keys, tags and depths that it did not think of
-        raise RecipeError(f'{path}: not YAML: {(str(error) or type(error).__name__).splitlines()[0]}') from error
+        raise RecipeError(f'{path}: not YAML: {first_line(error)}') from error
     if not isinstance(values, dict):
         raise RecipeError(f'{path}: expected a mapping of keys, got a {type(values).__name__}')
     base = values.pop('extends', None)

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from composer_sba.cuts import evaluation, why_no_cut
-from composer_sba.errors import CutLayerError
+from composer_sba.errors import CutLayerError, first_line
 from composer_sba.layers import CutLayer, find_layers, named_layers
 
 _ROWS = 2
@@ -157,8 +157,8 @@ def _logits(forward: Callable[..., Any], images: torch.Tensor) -> torch.Tensor:
     try:
         logits = forward(images)
     except Exception as error:  # whatever the network says of such images is the reason
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CutLayerError(f'The network takes no images of shape {tuple(images.shape[1:])}: {said}') from error
+        shape = tuple(images.shape[1:])
+        raise CutLayerError(f'The network takes no images of shape {shape}: {first_line(error)}') from error
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
         got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise CutLayerError(f'SBA needs a classifier whose output is one tensor of logits, (N, K); got {got}.')

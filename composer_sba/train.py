@@ -80,29 +80,34 @@ def train(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
         # Composer, of the last batch of every epoch, which is as short as the data makes it
         warnings.filterwarnings('ignore', message='Cannot split tensor of length', category=UserWarning)
         trainer = build_trainer(recipe, summary, *destinations)
-        if trainer.state.max_duration is not None and trainer.state.timestamp >= trainer.state.max_duration:
-            problem = f'{folder} has {trainer.state.max_duration} behind it; raise it, or give another run_name'
-            raise AlreadyTrainedError(*recipe.sources.error('max_duration', problem).args)
-        if folder is not None and dist.get_global_rank() == 0:
-            _save_recipe(recipe, folder)
-        trainer.logger.log_hyperparameters(redact(recipe.to_dict()))
-        for logger in trainer.logger.destinations:
-            if isinstance(logger, ProgressBarLogger):
-                # It would print every hyperparameter before its first bar, burying what a reader looks for
-                logger.hparams_already_logged_to_console = True
-        begins_at = trainer.state.timestamp.batch
         try:
-            trainer.fit()
-        except Exception as error:
-            refused = refusal(recipe, error, begun=trainer.state.timestamp.batch > begins_at)
-            if refused is None or refused is error:
-                raise
-            raise refused from error
+            _fit(trainer, recipe, folder)
         finally:
             trainer.close()
     if dist.get_global_rank() == 0:
         Console().print(summary.table(trainer.state, _places(recipe, folder)))
     return trainer
+
+
+def _fit(trainer: Trainer, recipe: Recipe, folder: str | None) -> None:
+    if trainer.state.max_duration is not None and trainer.state.timestamp >= trainer.state.max_duration:
+        problem = f'{folder} has {trainer.state.max_duration} behind it; raise it, or give another run_name'
+        raise AlreadyTrainedError(*recipe.sources.error('max_duration', problem).args)
+    if folder is not None and dist.get_global_rank() == 0:
+        _save_recipe(recipe, folder)
+    trainer.logger.log_hyperparameters(redact(recipe.to_dict()))
+    for logger in trainer.logger.destinations:
+        if isinstance(logger, ProgressBarLogger):
+            # It would print every hyperparameter before its first bar, burying what a reader looks for
+            logger.hparams_already_logged_to_console = True
+    begins_at = trainer.state.timestamp.batch
+    try:
+        trainer.fit()
+    except Exception as error:
+        refused = refusal(recipe, error, begun=trainer.state.timestamp.batch > begins_at)
+        if refused is None or refused is error:
+            raise
+        raise refused from error
 
 
 def _is_interrupt(error: BaseException | None) -> bool:

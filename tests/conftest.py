@@ -58,13 +58,13 @@ def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_ranks(tmp_path: Path) -> Callable[..., str]:
-    """``run_ranks(script, nproc, *args, timeout=120)`` runs a script on CPU ranks under Composer's launcher.
+    """``run_ranks(script, nproc, *args, timeout=300)`` runs a script on CPU ranks under Composer's launcher.
 
     It returns the standard output of all ranks, in the order of their numbers. A rank that fails, or a run beyond
     ``timeout`` seconds, fails the test with everything that was said, and no process outlives the call.
     """
 
-    def run(script: Path, nproc: int, *args: str, timeout: float = 120) -> str:
+    def run(script: Path, nproc: int, *args: str, timeout: float = 300) -> str:
         logs = [tmp_path / f'rank{rank}.{kind}' for rank in range(1, nproc) for kind in ('stdout', 'stderr')]
         for log in logs:
             log.unlink(missing_ok=True)  # the launcher appends

@@ -72,8 +72,12 @@ def test_the_command_writes_a_report(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert '; bf16, basis hadamard;' in second.read_text()
 
 
-def test_a_layer_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ['step', '--networks', 'digits', '--cuts', 'conv7', '--recipes', str(YAMLS), '--out', str(tmp_path)]
+@pytest.mark.parametrize('cuts', [['conv7'], ['head', 'conv7']])
+def test_a_layer_that_is_not_there_is_one_line(
+    cuts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ['step', '--networks', 'digits', '--recipes', str(YAMLS), '--out', str(tmp_path), '--device', 'cpu']
+    command += ['--fold', '1', '--rounds', '1', '--batch', '8', '--cuts', *cuts]
     assert main(command) == 2
     assert "The model has no layer 'conv7'" in capsys.readouterr().err
 

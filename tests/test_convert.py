@@ -105,6 +105,14 @@ def test_killed_conversion_never_looks_finished(tmp_path: Path) -> None:
     assert len(samples(out / 'train')) == 63
 
 
+def test_a_dataset_that_is_there_needs_no_right_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a disk that is mounted for reading: nothing is made, not even a lock."""
+    convert('digits', None, tmp_path / 'digits')
+    monkeypatch.setattr(Path, 'mkdir', lambda *args, **kwargs: pytest.fail('a folder is made'))
+    monkeypatch.setattr(module, 'FileLock', lambda *args: pytest.fail('a lock is taken'))
+    assert convert('digits', None, tmp_path / 'digits', exist_ok=True) == {}
+
+
 def test_unwritable_output_is_one_line(tmp_path: Path) -> None:
     (tmp_path / 'file').write_text('in the way')
     with pytest.raises(DatasetError, match=r'file/out: the conversion failed: .*(Not a directory|File exists)'):

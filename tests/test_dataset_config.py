@@ -26,6 +26,9 @@ def test_wrong_keys_are_refused(tmp_path: Path, digits_folder: Path) -> None:
     for keys, message in (
         ({'name': 'mnist'}, r'name: mnist is no known data set: choose one of digits, cifar10, cifar100, imagenet'),
         ({'name': 'cifar10', 'crop_size': 28}, r'crop_size and resize_size do not apply to cifar10, .* 32x32'),
+        ({'name': 'imagefolder', 'crop_size': 0}, r'crop_size: expected a number of pixels >= 1, got 0'),
+        ({'name': 'imagefolder', 'resize_size': -5}, r'resize_size: expected a number of pixels >= 1, got -5'),
+        ({'name': 'cifar10', 'num_workers': -1}, r'num_workers: expected a number >= 0, got -1'),
         ({'name': 'cifar10', 'cache_limit': '1gb'}, r'cache_limit without a remote would delete the only copy'),
         ({'name': 'cifar10', 'mean': [0.5]}, r'mean: expected three numbers, got \[0.5\]'),
         ({'name': 'cifar10', 'std': [1, 1, 0]}, r'std: expected three positive numbers, got \[1, 1, 0\]'),

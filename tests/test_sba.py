@@ -171,11 +171,16 @@ def test_after_a_fit_the_model_has_no_hooks_and_another_fit_augments_again():
 
 
 def test_attached_to_a_second_trainer_it_leaves_the_first_model():
+    """The first fit never began, or its end would have taken the hooks off."""
+
+    def hooks():
+        return [layer for layer in first.state.model.modules() if layer._forward_hooks or layer._forward_pre_hooks]
+
     sba = SBA(augment_prob=1.0)
-    first, _ = train([sba])
+    first, _ = make_trainer([sba])
+    assert hooks()
     train([sba])
-    hooks = [module for module in first.state.model.modules() if module._forward_hooks or module._forward_pre_hooks]
-    assert not hooks
+    assert not hooks()
 
 
 def test_nothing_is_saved_but_the_repr():

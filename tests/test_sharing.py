@@ -17,6 +17,32 @@ from composer_sba.data import DatasetConfig, build_dataloader
 from shards import dataset, labels
 
 
+def test_two_runs_on_the_same_nodes_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    """A folder stands for a node's shared memory; the runs arrive at the two nodes in opposite orders."""
+    script = Path(__file__).with_name('registration_on_nodes.py')
+    environment = os.environ | {'PYTHONPATH': os.pathsep.join(sys.path), 'PYTHONWARNINGS': 'ignore'}
+    for node in ('0', '1'):
+        (tmp_path / node).mkdir()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), run, node, str(tmp_path)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for run in ('a', 'b')
+        for node in ('0', '1')
+    ]
+    try:
+        said = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert all(text.endswith('registered\n') for text in said), said
+
+
 @pytest.mark.parametrize(
     ('samples', 'nodes', 'ranks', 'workers', 'batch_size'), [(97, 1, 3, 2, 4), (64, 2, 2, 1, 4), (61, 2, 4, 3, 2)]
 )

@@ -174,6 +174,10 @@ class TestCost:
         assert training_flops(recipe) == 2 * 200 * 50_000 * flops_per_image(recipe)
         recipe = load(YAMLS / 'resnet8_cifar10_baseline.yaml', ['train_dataset.subset=5000', 'max_duration=10ba'])
         assert training_flops(recipe) == pytest.approx(10 * 64 * flops_per_image(recipe), rel=0.02)
+        recipe = load(YAMLS / 'resnet8_cifar10_baseline.yaml', ['max_duration=1000sp'])
+        assert training_flops(recipe) == 1000 * flops_per_image(recipe)
+        with pytest.raises(UserError, match="max_duration: expected epochs, batches or samples, got '100tok'"):
+            training_flops(load(YAMLS / 'resnet8_cifar10_baseline.yaml', ['max_duration=100tok']))
 
 
 class TestRuns:
@@ -251,6 +255,14 @@ class TestRuns:
     def test_a_mistake_is_one_line(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(['rivals', '--networks', 'resnet9']) == 2
         assert capsys.readouterr().err.count('\n') == 1
+        assert main(['rivals', *DIGITS, '--dry-run', '--set', 'load_path=x.pt']) == 2
+        assert 'load_path: a study trains from the beginning' in capsys.readouterr().err
+
+    @pytest.mark.parametrize('jobs', ['0', '-1', 'x'])
+    def test_less_than_one_job_is_refused(self, jobs: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit, match='2'):
+            main(['rivals', *DIGITS, '--dry-run', '--jobs', jobs])
+        assert f"argument --jobs: expected an integer >= 1, got '{jobs}'" in capsys.readouterr().err
 
     def test_smoke(self) -> None:
         """``make study-smoke``: every method on the digits with two seeds, and the report."""

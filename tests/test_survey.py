@@ -214,6 +214,17 @@ def test_the_command_takes_a_factory_of_the_users(capsys, monkeypatch):
     assert 'head' in capsys.readouterr().out
 
 
+def broken(error='KeyError'):
+    """One that fails, and may not say why."""
+    raise {'KeyError': KeyError('depth'), 'ValueError': ValueError()}[error]
+
+
+def test_a_cut_above_which_no_operation_is_counted_is_free(capsys):
+    """SqueezeNet ends in a mean over places."""
+    assert main(['--model', 'squeezenet1_0', '--image-size', '64']) == 0
+    assert capsys.readouterr().out.count(' 1.00 ') >= 1
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
@@ -224,6 +235,8 @@ def test_the_command_takes_a_factory_of_the_users(capsys, monkeypatch):
         ('--model nowhere:own', "nowhere:own: No module named 'nowhere'"),
         ('--model test_survey:gone', "has no attribute 'gone'"),
         ('--model test_survey:batches', 'expected a function that returns a torch.nn.Module, got list'),
+        ('--model test_survey:broken', "test_survey:broken cannot be built with {}: 'depth'"),
+        ('--model test_survey:broken error=ValueError', "built with {'error': 'ValueError'}: ValueError"),
         ('--model test_survey:own --image-size 9', 'The network takes no images of shape (3, 9, 9): '),
         ('--model digits_net --fold 0', '--fold: expected M >= 1, got 0'),
         ('--model fcn_resnet50', "unknown model 'fcn_resnet50'"),

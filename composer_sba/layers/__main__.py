@@ -22,7 +22,7 @@ from torch import nn
 from yaml import YAMLError
 
 from composer_sba.arguments import nearest
-from composer_sba.errors import UserError
+from composer_sba.errors import UserError, first_line
 from composer_sba.models import MODELS
 from composer_sba.survey import Cut, survey
 
@@ -71,8 +71,8 @@ def build(model: str, arguments: dict[str, Any]) -> nn.Module:
     factory = _factory(model)
     try:
         network = factory(**arguments)
-    except (TypeError, ValueError) as error:
-        raise UserError(f'{model} cannot be built with {arguments}: {str(error).splitlines()[0]}') from error
+    except Exception as error:  # a factory of the user's may raise anything
+        raise UserError(f'{model} cannot be built with {arguments}: {first_line(error)}') from error
     if not isinstance(network, nn.Module):
         raise UserError(f'{model}: expected a function that returns a torch.nn.Module, got {type(network).__name__}')
     return network.module if isinstance(network, ComposerClassifier) else network
@@ -126,7 +126,9 @@ def table(cuts: Sequence[Cut], fold: int, title: str) -> Table:
 
 def _ratio(ratio: float) -> str:
     """Three digits, but 1 and the first two that differ from it."""
-    return f'{ratio:.2f}' if ratio >= 1.1 else f'{ratio:.{max(2, 1 - math.floor(math.log10(ratio - 1)))}f}'
+    if ratio == 1 or ratio >= 1.1:  # above some cuts no operation is counted
+        return f'{ratio:.2f}'
+    return f'{ratio:.{max(2, 1 - math.floor(math.log10(ratio - 1)))}f}'
 
 
 def _arguments(given: argparse.Namespace) -> dict[str, Any]:
@@ -136,7 +138,7 @@ def _arguments(given: argparse.Namespace) -> dict[str, Any]:
     try:
         arguments: Any = OmegaConf.to_container(OmegaConf.from_dotlist(given.arguments))
     except (YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f'command line: expected YAML after =: {str(error).splitlines()[0]}') from error
+        raise UserError(f'command line: expected YAML after =: {first_line(error)}') from error
     return arguments | ({} if given.num_classes is None else {'num_classes': given.num_classes})
 
 

@@ -131,16 +131,24 @@ def _add_step(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument('--kinds', nargs='+', choices=KINDS, default=(), metavar='KIND', help=f'of {", ".join(KINDS)}')
     command.add_argument('--basis', choices=get_args(Basis), help="Σ of the Gaussian virtual samples (the recipe's)")
-    command.add_argument('--fold', nargs='+', type=int, default=(), dest='folds', metavar='M', help="(1, 4, paper's)")
+    command.add_argument(
+        '--fold', nargs='+', type=_count, default=(), dest='folds', metavar='M', help="(1, 4, paper's)"
+    )
     command.add_argument('--device', choices=('cpu', 'gpu'), help='where to train; a GPU if there is one')
     command.add_argument('--dtype', choices=list(DTYPES), default='fp32', help='of autocast (fp32: none)')
     command.add_argument('--compile', action='store_true', dest='compiled', help='by torch.compile')
     command.add_argument('--channels-last', action='store_true', help='memory format')
     command.add_argument('--checkpointing', action='store_true', help='compute activations again, stage by stage')
-    command.add_argument('--batch', type=int, metavar='N', help="images of a batch (the recipe's)")
-    command.add_argument('--rounds', type=int, default=20, metavar='N', help='how often each step is timed (20)')
+    command.add_argument('--batch', type=_count, metavar='N', help="images of a batch (the recipe's)")
+    command.add_argument('--rounds', type=_count, default=20, metavar='N', help='how often each step is timed (20)')
     command.add_argument('--recipes', type=Path, default=RECIPES, metavar='DIR', help='where the recipes are')
     command.add_argument('--out', type=Path, default=Path('benchmarks'), metavar='DIR', help='where the report goes')
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'expected an integer >= 1, got {text!r}')
+    return int(text)
 
 
 def _parser(prog: str = 'python -m composer_sba.study') -> argparse.ArgumentParser:
@@ -159,10 +167,10 @@ def _parser(prog: str = 'python -m composer_sba.study') -> argparse.ArgumentPars
         command = commands.add_parser(study, help=helps[study], description=f'Train {helps[study]}.')
         for option in ('networks', 'datasets', 'methods'):
             command.add_argument(f'--{option}', nargs='+', default=(), metavar='NAME', help='only these')
-        command.add_argument('--seeds', type=int, default=3, metavar='N', help='seeds of each run (3)')
+        command.add_argument('--seeds', type=_count, default=3, metavar='N', help='seeds of each run (3)')
         if study == 'search':
-            command.add_argument('--trials', type=int, default=20, metavar='N', help='settings to try (20)')
-        command.add_argument('--jobs', type=int, default=1, metavar='N', help='runs at a time on the one device (1)')
+            command.add_argument('--trials', type=_count, default=20, metavar='N', help='settings to try (20)')
+        command.add_argument('--jobs', type=_count, default=1, metavar='N', help='runs at a time on the one device (1)')
         command.add_argument('--epochs-scale', type=float, default=1.0, metavar='F', help='factor of all durations (1)')
         command.add_argument('--device', choices=('cpu', 'gpu'), help='where to train; a GPU if there is one')
         command.add_argument('--set', nargs='+', default=(), dest='overrides', metavar='key.sub=value', help='for all')

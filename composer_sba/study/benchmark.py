@@ -12,7 +12,7 @@ from rich.console import Console
 
 from composer_sba.basis import Basis
 from composer_sba.data import DatasetConfig, image_size
-from composer_sba.errors import UserError
+from composer_sba.errors import TooWideError, UserError
 from composer_sba.recipe import Recipe, component_arguments, load
 from composer_sba.registry import construct
 from composer_sba.study.names import name
@@ -74,7 +74,7 @@ def benchmark(recipes: Path, folder: Path, options: Options) -> Path:
                     steps.expander.remove()
                 parts = profiled(_steps(recipe, cut, fold, device, options), 'sba', min(options.rounds, 5))
                 profiles.append([_title(regime), cut, str(fold), *(f'{value:.2f}' for value in parts.values())])
-            except ValueError as error:  # of a vicinity that this layer is too wide for; the others need not suffer
+            except TooWideError as error:  # the other layers need not suffer
                 left_out.append(f'Left out: {_title(regime)}, {cut}: {error}')
                 console.print(left_out[-1], soft_wrap=True)
     if not rows:

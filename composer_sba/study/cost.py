@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import torch
+from composer.core import Time, TimeUnit
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -60,20 +61,19 @@ def training_flops(recipe: Recipe) -> float:
     """Count the operations of a whole training.
 
     Args:
-        recipe (Recipe): The run; its ``max_duration`` must be in epochs or batches.
+        recipe (Recipe): The run; its ``max_duration`` must be in epochs, batches or samples.
 
     Returns:
         float: Unit: floating-point operations.
     """
-    duration = str(recipe.max_duration)
+    duration = Time.from_input(recipe.max_duration, TimeUnit.EPOCH)
     dataset = DatasetConfig(**recipe.train_dataset)
     images = dataset.subset or TRAIN_SIZES.get(dataset.name) or dataset_size(dataset)
     steps = math.ceil(images / recipe.global_train_batch_size)
-    if duration.endswith('ba'):
-        seen = int(duration.removesuffix('ba')) * images / steps
-    else:
-        seen = int(duration.removesuffix('ep')) * images
-    return flops_per_image(recipe) * seen * recipe.scale_schedule_ratio
+    images_in = {TimeUnit.EPOCH: images, TimeUnit.BATCH: images / steps, TimeUnit.SAMPLE: 1}
+    if duration.unit not in images_in:
+        raise recipe.sources.error('max_duration', f'expected epochs, batches or samples, got {recipe.max_duration!r}')
+    return flops_per_image(recipe) * duration.value * images_in[duration.unit] * recipe.scale_schedule_ratio
 
 
 def _argument(recipe: Recipe, algorithm: str, name: str) -> Any:

@@ -186,6 +186,8 @@ def plan(
     """
     known = {method for regime in regimes(recipes) for method in regime.methods()}
     _check_names('methods', methods, known | {'latent_ba'})
+    if any(each.partition('=')[0] == 'load_path' for each in overrides):
+        raise UserError('load_path: a study trains from the beginning, and its records do not tell what was loaded')
     if seeds < 1:
         raise UserError(f'--seeds: expected at least 1, got {seeds}')
     chosen = regimes(recipes, networks, datasets)

@@ -49,7 +49,7 @@ def draw_vicinity(path: Path, steps: int = STEPS) -> list[str]:
     def draw(figure: Figure) -> None:
         first, *others = figure.subplots(1, 3, sharex=True, sharey=True)
         first.set_title('raw and virtual points')
-        gaussian = round(FOLD * VICINITY.gaussian_fraction)
+        gaussian = VICINITY.num_gaussian(FOLD)
         virtual = VICINITY.sample(train, FOLD, torch.Generator().manual_seed(SEED))
         for points, marker, name in ((virtual[:gaussian], '.', 'Gaussian'), (virtual[gaussian:], 'x', 'dropout')):
             flat = points.flatten(0, 1).T

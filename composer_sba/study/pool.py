@@ -85,7 +85,7 @@ class _Pool:
             active = self.active[receiver]
             try:
                 news = receiver.recv()
-            except EOFError:  # the process is over, one way or the other
+            except (EOFError, OSError):  # the process is over, one way or the other, maybe in the middle of its news
                 self._end(receiver, active, scratch)
                 continue
             if isinstance(news, float):

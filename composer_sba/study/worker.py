@@ -125,15 +125,21 @@ def work(run: Run, results: Path, shared: Mapping[str, Any], scratch: Path, told
 
 def _train(run: Run, curve: Curve, scratch: Path) -> dict[str, Any]:
     try:
-        try:
-            trainer = train(run.recipe, curve)
-        except AlreadyTrainedError:  # it ended before it could write its record
+        trainer = _unless_trained(run, curve)
+        if trainer is None:  # it ended before it could write its record
             shutil.rmtree(scratch / run.hash)
             trainer = train(run.recipe, curve)
     except UserError as error:
         print(f'error: {redact(str(error))}', file=sys.stderr, flush=True)
         sys.exit(2)
     return make_record(run, trainer, curve)
+
+
+def _unless_trained(run: Run, curve: Curve) -> Trainer | None:
+    try:
+        return train(run.recipe, curve)
+    except AlreadyTrainedError:
+        return None
 
 
 def make_record(run: Run, trainer: Trainer, curve: Curve) -> dict[str, Any]:

@@ -63,9 +63,6 @@ class Soak:
         self.chance = chance
         self.temporary = folder / 'tmp'
         self.temporary.mkdir()
-        lock = folder.parent / f'composer-sba-{os.getuid()}.lock'  # by which all runs of this machine take turns
-        lock.touch()
-        (self.temporary / lock.name).hardlink_to(lock)
         self.dead: set[int] = set()
 
     def start(self) -> subprocess.Popen:

@@ -208,7 +208,8 @@ def test_a_recipe_that_was_saved_without_its_secret_asks_for_it(
             {'api_key': 1, 'apikey': 1, 'neptune_api_token': 1},
         ),
         ({'input_key': 0, 'target_key': 'y', 'tokens': 'abc', 'keys': ['a']}, set()),
-        ({'password': '', 'token': None, 'secret': 5}, set()),
+        ({'password': '', 'token': None, 'secret': True, 'depth': 5, 'monkey': 'x', 'MAX_KEY': 1}, set()),
+        ({'password': 12345678, 'apiToken': 'a', 'secretAccessKey': 'b'}, {'password', 'apiToken', 'secretAccessKey'}),
     ],
 )
 def test_keys_that_name_a_secret(values: dict[str, Any], hidden: set[str]) -> None:
