@@ -166,8 +166,9 @@ class SBA(Algorithm):
         self._checked = False
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Put the hooks back for another fit."""
+        """Put the hooks back for another fit, all of them: which ones it needs is seen at its first batch."""
         self._attached.attach()
+        self._checked = False
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Draw λ(t), once a batch, whatever becomes of the batch."""

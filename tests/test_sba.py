@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from composer import Trainer
 from composer.algorithms.warnings import NoEffectWarning
-from composer.core import Algorithm, Event
+from composer.core import Algorithm, Callback, Event
 from composer.models import ComposerClassifier
 from composer.optim import LinearScheduler
 from torch import nn
@@ -181,6 +181,23 @@ def test_attached_to_a_second_trainer_it_leaves_the_first_model():
     assert hooks()
     train([sba])
     assert not hooks()
+
+
+def test_another_fit_has_hooks_above_the_cut_alone():
+    """As the first: which layers lie below is seen at the first batch of each."""
+
+    class Hooked(Callback):
+        def __init__(self):
+            self.seen = []
+
+        def batch_end(self, state, logger):
+            self.seen.append([n for n, layer in state.model.named_modules() if layer._forward_pre_hooks])
+
+    hooked = Hooked()
+    trainer, _ = make_trainer([SBA()], duration='1ba', callbacks=[hooked])
+    trainer.fit()
+    trainer.fit(duration='1ba')
+    assert len(hooked.seen) == 2 and hooked.seen[0] == hooked.seen[1], hooked.seen
 
 
 def test_nothing_is_saved_but_the_repr():
