@@ -1,13 +1,13 @@
 """A small network trained with ManifoldMixup, or without, from one fixed start."""
 
 import torch
-from composer import Trainer
-from composer.loggers import InMemoryLogger
 from composer.models import ComposerClassifier
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
-ROWS, BATCH, CLASSES, SEED = 24, 8, 5, 17
+from small_training import trainer_of
+
+ROWS, BATCH, CLASSES = 24, 8, 5
 LAYERS = ['input', '1', 'head']
 
 
@@ -19,19 +19,7 @@ def make_trainer(algorithms, *, network=make_network, duration='2ep', dtype=torc
     torch.manual_seed(0)
     model = ComposerClassifier(network().to(dtype), num_classes=CLASSES)
     data = TensorDataset(torch.randn(ROWS, 6, dtype=dtype), torch.randint(CLASSES, (ROWS,)))
-    log = InMemoryLogger()
-    trainer = Trainer(
-        model=model,
-        train_dataloader=DataLoader(data, BATCH),
-        max_duration=duration,
-        optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
-        algorithms=algorithms,
-        loggers=[log],
-        device='cpu',
-        seed=SEED,
-        progress_bar=False,
-        **options,
-    )
+    trainer, log = trainer_of(model, data, BATCH, algorithms, max_duration=duration, **options)
     return trainer, log, data
 
 

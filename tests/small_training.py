@@ -7,7 +7,7 @@ from composer.models import ComposerClassifier
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-ROWS, BATCH, CLASSES = 48, 16, 5
+ROWS, BATCH, CLASSES, SEED = 48, 16, 5, 17
 
 
 class Net(nn.Module):
@@ -24,25 +24,30 @@ class Net(nn.Module):
         return self.fc(torch.relu(self.norm(self.block(self.stem(x)))).mean((2, 3)))
 
 
+def trainer_of(model, data, batch_size, algorithms, *, shuffle=False, momentum=0.0, **options):
+    """Composer's Trainer on the CPU, quiet, from one seed; return it and what it will log."""
+    log = InMemoryLogger()
+    trainer = Trainer(
+        model=model,
+        train_dataloader=DataLoader(data, batch_size, shuffle=shuffle),
+        optimizers=torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum),
+        algorithms=algorithms,
+        loggers=[log],
+        device='cpu',
+        seed=SEED,
+        progress_bar=False,
+        **options,
+    )
+    return trainer, log
+
+
 def make_trainer(algorithms, *, dtype=torch.float32, loss_fn=None, duration='2ep', **options):
     """Net and its data, from one fixed start; return the Trainer and what it will log."""
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(ROWS, 3, 8, 8, dtype=dtype), torch.randint(CLASSES, (ROWS,)))
     model = ComposerClassifier(Net().to(dtype), num_classes=CLASSES, **({'loss_fn': loss_fn} if loss_fn else {}))
-    log = InMemoryLogger()
-    trainer = Trainer(
-        model=model,
-        train_dataloader=DataLoader(data, BATCH, shuffle=True),
-        max_duration=duration,
-        optimizers=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
-        algorithms=algorithms,
-        loggers=[log],
-        device='cpu',
-        seed=17,
-        progress_bar=False,
-        **options,
-    )
-    return trainer, log
+    options |= {'max_duration': duration, 'shuffle': True, 'momentum': 0.9}
+    return trainer_of(model, data, BATCH, algorithms, **options)
 
 
 def train(algorithms, **options):

@@ -8,9 +8,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from composer import Trainer
 from composer.algorithms import SAM, SWA, MixUp
-from composer.loggers import InMemoryLogger
 from composer.models import ComposerClassifier
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -20,7 +18,7 @@ import composer_sba.functional as sbaf
 from composer_sba import SBA, Vicinity, sort_sba_last
 from composer_sba.analytic import AnalyticHead
 from composer_sba.errors import CutLayerError
-from small_training import logged, weights
+from small_training import logged, trainer_of, weights
 
 ROWS, CLASSES = 16, 5
 NOT_RESCALED = Vicinity(0.25, sigma=0.5, dropout=0.3, rescale=False)
@@ -131,20 +129,7 @@ def make_trainer(algorithms, *, dtype=torch.float32, duration='4ba', **options):
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(2 * ROWS, 3, 8, 8, dtype=dtype), torch.randint(CLASSES, (2 * ROWS,)))
     model = ComposerClassifier(Net().to(dtype), num_classes=CLASSES, **options.pop('model', {}))
-    log = InMemoryLogger()
-    trainer = Trainer(
-        model=model,
-        train_dataloader=DataLoader(data, ROWS),
-        max_duration=duration,
-        optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
-        algorithms=algorithms,
-        loggers=[log],
-        device='cpu',
-        seed=17,
-        progress_bar=False,
-        **options,
-    )
-    return trainer, log
+    return trainer_of(model, data, ROWS, algorithms, max_duration=duration, **options)
 
 
 def train(algorithms, **options):

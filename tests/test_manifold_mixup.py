@@ -17,8 +17,8 @@ from composer_sba.errors import UserError
 from composer_sba.manifold_mixup import ManifoldMixup, draw_mixing, draw_partners, mix_rows
 from composer_sba.recipe import load
 from composer_sba.train import train
-from mixup_training import BATCH, CLASSES, LAYERS, ROWS, SEED, fit, make_trainer, weights
-from small_training import logged
+from mixup_training import BATCH, CLASSES, LAYERS, ROWS, fit, make_trainer, weights
+from small_training import SEED, logged
 
 # Composer says it of mixed labels whose sum is rounded below 1; of MixUp's too.
 pytestmark = pytest.mark.filterwarnings('ignore:Some targets have less than 1 total probability')

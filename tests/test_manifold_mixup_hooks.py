@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from composer_sba import SBA, sort_sba_last
 from composer_sba.errors import CutLayerError
 from composer_sba.manifold_mixup import ManifoldMixup, draw_mixing
-from mixup_training import BATCH, CLASSES, LAYERS, ROWS, SEED, fit, make_network, make_trainer
-from small_training import logged
+from mixup_training import BATCH, CLASSES, LAYERS, ROWS, fit, make_network, make_trainer
+from small_training import SEED, logged
 
 # Composer says it of mixed labels whose sum is rounded below 1; of MixUp's too.
 pytestmark = pytest.mark.filterwarnings('ignore:Some targets have less than 1 total probability')

@@ -10,9 +10,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from composer import Trainer
 from composer.algorithms import SAM, LabelSmoothing
-from composer.loggers import InMemoryLogger
 from composer.models import ComposerClassifier
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -25,6 +23,7 @@ from composer_sba.errors import UserError
 from composer_sba.r_drop import RDrop, dropout_rate, two_pass_kl
 from composer_sba.recipe import load
 from composer_sba.registry import components
+from small_training import logged, trainer_of
 
 RECIPE = str(Path(__file__).parent.parent / 'yamls' / 'digits_baseline.yaml')
 ROWS, BATCH, CLASSES = 24, 8, 5
@@ -40,19 +39,7 @@ def make_trainer(algorithms, *, network=make_network, duration='2ep', loss_fn=No
         network().double(), num_classes=CLASSES, **({} if loss_fn is None else {'loss_fn': loss_fn})
     )
     data = TensorDataset(torch.randn(ROWS, 6, dtype=torch.float64), torch.randint(CLASSES, (ROWS,)))
-    log = InMemoryLogger()
-    trainer = Trainer(
-        model=model,
-        train_dataloader=DataLoader(data, BATCH),
-        max_duration=duration,
-        optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
-        algorithms=algorithms,
-        loggers=[log],
-        device='cpu',
-        seed=17,
-        progress_bar=False,
-        **options,
-    )
+    trainer, log = trainer_of(model, data, BATCH, algorithms, max_duration=duration, **options)
     return trainer, log, data
 
 
@@ -64,10 +51,6 @@ def fit(algorithms, **options):
 
 def weights(model):
     return torch.cat([each.detach().flatten() for each in model.parameters()])
-
-
-def logged(log, name):
-    return [float(value) for _, value in log.data.get(name, [])]
 
 
 def slow_losses(first, second, labels):
