@@ -43,6 +43,11 @@ class FiniteGuard:
             warnings.warn(f'{error} The GradScaler leaves the update out.', RuntimeWarning, stacklevel=3)
 
 
+def read_at_once(value: torch.Tensor) -> bool:
+    """Tell whether a value is on the CPU: another device would have to be waited for."""
+    return value.device.type == 'cpu'
+
+
 def _cause(raw_logits: object) -> str:
     if isinstance(raw_logits, torch.Tensor) and bool(raw_logits.isfinite().all()):
         return 'the raw predictions are finite: lower the noise (sigma, dropout), or cut at a later layer'

@@ -17,7 +17,7 @@ from composer_sba import functional as sbaf
 from composer_sba.analytic import AnalyticHead
 from composer_sba.checks import check_choice, check_flag, check_fold, check_layers, check_number, check_seed
 from composer_sba.errors import NonFiniteError, UserError
-from composer_sba.finite import FiniteGuard
+from composer_sba.finite import FiniteGuard, read_at_once
 from composer_sba.host import add_term, at_epoch_start, first_forward, network_of, refuse_model
 from composer_sba.latent import LatentExpander, NormStats
 from composer_sba.vicinity import Vicinity, as_vicinity
@@ -218,9 +218,9 @@ class SBA(Algorithm):
             else:
                 loss = sbaf.hard_label_loss(virtual, self._labels(state))
             self._measure(raw.detach(), virtual.detach(), loss.detach())
-        if loss.device.type == 'cpu':
+        if read_at_once(loss):
             self._check_finite(loss.item(), state, state.timestamp.batch.value)
-        else:  # which would have to be waited for
+        else:
             self._unchecked = self._unchecked + loss.detach()
         self._loss = state.loss = add_term(state.loss, self.eta * loss)
 
