@@ -26,6 +26,14 @@ Target = Literal['soft', 'hard']
 Granularity = Literal['batch', 'epoch']
 Estimator = Literal['sampled', 'analytic']
 
+_WITHIN_BATCH = (
+    Event.BEFORE_TRAIN_BATCH,
+    Event.BEFORE_FORWARD,
+    Event.AFTER_FORWARD,
+    Event.BEFORE_BACKWARD,
+    Event.AFTER_BACKWARD,
+)
+
 
 class SBA(Algorithm):
     r"""Trains the layers above a cut to predict for points around a latent batch what they predict for the batch.
@@ -149,8 +157,12 @@ class SBA(Algorithm):
         return self._repr
 
     def match(self, event: Event, state: State) -> bool:
-        """Run on every event that a method below is named after."""
-        return hasattr(self, event.value)
+        """Run on every event that a method below is named after, but for those that are idle in a plain batch."""
+        if self._augment or event not in _WITHIN_BATCH:
+            return hasattr(self, event.value)
+        if event is Event.BEFORE_FORWARD:
+            return not self._checked
+        return event is Event.BEFORE_BACKWARD and isinstance(state.loss, dict)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Call the method that has the name of the event."""
@@ -178,6 +190,7 @@ class SBA(Algorithm):
             with at_epoch_start(state):
                 self._prob, time = self._probability(state), state.timestamp.epoch
         self._augment = sbaf.should_augment(self._prob, self._run_seed, time.value)
+        self.before_train_batch(state, logger)
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         """Start from the first microbatch, also when a batch is tried again after running out of memory."""
@@ -198,7 +211,7 @@ class SBA(Algorithm):
 
     def after_forward(self, state: State, logger: Logger) -> None:
         """Hand the raw rows' predictions to the loss, the metrics and every other algorithm."""
-        if self._augment and isinstance(self._attached, LatentExpander):
+        if isinstance(self._attached, LatentExpander):
             self._logits = self._attached.split(state.outputs)
             state.outputs = self._logits[0].clone()  # whoever changes it in place leaves the soft label alone
 

@@ -5,6 +5,7 @@ Run: pytest tests/test_coins.py
 
 import pytest
 import torch
+from composer.core import Event
 from composer.optim import LinearScheduler
 
 import composer_sba.functional as sbaf
@@ -21,6 +22,28 @@ def test_coins_are_those_of_should_augment_and_metrics_are_logged_once_a_batch()
     assert logged(log, 'sba/layer') == [layer for layer, coin in zip(layers, coins, strict=True) if coin]
     assert len(logged(log, 'sba/kl')) == sum(coins) and min(logged(log, 'sba/kl')) > 0
     assert all(0 <= share <= 1 for share in logged(log, 'sba/virtual_agreement'))
+
+
+def test_a_plain_batch_asks_for_nothing_within_it():
+    seen = {}
+
+    class Watched(SBA):
+        def apply(self, event, state, logger):
+            seen.setdefault(state.timestamp.batch.value - (event is Event.BATCH_END), []).append(event)
+            super().apply(event, state, logger)
+
+    train([Watched('head')], duration='8ba')
+    plain = [t for t in range(1, 8) if not sbaf.should_augment(0.5, 17, t)]
+    asked = {t: seen[t] for t in plain if seen[t] != [Event.BATCH_START, Event.BATCH_END]}
+    assert len(plain) > 1 and not asked, f'Of the plain batches {plain}, these have other events: {asked}.'
+
+
+def test_a_divergence_that_is_read_late_is_read_once(monkeypatch):
+    read = []
+    monkeypatch.setattr('composer_sba.sba.read_at_once', lambda loss: False)
+    monkeypatch.setattr('composer_sba.finite.FiniteGuard.check', lambda *args: read.append(args[3]))
+    train([SBA('head')], duration='8ba')
+    assert read == [t for t in range(8) if sbaf.should_augment(0.5, 17, t)]
 
 
 def test_epoch_granularity_keeps_the_coin_within_an_epoch():
