@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import operator
 import random
 from collections.abc import Iterator
 
@@ -47,4 +48,5 @@ def _kept() -> Iterator[None]:
 
 def hash_key(*key: int) -> int:
     """Turn the integers that a draw depends on into one seed in [0, 2^64); neighbouring keys have unrelated seeds."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), 'little')
+    text = repr(tuple(map(operator.index, key)))  # NumPy's integers have the repr of Python's
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), 'little')

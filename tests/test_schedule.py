@@ -73,6 +73,11 @@ def test_neither_reads_nor_moves_a_global_random_stream():
     assert [(sbaf.should_augment(0.5, 7, t), sbaf.choose_layer(3, 7, t)) for t in range(20)] == first
 
 
+def test_numpys_integers_give_what_pythons_give():
+    coins = [sbaf.should_augment(0.5, np.int64(7), t) for t in np.arange(50)]
+    assert coins == [sbaf.should_augment(0.5, 7, t) for t in range(50)]
+
+
 def test_noise_seeds_differ_in_every_coordinate():
     keys = [(17, 0, 5, 0, 0, 0)] + [tuple(v + (i == j) for j, v in enumerate((17, 0, 5, 0, 0, 0))) for i in range(6)]
     assert len({noise_seed(*key) for key in keys}) == len(keys)
