@@ -1,6 +1,6 @@
 """Measures what SBA adds to an epoch: one Trainer, whose batches are without SBA, with λ(t) = 0 and λ(t) = 1 in turn.
 
-Run: python benchmarks/step_overhead.py [--model resnet_cifar] [--rounds 20] [--batch 128] [--fold 4]
+Run: python benchmarks/step_overhead.py [--model resnet_cifar] [--rounds 20] [--batch 128] [--microbatch 64] [--fold 4]
 """
 
 import argparse
@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument('--model', default='resnet_cifar')
     parser.add_argument('--rounds', type=int, default=20)
     parser.add_argument('--batch', type=int, default=128)
+    parser.add_argument('--microbatch', type=int, help='Default: the batch.')
     parser.add_argument('--layers', nargs='+', default=['head'])
     parser.add_argument('--fold', type=int, default=4)
     parser.add_argument('--estimator', default='sampled')
@@ -94,12 +95,15 @@ def main() -> None:
             )
         ],
         callbacks=[timer],
+        device_train_microbatch_size=args.microbatch or args.batch,
         progress_bar=False,
         seed=17,
     ).fit()
+    microbatches = f' in microbatches of {args.microbatch}' if args.microbatch else ''
     without, *others = (seconds[warm_up:] for seconds in timer.seconds)
     print(
-        f'{args.model}, 32 px, batch {args.batch}, cut {" ".join(args.layers)}, M={args.fold}, {args.estimator}, '
+        f'{args.model}, 32 px, batch {args.batch}{microbatches}, cut {" ".join(args.layers)}, M={args.fold}, '
+        f'{args.estimator}, '
         f'{get_device(None).name}, torch {torch.__version__}, {torch.get_num_threads()} threads, n={args.rounds}: '
         f'{statistics.median(without) * 1000:.1f} ms without SBA'
     )

@@ -16,7 +16,7 @@ from composer_sba.errors import CutLayerError
 from composer_sba.layers import CutLayer, find_layers
 from composer_sba.logit_noise import ROWS_A_CLASS, draw_logit_noise, suits
 from composer_sba.one_pass import OnePass
-from composer_sba.operators import draw_by_seed, draw_logit_noise_by_seed, generator_of, packed
+from composer_sba.operators import draw_by_seed, draw_logit_noise_by_seed, packed
 from composer_sba.schedule import choose_layer, noise_seed
 from composer_sba.tail import RawRows, keep_raw_rows, run_below
 from composer_sba.vicinity import Vicinity, as_vicinity
@@ -229,7 +229,7 @@ class LatentExpander:
             return None
         if torch.compiler.is_compiling():  # which cannot trace a generator; elsewhere an operator only costs time
             return draw_by_seed(latent, self._noise_seeds[0], copies, law)[0]
-        return vicinity.expand(latent, copies, generator_of(latent.device, self._noise_seeds[0]))
+        return vicinity.expand(latent, copies, torch.Generator(latent.device).manual_seed(self.seed(0)))
 
     def _count_late_copies(self, cut: CutLayer, latent: torch.Tensor) -> int:
         if cut.name != 'head' or latent.ndim != 2:
@@ -247,7 +247,7 @@ class LatentExpander:
             weight, seed = linear.weight.detach(), self._noise_seeds[1]
             xi, directions = draw_logit_noise_by_seed(latent, weight, seed, self._late_copies, self._law)
         else:
-            generator = generator_of(latent.device, self._noise_seeds[1])
+            generator = torch.Generator(latent.device).manual_seed(self.seed(1))
             xi, directions = draw_logit_noise(latent, linear.weight, self._late_copies, self.vicinity, generator)
         with torch.autocast(latent.device.type, enabled=False):
             points = raw + xi @ (linear.weight.to(xi.dtype) @ directions).T

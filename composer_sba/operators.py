@@ -28,15 +28,14 @@ def _unpacked(law: str) -> Vicinity:
     return Vicinity(**json.loads(law))
 
 
-def generator_of(device: torch.device, seed: torch.Tensor) -> torch.Generator:
-    """Make the generator that an operator draws from."""
+def _generator(device: torch.device, seed: torch.Tensor) -> torch.Generator:
     return torch.Generator(device).manual_seed(int(seed) % 2**64)
 
 
 @torch.library.custom_op('composer_sba::draw', mutates_args=())
 def draw_by_seed(latent: torch.Tensor, seed: torch.Tensor, fold: int, law: str) -> Drawn:
     """Run :meth:`.Vicinity.draw`; the backward pass is that of :meth:`.Vicinity.expand`."""
-    return _unpacked(law).draw(latent, fold, generator_of(latent.device, seed))
+    return _unpacked(law).draw(latent, fold, _generator(latent.device, seed))
 
 
 @draw_by_seed.register_fake
@@ -58,7 +57,7 @@ def draw_logit_noise_by_seed(
     latent: torch.Tensor, weight: torch.Tensor, seed: torch.Tensor, copies: int, law: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run :func:`.draw_logit_noise`."""
-    xi, directions = draw_logit_noise(latent, weight, copies, _unpacked(law), generator_of(latent.device, seed))
+    xi, directions = draw_logit_noise(latent, weight, copies, _unpacked(law), _generator(latent.device, seed))
     return xi, directions.contiguous()
 
 
