@@ -8,9 +8,9 @@ import math
 
 from composer_sba.seeding import hash_key
 
-# One stream of random numbers per decision: none shifts another. Each number is the hash of its key and not a draw of
-# a generator, which takes 0.1 to 0.2 ms to make once a step has filled the caches.
-_COIN, _LAYER, _NOISE = 1, 2, 3
+# One stream of random numbers per decision: none shifts another, nor the data's, whose second key is an epoch. Each
+# number is the hash of its key and not a draw of a generator, which takes 0.1 to 0.2 ms to make within a training step.
+_COIN, _LAYER, _NOISE = -1, -2, -3
 
 
 def bernoulli_prob(omega: float) -> float:
@@ -52,12 +52,12 @@ def should_augment(prob: float, seed: int, step: int) -> bool:
         ValueError: If ``prob`` is no probability.
 
     Example:
-        >>> [should_augment(0.5, seed=17, step=t) for t in range(6)]
-        [False, False, True, False, False, True]
+        >>> [should_augment(0.5, seed=17, step=t) for t in range(8)]
+        [False, False, True, False, False, False, True, True]
     """
     if not 0 <= prob <= 1:
         raise ValueError(f'Expected augment_prob in [0, 1], got {prob}.')
-    return (hash_key(seed, _COIN, step) >> 11) / 2**53 < prob  # 53 bits, so that it stays below 1 as a float
+    return bool((hash_key(seed, _COIN, step) >> 11) / 2**53 < prob)  # 53 bits: as a float it stays below 1
 
 
 def choose_layer(num_layers: int, seed: int, step: int) -> int:
@@ -75,8 +75,8 @@ def choose_layer(num_layers: int, seed: int, step: int) -> int:
         ValueError: If ``num_layers`` is below 1.
 
     Example:
-        >>> [choose_layer(3, seed=17, step=t) for t in range(6)]
-        [2, 0, 0, 1, 1, 2]
+        >>> [choose_layer(3, seed=17, step=t) for t in range(9)]
+        [0, 1, 0, 1, 1, 0, 1, 0, 2]
     """
     if num_layers < 1:
         raise ValueError(f'Expected at least one layer to choose from, got {num_layers}.')

@@ -48,5 +48,5 @@ def _kept() -> Iterator[None]:
 
 def hash_key(*key: int) -> int:
     """Turn the integers that a draw depends on into one seed in [0, 2^64); neighbouring keys have unrelated seeds."""
-    text = repr(tuple(map(operator.index, key)))  # NumPy's integers have the repr of Python's
+    text = repr(tuple(map(operator.index, key)))  # for which NumPy's integers are Python's
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), 'little')

@@ -22,10 +22,10 @@ LAYERS = ['0.0', '0', 'head']
 
 
 def fit(strategy: str, sba: SBA, *, own_rows: bool, lr: float) -> dict[str, Any]:
-    """Train 8 batches of 8 rows; on each rank the same ones, or its share of them (``own_rows``)."""
+    """Train 9 batches of 8 rows; on each rank the same ones, or its share of them (``own_rows``)."""
     os.environ['FSDP_VERSION'] = '2' if strategy == 'fsdp2' else '1'
     torch.manual_seed(0)
-    data = TensorDataset(torch.randn(64, 6), torch.randint(4, (64,)))
+    data = TensorDataset(torch.randn(72, 6), torch.randint(4, (72,)))
     norm = nn.Identity() if own_rows else nn.BatchNorm1d(16)  # whose statistics are a rank's own
     body = nn.Sequential(nn.Linear(6, 16), norm, nn.ReLU(), nn.Linear(16, 16), nn.ReLU())
     network = nn.Sequential(body, nn.Linear(16, 4))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from composer import Trainer
 from composer.core import Algorithm
+from composer.loggers import InMemoryLogger
 from composer.models import ComposerClassifier
 from composer.optim import CosineAnnealingScheduler, LinearScheduler
 from PIL import Image
@@ -223,9 +224,12 @@ def test_what_cannot_be_beside_sba_says_so(name):
 
 @pytest.mark.parametrize('name', list(OURS))
 def test_ours_resume_to_the_same_checkpoint(name, tmp_path):
-    fit(OURS[name](), save_folder=str(tmp_path), save_interval='1ba')
+    log = InMemoryLogger()
+    fit(OURS[name](), save_folder=str(tmp_path), save_interval='1ba', loggers=[log])
+    if name.startswith('SBA'):
+        assert sum(value for _, value in log.data['sba/augmented']) > 0, 'without an augmented batch this shows nothing'
     for batch in (2, 3):  # in mid-epoch, and at its end
         (path,) = tmp_path.glob(f'ep*-ba{batch}-rank0.pt')
-        fit(OURS[name](), save_folder=f'{tmp_path}/{batch}', load_path=str(path))
+        fit(OURS[name](), save_folder=f'{tmp_path}/{batch}', load_path=str(path), loggers=[InMemoryLogger()])
         last = 'ep1-ba4-rank0.pt'
         assert differing(saved(tmp_path / last), saved(tmp_path / str(batch) / last)) == [], f'from batch {batch}'

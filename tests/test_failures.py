@@ -84,12 +84,21 @@ def make_trainer(*algorithms, loss_fn=F.cross_entropy, microbatch=None, duration
 
 # --- out of memory ----------------------------------------------------------------------------------------------------
 
+
+def even(state):
+    """Augments batch 0, which runs out of memory, and every other one."""
+    return float(state.timestamp.batch.value % 2 == 0)
+
+
 METHODS = {
-    'sampled': lambda: SBA(['cut', 'head'], augment_prob=0.7, vicinity=Vicinity(sigma=0.5)),
-    'analytic': lambda: SBA(augment_prob=0.7, estimator='analytic'),
+    'cut': lambda: SBA('cut', augment_prob=even, vicinity=Vicinity(sigma=0.5)),
+    'head': lambda: SBA('head', augment_prob=even, vicinity=Vicinity(sigma=0.5)),
+    'in a plain batch': lambda: SBA(['cut', 'head'], augment_prob=lambda state: 1 - even(state)),
+    'analytic': lambda: SBA(augment_prob=even, estimator='analytic'),
     'manifold mixup': lambda: ManifoldMixup(['input', 'cut']),
     'r-drop': RDrop,
 }
+COINS = {'cut': [1, 0, 1, 0], 'head': [1, 0, 1, 0], 'in a plain batch': [0, 1, 0, 1], 'analytic': [1, 0, 1, 0]}
 
 
 class OutOfMemory:
@@ -170,16 +179,17 @@ def test_a_batch_that_ran_out_of_memory_is_that_of_small_microbatches(method, pl
     small.fit()
     (ours, weights), (theirs, expected_weights) = numbers(trainer, network), numbers(small, expected)
     assert ours == theirs
+    assert ours.get('sba/augmented') == COINS.get(method)
     assert torch.equal(weights, expected_weights), f'they differ by {(weights - expected_weights).abs().max()}'
 
 
 def test_the_second_microbatch_may_be_the_one_that_does_not_fit():
     memory = OutOfMemory(call=2)
-    trainer, network = make_trainer(METHODS['sampled'](), microbatch=8)
+    trainer, network = make_trainer(METHODS['cut'](), microbatch=8)
     trainer.state.auto_microbatching = True
     network.above.happen = memory
     trainer.fit()
-    small, expected = make_trainer(METHODS['sampled'](), microbatch=4)
+    small, expected = make_trainer(METHODS['cut'](), microbatch=4)
     small.fit()
     (ours, weights), (theirs, expected_weights) = numbers(trainer, network), numbers(small, expected)
     assert memory.raised and ours == theirs and torch.equal(weights, expected_weights)
