@@ -195,8 +195,10 @@ class LatentExpander:
             for index, cut in enumerate(self.cuts):
                 check_cut(self.model, cut, forward)
                 self._arm(index, step=0, microbatch=0)
-                below &= run_below(self._tail, self, forward)  # and layers above the cut look at the rows they get
-                self.disarm()
+                try:
+                    below &= run_below(self._tail, self, forward)  # and layers above the cut look at the rows they get
+                finally:
+                    self.disarm()
         for layer in below:
             layer.remove()
         self._tail = [layer for layer in self._tail if layer not in below]

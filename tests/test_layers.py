@@ -184,3 +184,21 @@ def test_the_check_leaves_model_and_random_state_as_they_were(resnet):
     assert all(torch.equal(value, state[name]) for name, value in resnet.state_dict().items())
     assert resnet.layer1.training and not resnet.layer4[0].bn1.training
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in resnet.modules())
+
+
+def test_a_check_that_ran_out_of_memory_can_be_made_again():
+    network, images, calls = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(4, 6), []
+    expander = LatentExpander(network)
+
+    def forward():
+        calls.append(len(calls))
+        if len(calls) == stop:
+            raise torch.OutOfMemoryError
+        return network(images)
+
+    for stop in range(1, 5):  # the batch, another one, both, and the armed pass
+        calls.clear()
+        with pytest.raises(torch.OutOfMemoryError):
+            expander.check(forward)
+        assert len(network(images)) == 4, f'expanded after a failure in pass {stop}'
+        expander.check(lambda: network(images))
