@@ -49,7 +49,7 @@ def should_augment(prob: float, seed: int, step: int) -> bool:
         bool: λ(t). For one (seed, step), a larger ``prob`` never turns ``True`` into ``False``.
 
     Raises:
-        ValueError: If ``prob`` is no probability.
+        ValueError: If ``prob`` is no probability, or ``seed`` or ``step`` is negative.
 
     Example:
         >>> [should_augment(0.5, seed=17, step=t) for t in range(8)]
@@ -57,7 +57,7 @@ def should_augment(prob: float, seed: int, step: int) -> bool:
     """
     if not 0 <= prob <= 1:
         raise ValueError(f'Expected augment_prob in [0, 1], got {prob}.')
-    return bool((hash_key(seed, _COIN, step) >> 11) / 2**53 < prob)  # 53 bits: as a float it stays below 1
+    return bool((_draw(_COIN, seed, step) >> 11) / 2**53 < prob)  # 53 bits: as a float it stays below 1
 
 
 def choose_layer(num_layers: int, seed: int, step: int) -> int:
@@ -72,7 +72,7 @@ def choose_layer(num_layers: int, seed: int, step: int) -> int:
         int: An index in [0, num_layers), independent of the coin of the same step.
 
     Raises:
-        ValueError: If ``num_layers`` is below 1.
+        ValueError: If ``num_layers`` is below 1, or ``seed`` or ``step`` is negative.
 
     Example:
         >>> [choose_layer(3, seed=17, step=t) for t in range(9)]
@@ -80,7 +80,7 @@ def choose_layer(num_layers: int, seed: int, step: int) -> int:
     """
     if num_layers < 1:
         raise ValueError(f'Expected at least one layer to choose from, got {num_layers}.')
-    return hash_key(seed, _LAYER, step) % num_layers
+    return _draw(_LAYER, seed, step) % num_layers
 
 
 def noise_seed(seed: int, rank: int, step: int, microbatch: int, layer: int, stream: int) -> int:
@@ -93,3 +93,9 @@ def noise_seed(seed: int, rank: int, step: int, microbatch: int, layer: int, str
         int: 64 random bits, for ``torch.Generator.manual_seed``.
     """
     return hash_key(seed, _NOISE, rank, step, microbatch, layer, stream)
+
+
+def _draw(stream: int, seed: int, step: int) -> int:
+    if seed < 0 or step < 0:
+        raise ValueError(f'Expected seed and step >= 0, got {seed} and {step}.')
+    return hash_key(seed, stream, step)

@@ -93,3 +93,10 @@ def test_should_augment_refuses_what_is_no_probability(prob):
 def test_choose_layer_refuses_an_empty_set():
     with pytest.raises(ValueError, match='^Expected at least one layer to choose from, got 0'):
         sbaf.choose_layer(0, 0, 0)
+
+
+@pytest.mark.parametrize('draw', [sbaf.should_augment, sbaf.choose_layer])
+@pytest.mark.parametrize(('seed', 'step'), [(-1, 0), (0, -1)])
+def test_draws_refuse_negative_keys(draw, seed, step):
+    with pytest.raises(ValueError, match=rf'^Expected seed and step >= 0, got {seed} and {step}\.$'):
+        draw(1, seed, step)
