@@ -6,13 +6,14 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 from torchvision import transforms
 from torchvision.transforms import functional as TF
 
 from composer_sba.decode import to_rgb
 
 
-class RandomResizedCrop(transforms.RandomResizedCrop):  # type: ignore[misc]  # torchvision has no types
+class RandomResizedCrop(nn.Module):
     """torchvision's ``RandomResizedCrop``, which crops bytes as such.
 
     A PIL image, of any mode, it treats as torchvision does. A uint8 tensor gets the same crop from the same draws, in
@@ -22,17 +23,21 @@ class RandomResizedCrop(transforms.RandomResizedCrop):  # type: ignore[misc]  # 
         size (int): Height and width of the result; unit: pixels.
     """
 
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self._crop = transforms.RandomResizedCrop(size)
+
     def forward(self, image: Image.Image | torch.Tensor) -> Image.Image | torch.Tensor:
         """Crop and resize ``image``, bilinear and antialiased."""
         if not isinstance(image, torch.Tensor):
-            return super().forward(to_rgb(image))
-        top, left, height, width = self.get_params(image, self.scale, self.ratio)
+            return self._crop(to_rgb(image))
+        top, left, height, width = self._crop.get_params(image, self._crop.scale, self._crop.ratio)
         crop = image[None, :, top : top + height, left : left + width]
         # torchvision would resize it in float32, which takes three times as long, on any CPU that has AVX-512.
-        return F.interpolate(crop, self.size, mode='bilinear', antialias=True)[0]
+        return F.interpolate(crop, self._crop.size, mode='bilinear', antialias=True)[0]
 
 
-class Pipeline(transforms.Compose):  # type: ignore[misc]  # torchvision has no types
+class Pipeline(transforms.Compose):  # type: ignore[misc]  # torchvision, whose class Composer asks for, has no types
     """Transforms of one image that need not be a PIL image, unless others than ours were put among them.
 
     Example:
@@ -51,15 +56,7 @@ class Pipeline(transforms.Compose):  # type: ignore[misc]  # torchvision has no 
         return all(isinstance(step, RandomResizedCrop | transforms.RandomHorizontalFlip) for step in before)
 
 
-class ToFloats(transforms.ToTensor):  # type: ignore[misc]  # torchvision has no types
-    """torchvision's ``ToTensor``, which takes a uint8 tensor as well."""
-
-    def __call__(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
-        """Convert ``image`` to float32, values in [0, 1]."""
-        return image.to(torch.float32).div(255) if isinstance(image, torch.Tensor) else super().__call__(image)
-
-
-class ToBytes(transforms.ToTensor):  # type: ignore[misc]  # torchvision has no types
+class ToBytes(transforms.ToTensor):  # type: ignore[misc]  # torchvision, whose class Composer asks for, has no types
     """Turn a PIL image into a uint8 tensor of shape ``(C, H, W)``, and leave such a tensor alone.
 
     A ``ToTensor`` by type: before one, Composer's RandAugment, AugMix and ColOut put their transforms of images.
@@ -72,6 +69,14 @@ class ToBytes(transforms.ToTensor):  # type: ignore[misc]  # torchvision has no 
     def __call__(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
         """Convert ``image``, values 0 to 255."""
         return image if isinstance(image, torch.Tensor) else TF.pil_to_tensor(image)
+
+
+class ToFloats(ToBytes):
+    """torchvision's ``ToTensor`` for images of bytes, which takes a uint8 tensor as well."""
+
+    def __call__(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
+        """Convert ``image`` to float32, values in [0, 1]."""
+        return super().__call__(image).to(torch.float32).div(255)
 
 
 class Normalize:

@@ -81,7 +81,7 @@ def test_workers_hand_over_bytes(folder: dict[str, Any]) -> None:
 
 def test_images_are_augmented_before_they_are_bytes(folder: dict[str, Any]) -> None:
     spec = build_dataspec(DatasetConfig(**folder, num_workers=0), 4)
-    dataset = spec.dataloader.dataset  # type: ignore[union-attr]
+    dataset = spec.dataloader.dataset
     add_vision_dataset_transform(dataset, RandAugmentTransform())
     kinds = [type(step) for step in dataset.transform.transforms[-2:]]
     assert kinds == [RandAugmentTransform, ToBytes]
