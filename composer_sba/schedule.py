@@ -91,11 +91,14 @@ def noise_seed(seed: int, rank: int, step: int, microbatch: int, layer: int, str
 
     Returns:
         int: 64 random bits, for ``torch.Generator.manual_seed``.
+
+    Raises:
+        ValueError: If an argument is negative.
     """
-    return hash_key(seed, _NOISE, rank, step, microbatch, layer, stream)
+    return _draw(_NOISE, seed, rank, step, microbatch, layer, stream)
 
 
-def _draw(stream: int, seed: int, step: int) -> int:
-    if seed < 0 or step < 0:
-        raise ValueError(f'Expected seed and step >= 0, got {seed} and {step}.')
-    return hash_key(seed, stream, step)
+def _draw(decision: int, seed: int, *indices: int) -> int:
+    if min(seed, *indices) < 0:
+        raise ValueError(f'Expected a seed and indices >= 0, got {seed} and {", ".join(map(str, indices))}.')
+    return hash_key(seed, decision, *indices)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import composer_sba.functional as sbaf
+from composer_sba.manifold_mixup import draw_mixing
 from composer_sba.schedule import noise_seed
 
 STEPS = 4000
@@ -95,8 +96,8 @@ def test_choose_layer_refuses_an_empty_set():
         sbaf.choose_layer(0, 0, 0)
 
 
-@pytest.mark.parametrize('draw', [sbaf.should_augment, sbaf.choose_layer])
+@pytest.mark.parametrize('draw', [sbaf.should_augment, sbaf.choose_layer, draw_mixing])
 @pytest.mark.parametrize(('seed', 'step'), [(-1, 0), (0, -1)])
 def test_draws_refuse_negative_keys(draw, seed, step):
-    with pytest.raises(ValueError, match=rf'^Expected seed and step >= 0, got {seed} and {step}\.$'):
+    with pytest.raises(ValueError, match=rf'^Expected a seed and indices >= 0, got {seed} and .*{step}'):
         draw(1, seed, step)

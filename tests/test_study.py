@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -133,9 +134,9 @@ class TestPlan:
             ({'seeds': 0}, '--seeds: expected at least 1, got 0'),
         ],
     )
-    def test_what_is_not_there_is_named(self, names: dict[str, list[str]], said: str) -> None:
+    def test_what_is_not_there_is_named(self, names: dict[str, Any], said: str) -> None:
         with pytest.raises(UserError, match=re.escape(said)):
-            plan('rivals', YAMLS, **names)  # type: ignore[arg-type]  # bad ones on purpose
+            plan('rivals', YAMLS, **names)
 
 
 class TestCost:

@@ -16,7 +16,8 @@ from composer_sba.errors import TooWideError, UserError
 from composer_sba.recipe import Recipe, component_arguments, load
 from composer_sba.registry import construct
 from composer_sba.study.names import name
-from composer_sba.study.plan import Regime, cut_layers, regimes
+from composer_sba.study.plan import cut_layers
+from composer_sba.study.regimes import Regime, regimes
 from composer_sba.study.step import KINDS, PARTS, Cost, Steps, measure, profiled
 from composer_sba.study.worker import hardware, shared_facts
 

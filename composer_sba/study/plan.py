@@ -10,14 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from composer_sba.arguments import nearest
 from composer_sba.errors import UserError
 from composer_sba.recipe import Recipe, component_arguments, load
 from composer_sba.registry import construct
 from composer_sba.study.cost import flops_per_image
 from composer_sba.study.paper import TABLE_1
+from composer_sba.study.regimes import BASELINE, Regime, check_names, regimes
 
-BASELINE = 'baseline'
 ETAS = (0.0, 1e-3, 0.01, 0.1, 1.0, 10.0)
 TABLE_1_METHODS = (BASELINE, 'cutout', 'cutout_ba', 'ba', 'sba')
 STUDIES = ('table1', 'eta', 'layers', 'rivals', 'search')
@@ -84,67 +83,6 @@ class Run:
         return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-@dataclass(frozen=True)
-class Regime:
-    """The recipes of one network on one data set: ``<network>_<dataset>_<method>.yaml``.
-
-    Args:
-        folder (Path): Where they are.
-        stem (str): ``<network>_<dataset>``.
-    """
-
-    folder: Path
-    stem: str
-
-    @property
-    def names(self) -> tuple[str, str]:
-        """Network and data set; the digits have one network and their name alone."""
-        network, _, dataset = self.stem.rpartition('_')
-        return network or dataset, dataset
-
-    def own(self, method: str) -> Path:
-        """The method's own recipe, which may not exist."""
-        return self.folder / f'{self.stem}_{method}.yaml'
-
-    def files(self, method: str) -> list[Path] | None:
-        """The method's own recipe, else its file in ``methods/`` over the baseline, else None."""
-        if self.own(method).exists():
-            return [self.own(method)]
-        general = self.folder / 'methods' / f'{method}.yaml'
-        return [self.own(BASELINE), general] if general.exists() else None
-
-    def methods(self) -> list[str]:
-        """All that have a recipe of their own or a file in ``methods/``, the baseline first."""
-        own = [path.stem.removeprefix(f'{self.stem}_') for path in self.folder.glob(f'{self.stem}_*.yaml')]
-        general = [path.stem for path in (self.folder / 'methods').glob('*.yaml')]
-        return sorted({*own, *general}, key=lambda method: (method != BASELINE, method))
-
-
-def regimes(recipes: Path, networks: Sequence[str] = (), datasets: Sequence[str] = ()) -> list[Regime]:
-    """Find the networks and data sets that have recipes.
-
-    Args:
-        recipes (Path): The folder of the recipes.
-        networks (Sequence[str], optional): Which to keep. Default: ``()``, all.
-        datasets (Sequence[str], optional): The same of data sets.
-
-    Returns:
-        list[Regime]: By name.
-
-    Raises:
-        UserError: If there is none of a name.
-    """
-    stems = sorted(path.name.removesuffix('_baseline.yaml') for path in recipes.glob('*_baseline.yaml'))
-    found = [Regime(recipes, stem) for stem in stems]
-    _check_names('networks', networks, {regime.names[0] for regime in found})
-    _check_names('datasets', datasets, {regime.names[1] for regime in found})
-    return [
-        regime
-        for regime in found
-        if (not networks or regime.names[0] in networks) and (not datasets or regime.names[1] in datasets)
-    ]
-
-
 def plan(
     study: str,
     recipes: Path,
@@ -185,7 +123,7 @@ def plan(
         UserError: If a name is unknown, or nothing is left.
     """
     known = {method for regime in regimes(recipes) for method in regime.methods()}
-    _check_names('methods', methods, known | {'latent_ba'})
+    check_names('methods', methods, known | {'latent_ba'})
     if any(each.partition('=')[0] == 'load_path' for each in overrides):
         raise UserError('load_path: a study trains from the beginning, and its records do not tell what was loaded')
     if seeds < 1:
@@ -280,9 +218,3 @@ def _resumable(run: Run, scratch: Path) -> Run:
 
 def _applies(key: Sequence[str], algorithms: dict[str, Any]) -> bool:
     return key[0] != 'algorithms' or len(key) < 3 or key[1] in algorithms
-
-
-def _check_names(option: str, given: Sequence[str], known: set[str]) -> None:
-    for name in given:
-        if name not in known:
-            raise UserError(f"--{option}: unknown '{name}'{nearest(name, sorted(known))}")
