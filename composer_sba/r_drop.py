@@ -13,6 +13,7 @@ from torchvision.ops import StochasticDepth
 
 from composer_sba import functional as sbaf
 from composer_sba.batch_augmentation import batch_augment
+from composer_sba.batch_means import BatchMeans
 from composer_sba.checks import check_number
 from composer_sba.errors import UserError
 
@@ -109,8 +110,7 @@ class RDrop(Algorithm):
         self.target_key = target_key
         self._microbatch_size: int | None = None  # as the last fit began with it
         self._kl = torch.zeros(())
-        self._sum: torch.Tensor | float = 0.0
-        self._rows = 0
+        self._means = BatchMeans()
 
     def __repr__(self) -> str:
         return f'RDrop(alpha={self.alpha})'
@@ -144,7 +144,7 @@ class RDrop(Algorithm):
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         """Begin the batch's mean, anew when it is tried again after running out of memory."""
-        self._sum, self._rows = 0.0, 0
+        self._means = BatchMeans()
         self._kl = torch.zeros(())  # whose graph is as large as what did not fit
 
     def after_forward(self, state: State, logger: Logger) -> None:
@@ -157,8 +157,7 @@ class RDrop(Algorithm):
                 f'{state.device_train_microbatch_size}, must be even.',
             )
         self._kl = two_pass_kl(outputs)
-        self._sum = self._sum + self._kl.detach() * len(outputs)
-        self._rows += len(outputs)
+        self._means.add(len(outputs), kl=self._kl)
 
     def before_backward(self, state: State, logger: Logger) -> None:
         """Add the second term."""
@@ -168,4 +167,4 @@ class RDrop(Algorithm):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Log the divergence, once."""
-        logger.log_metrics({'r_drop/kl': float(self._sum) / self._rows})
+        logger.log_metrics({f'r_drop/{name}': mean for name, mean in self._means.values().items()})

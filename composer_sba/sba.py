@@ -15,6 +15,7 @@ from torch import nn
 
 from composer_sba import functional as sbaf
 from composer_sba.analytic import AnalyticHead
+from composer_sba.batch_means import BatchMeans
 from composer_sba.checks import check_choice, check_flag, check_fold, check_layers, check_number, check_seed
 from composer_sba.errors import NonFiniteError, UserError
 from composer_sba.finite import FiniteGuard, read_at_once
@@ -148,8 +149,7 @@ class SBA(Algorithm):
         self._microbatch = 0
         self._logits: tuple[torch.Tensor, torch.Tensor] | None = None  # raw and virtual, of one microbatch
         self._loss: Any = None
-        self._sums: dict[str, torch.Tensor] = {}
-        self._rows = 0
+        self._means = BatchMeans()
         self._guard = FiniteGuard()
         self._unchecked: torch.Tensor | int = 0  # the sum of a batch's virtual samples' losses, on the device
 
@@ -197,8 +197,7 @@ class SBA(Algorithm):
         self._disarm()  # and let go of the graph of that attempt
         self._microbatch = 0
         self._unchecked = 0
-        self._sums = {}
-        self._rows = 0
+        self._means = BatchMeans()
 
     def before_forward(self, state: State, logger: Logger) -> None:
         """Arm the cut layer, if λ(t) = 1; before the first batch of all, see whether the layers can be cut."""
@@ -222,7 +221,7 @@ class SBA(Algorithm):
             return
         if isinstance(self._attached, AnalyticHead):
             loss = self._attached.kl()
-            self._add_up(len(state.outputs), {'sba/kl': loss.detach()})
+            self._means.add(len(state.outputs), kl=loss)
         else:
             assert self._logits is not None
             raw, virtual = self._logits
@@ -256,7 +255,7 @@ class SBA(Algorithm):
         metrics: dict[str, float] = {'sba/augmented': int(self._augment), 'sba/augment_prob': self._prob}
         if self._augment:
             metrics['sba/layer'] = self._layer
-            metrics |= {name: float(total) / self._rows for name, total in self._sums.items()}
+            metrics |= {f'sba/{name}': mean for name, mean in self._means.values().items()}
         if isinstance(self._unchecked, torch.Tensor):
             self._check_finite(self._unchecked.item(), state, state.timestamp.batch.value - 1)
         logger.log_metrics(metrics)
@@ -303,7 +302,7 @@ class SBA(Algorithm):
     def _measure(self, raw: torch.Tensor, virtual: torch.Tensor, loss: torch.Tensor) -> None:
         kl = loss if self.target == 'soft' else sbaf.soft_label_kl(raw, virtual)
         agreement = (virtual.argmax(-1) == raw.argmax(-1)).float().mean()
-        self._add_up(len(raw), {'sba/kl': kl, 'sba/virtual_agreement': agreement})
+        self._means.add(len(raw), kl=kl, virtual_agreement=agreement)
 
     def _check_finite(self, kl: float, state: State, batch: int) -> None:
         try:
@@ -311,12 +310,6 @@ class SBA(Algorithm):
         except NonFiniteError:
             self._disarm()
             raise
-
-    def _add_up(self, rows: int, means: dict[str, torch.Tensor]) -> None:
-        # Sums stay on the device until the batch is over, when the Trainer waits for the device anyway.
-        for name, value in means.items():
-            self._sums[name] = self._sums.get(name, 0) + value * rows
-        self._rows += rows
 
     def _disarm(self) -> None:
         self._attached.disarm()
