@@ -1,8 +1,9 @@
-"""What all tests of faults share: no trace of Trainers that were never finished."""
+"""What tests of faults share: no trace of Trainers that were never finished, and a folder to be in."""
 
 import gc
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,3 +14,8 @@ def _broken_trainers_end_with_the_module() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # temporary folders of Composer's
         gc.collect()
+
+
+@pytest.fixture
+def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)

@@ -1,0 +1,11 @@
+"""The recipe of the digits, for one batch: what tests of whole runs give to ``train``."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+RECIPE = str(ROOT / 'yamls' / 'digits_sba.yaml')
+SHORT = ['max_duration=1ba', 'eval_subset_num_batches=1', 'progress_bar=false', 'train_dataset.in_memory=true']
+
+
+def options(digits_folder: Path, *more: str) -> list[str]:
+    return ['-f', RECIPE, *SHORT, f'train_dataset.local={digits_folder}', f'eval_dataset.local={digits_folder}', *more]

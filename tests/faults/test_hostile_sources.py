@@ -1,0 +1,121 @@
+"""Archives and folders that strangers send: refused before anything is written outside, or more than images need.
+
+pytest tests/faults/test_hostile_sources.py
+"""
+
+import io
+import os
+import re
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from composer_sba import archives
+from composer_sba.convert import convert
+from composer_sba.convert import main as convert_main
+
+pytestmark = pytest.mark.usefixtures('in_tmp_path')
+
+
+def image_folder(root: Path) -> Path:
+    for split in ('train', 'val'):
+        for name in ('ant', 'bee'):
+            (root / split / name).mkdir(parents=True)
+            Image.new('RGB', (8, 8)).save(root / split / name / '0.png')
+    return root
+
+
+def tar_with(root: Path, **member: Any) -> Path:
+    image_folder(root / 'images')
+    with tarfile.open(root / 'evil.tar', 'w') as tar:
+        tar.add(root / 'images', '.')
+        info = tarfile.TarInfo(member.pop('name'))
+        for key, value in member.items():
+            setattr(info, key, value)
+        tar.addfile(info, io.BytesIO(b'x' * info.size))
+    return root / 'evil.tar'
+
+
+def zip_with(root: Path, name: str, content: bytes) -> Path:
+    image_folder(root / 'images')
+    with zipfile.ZipFile(root / 'evil.zip', 'w', zipfile.ZIP_DEFLATED) as archive:
+        for path in (root / 'images').rglob('*.png'):
+            archive.write(path, path.relative_to(root / 'images'))
+        archive.writestr(name, content)
+    return root / 'evil.zip'
+
+
+def tar_bomb(root: Path) -> Path:
+    with tarfile.open(root / 'bomb.tar.gz', 'w:gz') as tar:
+        info = tarfile.TarInfo('train/ant/0.png')
+        info.size = 30 << 20
+        tar.addfile(info, io.BytesIO(bytes(info.size)))
+    return root / 'bomb.tar.gz'
+
+
+def image_bomb(root: Path) -> Path:
+    Image.new('1', (20_000, 20_000)).save(image_folder(root / 'images') / 'train' / 'ant' / '1.png')
+    return root / 'images'
+
+
+def linked(root: Path, place: str, target: str) -> Path:
+    (root / 'private').mkdir()
+    Image.new('RGB', (8, 8)).save(root / 'private' / 'secret.png')
+    (image_folder(root / 'images') / place).symlink_to(target)
+    return root / 'images'
+
+
+IN = {'name': 'train/ant/1.png'}
+
+
+@pytest.mark.parametrize(
+    ('make', 'what', 'message'),
+    [
+        (tar_with, {'name': '../../../evil', 'size': 4}, 'evil.tar: cannot be unpacked .*outside the destination'),
+        (tar_with, {**IN, 'type': tarfile.SYMTYPE, 'linkname': '/etc/passwd'}, "the link .* to '/etc/passwd'"),
+        (tar_with, {**IN, 'type': tarfile.SYMTYPE, 'linkname': '../../../../x'}, 'evil.tar: .* the link .*1.png'),
+        (tar_with, {**IN, 'type': tarfile.LNKTYPE, 'linkname': '../../../x'}, 'evil.tar: expected files, got the link'),
+        (tar_with, {**IN, 'type': tarfile.CHRTYPE}, 'special file'),
+        (zip_with, {'name': '../../evil', 'content': b'x'}, r"evil.zip: .* got the path '../../evil'"),
+        (zip_with, {'name': '/evil', 'content': b'x'}, r"evil.zip: .* got the path '/evil'"),
+        (zip_with, {**IN, 'content': bytes(30 << 20)}, 'evil.zip: expected at most 100 times its .* bytes, got 31,'),
+        (tar_bomb, {}, 'bomb.tar.gz: expected at most 100 times its .* bytes, got 31,457,280 and more: no archive'),
+        (image_bomb, {}, r'train/ant/1.png: not an image that can be read \(Image size .* exceeds limit'),
+        (linked, {'place': 'train/ant/l.png', 'target': '../../../private/secret.png'}, 'l.png is a link out of'),
+        (linked, {'place': 'train/ant/more', 'target': '../../../private'}, 'more is a link out of'),
+        (linked, {'place': 'train/ant/loop.png', 'target': 'loop.png'}, 'loop.png is a link that leads nowhere'),
+    ],
+)  # fmt: skip
+def test_a_hostile_source_is_refused_and_leaves_nothing(
+    make: Callable[..., Path], what: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(archives, 'SMALL', 1 << 20)
+    (tmp_path / 'source').mkdir()
+    source = make(tmp_path / 'source', **what)
+    assert convert_main(['imagefolder', '--source', str(source), '--out', 'out']) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert re.search(message, lines[-1]) and 'Traceback' not in ''.join(lines), lines
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != '.lock') == ['source']
+    assert not list(tmp_path.parent.glob('evil')), 'something was written outside'
+
+
+def test_an_archive_that_does_not_fit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = zip_with(tmp_path, 'train/ant/1.png', os.urandom(1 << 20))
+    monkeypatch.setattr(archives.shutil, 'disk_usage', lambda path: SimpleNamespace(free=1000))
+    assert convert_main(['imagefolder', '--source', str(archive), '--out', 'out']) == 2
+    assert 'evil.zip: needs more than the 1,000 bytes that are free: make room' in capsys.readouterr().err
+
+
+def test_links_within_a_folder_are_followed(tmp_path: Path) -> None:
+    source = image_folder(tmp_path / 'images')
+    (source / 'train' / 'ant' / '1.png').symlink_to('0.png')
+    assert convert('imagefolder', source, tmp_path / 'out') == {'train': 3, 'val': 2}
