@@ -98,7 +98,6 @@ def launched(run_ranks, nproc, keys):
     return batches([json.loads(line) for line in said.splitlines() if line.startswith('{')])
 
 
-@pytest.mark.skipif(not LONG, reason='long: RANKS=2,4')
 def test_a_run_of_two_ranks_goes_on_on_another_number_of_them(run_ranks, tmp_path):
     """From the middle of an epoch: the same images in each batch, transformed alike, the same coins and layers."""
     folder = tmp_path / 'two'
