@@ -26,10 +26,10 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
-from composer_sba.convert import convert
-from composer_sba.data import DatasetConfig, build_dataspec, transform
-from composer_sba.decode import decode
-from composer_sba.study.worker import hardware, shared_facts
+from composer_sba.data.conversion import convert
+from composer_sba.data.loader import DatasetConfig, build_dataspec, transform
+from composer_sba.data.samples import decode
+from composer_sba.study.runner import hardware, shared_facts
 
 WIDTH, HEIGHT = 500, 375
 

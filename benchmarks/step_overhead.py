@@ -10,11 +10,11 @@ import time
 import torch
 from composer import Callback, Event, Logger, State, Trainer
 from composer.utils import get_device
+from composer_sba.registry import construct
 from torch.utils.data import DataLoader, TensorDataset
 
 from composer_sba import SBA
 from composer_sba.models import classifier
-from composer_sba.registry import construct
 
 KINDS = ('without SBA', 'λ(t) = 0', 'λ(t) = 1')
 
@@ -76,7 +76,6 @@ def main() -> None:
     parser.add_argument('--microbatch', type=int, help='Default: the batch.')
     parser.add_argument('--layers', nargs='+', default=['head'])
     parser.add_argument('--fold', type=int, default=4)
-    parser.add_argument('--estimator', default='sampled')
     args = parser.parse_args()
 
     warm_up = 2
@@ -93,7 +92,6 @@ def main() -> None:
                 args.layers,
                 args.fold,
                 augment_prob=lambda state: float(kind_of(state.timestamp.batch.value) == 2),
-                estimator=args.estimator,
             )
         ],
         callbacks=[timer],
@@ -105,7 +103,6 @@ def main() -> None:
     without, *others = (seconds[warm_up:] for seconds in timer.seconds)
     print(
         f'{args.model}, 32 px, batch {args.batch}{microbatches}, cut {" ".join(args.layers)}, M={args.fold}, '
-        f'{args.estimator}, '
         f'{get_device(None).name}, torch {torch.__version__}, {torch.get_num_threads()} threads, n={args.rounds}: '
         f'{statistics.median(without) * 1000:.1f} ms without SBA'
     )

@@ -11,21 +11,33 @@ from composer.algorithms.warnings import NoEffectWarning, NotIntendedUseWarning
 from composer.core import Algorithm, Event, State
 from composer.core.passes import sort_to_back, sort_to_front
 from composer.loggers import Logger
-from torch import nn
 
 from composer_sba import functional as sbaf
-from composer_sba.analytic import AnalyticHead
-from composer_sba.batch_means import BatchMeans
-from composer_sba.checks import check_choice, check_flag, check_fold, check_layers, check_number, check_seed
-from composer_sba.errors import NonFiniteError, UserError
-from composer_sba.finite import FiniteGuard, read_at_once
-from composer_sba.host import add_term, at_epoch_start, first_forward, network_of, refuse_model
-from composer_sba.latent import LatentExpander, NormStats
+from composer_sba.algorithms._composer import (
+    BatchMeans,
+    FiniteGuard,
+    add_term,
+    at_epoch_start,
+    first_forward,
+    network_of,
+    read_at_once,
+    refuse_model,
+)
+from composer_sba.errors import (
+    NonFiniteError,
+    UserError,
+    check_choice,
+    check_flag,
+    check_fold,
+    check_layers,
+    check_number,
+    check_seed,
+)
+from composer_sba.latent.expander import LatentExpander, NormStats
 from composer_sba.vicinity import Vicinity, as_vicinity
 
 Target = Literal['soft', 'hard']
 Granularity = Literal['batch', 'epoch']
-Estimator = Literal['sampled', 'analytic']
 
 _WITHIN_BATCH = (
     Event.BEFORE_TRAIN_BATCH,
@@ -67,10 +79,6 @@ class SBA(Algorithm):
         stop_gradient (bool, optional): Let no gradient flow through the soft label :math:`Y_i`. Default: ``True``.
         norm_stats (str, optional): Whose batch statistics normalization layers above the cut use, ``'raw'`` rows' or
             those of ``'all'`` rows. Default: ``'raw'``.
-        estimator (str, optional): ``'sampled'``: the mean over M virtual samples; ``'analytic'``: its expectation, M →
-            ∞, in closed form (:func:`.expected_soft_label_kl`), for ``layers='head'`` and ``target='soft'`` alone.
-            There are no virtual rows then: ``fold`` and ``norm_stats`` have no effect, and the noise is not drawn.
-            Default: ``'sampled'``.
         seed (int, optional): Seed of the coin, the layer and the noise, >= 0. Default: ``None``, the Trainer's seed.
         target_key (str | int | Callable, optional): Where a batch holds its labels; read by ``target='hard'`` alone.
             Default: ``1``.
@@ -96,8 +104,8 @@ class SBA(Algorithm):
         resumed run and a retried batch repeat them. It should run last: see :func:`sort_sba_last`.
 
         Logs once a batch: ``sba/augmented`` (0 or 1) and ``sba/augment_prob``; on augmented batches also ``sba/kl``
-        (nats, this rank's mean, sampled or expected), ``sba/layer`` (index in ``layers``) and, if virtual rows are
-        sampled, ``sba/virtual_agreement`` (share of them whose most probable class is the raw row's).
+        (nats, this rank's mean), ``sba/layer`` (index in ``layers``) and ``sba/virtual_agreement`` (share of virtual
+        rows whose most probable class is the raw row's).
 
     Example:
         >>> from composer import Trainer
@@ -118,7 +126,6 @@ class SBA(Algorithm):
         granularity: Granularity = 'batch',
         stop_gradient: bool = True,
         norm_stats: NormStats = 'raw',
-        estimator: Estimator = 'sampled',
         seed: int | None = None,
         target_key: str | int | Callable = 1,
     ) -> None:
@@ -131,7 +138,6 @@ class SBA(Algorithm):
         self.granularity = granularity
         self.stop_gradient = stop_gradient
         self.norm_stats = norm_stats
-        self.estimator = estimator
         self.seed = seed
         self.target_key = target_key
         self._check_arguments()
@@ -139,7 +145,7 @@ class SBA(Algorithm):
         # The engine asks for it at every event, and checkpoints keep it: cheap, and without a memory address.
         self._repr = f'SBA({", ".join(f"{name}={value!r}" for name, value in self.local_hparams.items())})'
 
-        self._expander: LatentExpander | AnalyticHead | None = None
+        self._expander: LatentExpander | None = None
         self._run_seed = 0
         self._checked = False
         self._warned = False
@@ -174,7 +180,14 @@ class SBA(Algorithm):
             self._expander.remove()
         refuse_model(state.model, state.algorithms, self.target)
         self._run_seed = state.rank_zero_seed if self.seed is None else self.seed
-        self._expander = self._attach_to(network_of(state.model))
+        self._expander = LatentExpander(
+            network_of(state.model),
+            self.layers,
+            self.fold,
+            self.vicinity,
+            norm_stats=self.norm_stats,
+            seed=self._run_seed,
+        )
         self._checked = False
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -210,26 +223,21 @@ class SBA(Algorithm):
 
     def after_forward(self, state: State, logger: Logger) -> None:
         """Hand the raw rows' predictions to the loss, the metrics and every other algorithm."""
-        if isinstance(self._attached, LatentExpander):
-            self._logits = self._attached.split(state.outputs)
-            state.outputs = self._logits[0].clone()  # whoever changes it in place leaves the soft label alone
+        self._logits = self._attached.split(state.outputs)
+        state.outputs = self._logits[0].clone()  # whoever changes it in place leaves the soft label alone
 
     def before_backward(self, state: State, logger: Logger) -> None:
         """Add the second term of Eq. (11)."""
         if not self._augment:
             state.loss = add_term(state.loss, None)
             return
-        if isinstance(self._attached, AnalyticHead):
-            loss = self._attached.kl()
-            self._means.add(len(state.outputs), kl=loss)
+        assert self._logits is not None
+        raw, virtual = self._logits
+        if self.target == 'soft':
+            loss = sbaf.soft_label_kl(raw, virtual, stop_gradient=self.stop_gradient)
         else:
-            assert self._logits is not None
-            raw, virtual = self._logits
-            if self.target == 'soft':
-                loss = sbaf.soft_label_kl(raw, virtual, stop_gradient=self.stop_gradient)
-            else:
-                loss = sbaf.hard_label_loss(virtual, self._labels(state))
-            self._measure(raw.detach(), virtual.detach(), loss.detach())
+            loss = sbaf.hard_label_loss(virtual, self._labels(state))
+        self._measure(raw.detach(), virtual.detach(), loss.detach())
         if read_at_once(loss):
             self._check_finite(loss.item(), state, state.timestamp.batch.value)
         else:
@@ -287,18 +295,6 @@ class SBA(Algorithm):
             raise UserError(f'Expected target_key to find the labels in a batch, got {self.target_key!r}.') from error
         return labels
 
-    def _attach_to(self, network: nn.Module) -> LatentExpander | AnalyticHead:
-        if self.estimator == 'analytic':
-            return AnalyticHead(network, self.vicinity, stop_gradient=self.stop_gradient)
-        return LatentExpander(
-            network,
-            self.layers,
-            self.fold,
-            self.vicinity,
-            norm_stats=self.norm_stats,
-            seed=self._run_seed,
-        )
-
     def _measure(self, raw: torch.Tensor, virtual: torch.Tensor, loss: torch.Tensor) -> None:
         kl = loss if self.target == 'soft' else sbaf.soft_label_kl(raw, virtual)
         agreement = (virtual.argmax(-1) == raw.argmax(-1)).float().mean()
@@ -316,7 +312,7 @@ class SBA(Algorithm):
         self._logits = self._loss = None
 
     @property
-    def _attached(self) -> LatentExpander | AnalyticHead:
+    def _attached(self) -> LatentExpander:
         if self._expander is None:
             raise RuntimeError('SBA has no model yet: give it to a Trainer, which attaches it.')
         return self._expander
@@ -331,7 +327,6 @@ class SBA(Algorithm):
             'granularity',
             'stop_gradient',
             'norm_stats',
-            'estimator',
             'seed',
         )
         hparams = {name: getattr(self, name) for name in names}
@@ -350,11 +345,6 @@ class SBA(Algorithm):
         check_choice('granularity', self.granularity, Granularity)
         check_flag('stop_gradient', self.stop_gradient)
         check_choice('norm_stats', self.norm_stats, NormStats)
-        check_choice('estimator', self.estimator, Estimator)
-        if self.estimator == 'analytic' and self.layers not in ('head', ['head'], ('head',)):
-            raise ValueError(f"Expected layers to be 'head' for estimator='analytic', got {self.layers!r}.")
-        if self.estimator == 'analytic' and self.target != 'soft':
-            raise ValueError(f"Expected target to be 'soft' for estimator='analytic', got {self.target!r}.")
         if self.seed is not None:
             check_seed(self.seed)
         for name in ('eta', 'augment_prob'):

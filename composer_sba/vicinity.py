@@ -8,10 +8,12 @@ from typing import Any, Literal
 import torch
 from torch.autograd.function import once_differentiable
 
-from composer_sba.basis import Basis, draw_basis, rotate
-from composer_sba.checks import check_choice, check_flag, check_number
+from composer_sba.errors import TooWideError, check_choice, check_flag, check_number
 
 NoiseScale = Literal['rms', 'absolute']
+Basis = Literal['identity', 'normalized', 'orthogonal', 'hadamard']
+
+MAX_DENSE_FEATURES = 8192  # a dense Σ of this width holds 256 MiB in float32
 
 Drawn = tuple[torch.Tensor, torch.Tensor]  # the augmented batch, and the features that its dropout points kept
 
@@ -222,3 +224,45 @@ def _draw_kept(kept: torch.Tensor, room: torch.Tensor, rate: float, generator: t
     bits.random_(-(2**63), None, generator=generator)
     chances = bits.view(torch.int16)[: kept.numel()].view(kept.shape)
     torch.ge(chances, min(round(rate * 2**16), 2**16 - 1) - 2**15, out=kept)
+
+
+def rotate(noise: torch.Tensor, generator: torch.Generator | None) -> None:
+    """Multiply rows with Σ = H D / √Q in place: random signs D, then the Walsh-Hadamard matrix H, Q a power of two."""
+    width = noise.shape[1]
+    signs = noise.new_empty(width).bernoulli_(generator=generator).mul_(2).sub_(1)
+    noise *= signs / math.sqrt(width)
+    for stage in range(width.bit_length() - 1):
+        first, second = noise.view(len(noise), -1, 2, 2**stage).unbind(2)
+        first += second
+        torch.sub(first, second, alpha=2, out=second)  # the difference, now that the sum has the place of ``first``
+
+
+def draw_basis(basis: Basis, rows: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """Draw the Q × Q projection Σ, one for the whole batch (Sec. 3.3)."""
+    width = rows.shape[1]
+    if width > MAX_DENSE_FEATURES:
+        raise TooWideError(
+            f'basis={basis!r} needs a {width} × {width} matrix; dense bases end at {MAX_DENSE_FEATURES} features. Use '
+            f"basis='hadamard', random orthonormal directions without a matrix, or cut a narrower layer.",
+        )
+    square = torch.empty(width, width, dtype=rows.dtype, device=rows.device).normal_(generator=generator)
+    if basis == 'normalized':
+        return square.div_(torch.linalg.vector_norm(square, dim=0))  # in place: it can be the largest tensor of a step
+    factor, triangle = torch.linalg.qr(square)
+    return factor.mul_(triangle.diagonal().sign())  # without these signs QR does not draw uniformly
+
+
+def clipped_moments(vicinity: Vicinity) -> tuple[float, float]:
+    """Describe clip(ε, τ) of Eq. (7): its variance in units of σ², and its excess kurtosis.
+
+    Example:
+        >>> [round(value, 3) for value in clipped_moments(Vicinity(sigma=0.1))]  # clipped at 2 σ
+        [0.921, -0.546]
+    """
+    tau = 2 * vicinity.sigma if vicinity.tau is None else vicinity.tau
+    # Of a standard Gaussian clipped at ±bound; the share beyond 30 is zero in float64.
+    bound = min(tau / vicinity.sigma, 30.0) if vicinity.sigma > 0 else 30.0
+    beyond, density = math.erfc(bound / math.sqrt(2)) / 2, math.exp(-(bound**2) / 2) / math.sqrt(2 * math.pi)
+    variance = 1 - 2 * beyond - 2 * bound * density + 2 * bound**2 * beyond
+    fourth = 3 * (1 - 2 * beyond) - 2 * (bound**3 + 3 * bound) * density + 2 * bound**4 * beyond
+    return variance, fourth / variance**2 - 3 if variance > 0 else 0.0

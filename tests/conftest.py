@@ -15,7 +15,7 @@ import streaming.base.shared.memory
 import torch
 from sklearn.datasets import load_digits
 
-from composer_sba.convert import convert
+from composer_sba.data.conversion import convert
 
 # What Composer's launcher and initialize_dist read: a rank of a test must not inherit the test's own.
 _RANK_VARIABLES = ('RANK', 'LOCAL_RANK', 'NODE_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')

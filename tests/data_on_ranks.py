@@ -13,7 +13,7 @@ from composer.models import ComposerModel
 from composer.utils import dist
 from torchmetrics import Metric
 
-from composer_sba.data import DatasetConfig, build_dataloader
+from composer_sba.data.loader import DatasetConfig, build_dataloader
 from composer_sba.errors import DatasetError
 
 

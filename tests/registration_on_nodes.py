@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from composer_sba import sharing
+from composer_sba.data import shared_memory as sharing
 
 
 def main(run: str, node: str, folder: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from composer_sba.convert import convert
+from composer_sba.data.conversion import convert
 from conversions import content, image_folder
 
 

@@ -14,15 +14,15 @@ from PIL import Image
 from scipy.stats import chisquare
 from torchvision import transforms
 
-from composer_sba.data import DatasetConfig, transform
-from composer_sba.memory import BatchTransform
+from composer_sba.data.loader import DatasetConfig
+from composer_sba.data.transforms import BatchTransform, transform
 
 
 def both_paths(config, image, draws):
     """``draws`` transforms of one image, by the transform for single images and by that for batches."""
     pipeline = transform(config)
     batch = torch.from_numpy(np.array(image)).permute(2, 0, 1).expand(draws, -1, -1, -1)
-    return {'streaming': [pipeline(image) for _ in range(draws)], 'memory': BatchTransform(pipeline)(batch)}
+    return {'streaming': [pipeline(image) for _ in range(draws)], 'memory': BatchTransform(config)(batch)}
 
 
 def assert_uniform(counts, outcomes, path):
@@ -64,7 +64,8 @@ def test_cutout_has_every_centre_as_often_as_in_streaming(size):
         assert_uniform(Counter(square[0].numpy().tobytes() for square in squares), outcomes, path)
 
 
-def test_a_transform_without_batched_form_is_refused():
-    pipeline = transforms.Compose([*transform(DatasetConfig('cifar10')).transforms, transforms.RandomErasing()])
-    with pytest.raises(ValueError, match=r'(?s)^Expected only transforms that have a batched form.*RandomErasing'):
-        BatchTransform(pipeline)
+def test_evaluation_moves_and_erases_nothing():
+    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    config = DatasetConfig('cifar10', split='val', cutout=8)
+    one_by_one = torch.stack([transform(config)(TF.to_pil_image(image)) for image in images])
+    assert torch.equal(BatchTransform(config)(images), one_by_one)

@@ -42,7 +42,7 @@ def test_a_plain_batch_asks_for_nothing_within_it():
 def test_a_divergence_that_is_read_late_is_read_once(monkeypatch):
     read = []
     monkeypatch.setattr('composer_sba.sba.read_at_once', lambda loss: False)
-    monkeypatch.setattr('composer_sba.finite.FiniteGuard.check', lambda *args: read.append(args[3]))
+    monkeypatch.setattr('composer_sba.algorithms._composer.FiniteGuard.check', lambda *args: read.append(args[3]))
     train([SBA('head')], duration='8ba')
     assert read == [t for t in range(8) if sbaf.should_augment(0.5, 17, t)]
 

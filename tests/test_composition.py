@@ -23,10 +23,10 @@ from torchvision.models.resnet import Bottleneck
 from torchvision.transforms import Compose, ConvertImageDtype, PILToTensor
 
 from composer_sba import SBA, BatchAugmentation, MajorityVote, SeedEachBatch, sort_sba_last, sort_seed_first
+from composer_sba.algorithms.last_epochs_median import LastEpochsMedian
+from composer_sba.algorithms.manifold_mixup import ManifoldMixup
+from composer_sba.algorithms.r_drop import RDrop
 from composer_sba.errors import CutLayerError
-from composer_sba.last_epochs_median import LastEpochsMedian
-from composer_sba.manifold_mixup import ManifoldMixup
-from composer_sba.r_drop import RDrop
 
 # What Composer says of its own algorithms, and of a checkpoint's algorithms in another order
 pytestmark = [
@@ -89,7 +89,6 @@ NOT_RESUMED = {  # by Composer with or without SBA, as it warns itself
 
 OURS = {
     'SBA': lambda: SBA(),
-    'SBA, analytic': lambda: SBA(estimator='analytic'),
     'SBA, coins of epochs': lambda: SBA(granularity='epoch', augment_prob=LinearScheduler(0.2, 0.9)),
     'SBA, several layers': lambda: SBA(['input', 'stem', 'block', 'head'], augment_prob=1.0, norm_stats='all'),
     'SBA, hard labels': lambda: SBA('block', augment_prob=1.0, target='hard'),

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from composer_sba import convert as module
-from composer_sba.convert import convert, main
+from composer_sba.convert import main
+from composer_sba.data import conversion as module
+from composer_sba.data.conversion import convert
 from composer_sba.errors import DatasetError
 from conversions import content, image_folder, record, samples, text_file, visible
 

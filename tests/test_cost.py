@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from composer_sba.errors import UserError
-from composer_sba.recipe import load
-from composer_sba.study.cost import flops_per_image, training_flops
+from composer_sba.recipe.recipe import load
+from composer_sba.study.flops import flops_per_image, training_flops
 
 YAMLS = Path(__file__).parent.parent / 'yamls'
 

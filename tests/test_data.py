@@ -16,8 +16,8 @@ from composer.loggers import Logger
 from composer.models import ComposerClassifier
 from PIL import Image
 
-from composer_sba.convert import convert
-from composer_sba.data import DatasetConfig, build_dataloader, dataset_classes
+from composer_sba.data.conversion import convert
+from composer_sba.data.loader import DatasetConfig, build_dataloader, dataset_classes
 from composer_sba.errors import DatasetError
 from shards import dataset, labels
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from composer_sba.data import DatasetConfig, build_dataloader, dataset_classes, transform
+from composer_sba.data.loader import DatasetConfig, build_dataloader, dataset_classes, transform
 from composer_sba.errors import DatasetError
 from shards import dataset, encoded, write
 

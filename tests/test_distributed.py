@@ -72,17 +72,6 @@ KEYS = ['max_duration=3ep', 'progress_bar=false', 'eval_interval=100ep', 'global
 KEYS += ['train_dataset.num_workers=1', 'algorithms.sba.layers=[conv2,head]', 'save_interval=1ba']
 
 
-def test_sharded_heads_learn_what_whole_heads_do(run_ranks):
-    """DDP, FSDP1 and FSDP2 on two ranks with the same rows: the weights are gathered where the term is computed."""
-    script = Path(__file__).with_name('analytic_on_ranks.py')
-    strategies = ['ddp', 'fsdp1 checkpointed', 'fsdp2']
-    printed = [json.loads(line) for line in run_ranks(script, 2, *strategies).splitlines() if line.startswith('{')]
-    assert len(printed) == 6
-    for run in printed:
-        assert run['kl'] == pytest.approx(printed[0]['kl'], rel=1e-4), run['strategy']
-        assert run['loss'] == pytest.approx(printed[0]['loss'], rel=1e-4), run['strategy']
-
-
 def batches(ranks):
     """Batch -> its images on all ranks, sorted; batch -> coin and layer, the same on all."""
     images = {}

@@ -18,11 +18,12 @@ from composer.models import ComposerClassifier
 from torch.utils.data import DataLoader, TensorDataset
 
 import composer_sba
-from composer_sba import cli, convert
-from composer_sba.build import build_components
-from composer_sba.layers import __main__ as layers
+from composer_sba import __main__ as cli
+from composer_sba.data import conversion as convert
+from composer_sba.latent.layers import __main__ as layers
 from composer_sba.models import digits_net
-from composer_sba.recipe import load
+from composer_sba.recipe.build import build_components
+from composer_sba.recipe.recipe import load
 from composer_sba.study import __main__ as study
 from composer_sba.train import _parser as train_parser
 

@@ -5,8 +5,8 @@ Run: pytest tests/test_each_once.py
 
 import pytest
 
-from composer_sba import sharing
-from composer_sba.memory import EachOnce
+from composer_sba.data import shared_memory as sharing
+from composer_sba.data.in_memory import EachOnce
 
 
 class Samples:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from composer_sba.data import DatasetConfig, build_dataloader
+from composer_sba.data.loader import DatasetConfig, build_dataloader
 from composer_sba.errors import DatasetError
 from shards import encoded, small_images, write
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from breakable_training import BATCH, Net, make_trainer
 from composer_sba import SBA, MajorityVote
-from composer_sba.manifold_mixup import ManifoldMixup
+from composer_sba.algorithms.manifold_mixup import ManifoldMixup
 
 
 class Broken(Exception):
@@ -34,7 +34,6 @@ class Breaking(Algorithm):
 
 STEPS = {
     'sampled': lambda: SBA('cut', augment_prob=1.0),
-    'analytic': lambda: SBA(augment_prob=1.0, estimator='analytic'),
     'manifold mixup': lambda: ManifoldMixup('cut'),
 }
 MOMENTS = ['below', 'above', 'logits', 'after_forward', 'loss', 'after_loss', 'before_backward', 'backward']

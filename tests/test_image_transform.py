@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from composer_sba.data import DatasetConfig, transform
+from composer_sba.data.loader import DatasetConfig, transform
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from composer_sba.data import DatasetConfig, build_dataloader, dataset_classes
+from composer_sba.data.loader import DatasetConfig, build_dataloader, dataset_classes
 from composer_sba.errors import DatasetError
 from shards import dataset
 

@@ -17,9 +17,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
+from composer_sba.algorithms.last_epochs_median import LastEpochsMedian, last_epochs_median
 from composer_sba.errors import UserError
-from composer_sba.last_epochs_median import LastEpochsMedian, last_epochs_median
-from composer_sba.recipe import load
+from composer_sba.recipe.recipe import load
 from composer_sba.train import train
 
 RECIPE = str(Path(__file__).parent.parent / 'yamls' / 'digits_baseline.yaml')

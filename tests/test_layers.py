@@ -12,7 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from composer_sba import LatentExpander
 from composer_sba.errors import CutLayerError
-from composer_sba.layers import find_layers
+from composer_sba.latent.layers import find_layers
 
 
 @pytest.fixture(scope='module')

@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from composer_sba.convert import convert, main
+from composer_sba.convert import main
+from composer_sba.data.conversion import convert
 from conversions import cifar_batches, content, image_folder, record, samples, text_file, visible
 
 

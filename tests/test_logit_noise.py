@@ -14,10 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 import composer_sba.functional as sbaf
 from composer_sba import LatentExpander, Vicinity
-from composer_sba.basis import draw_basis
-from composer_sba.laws import clipped_moments
-from composer_sba.logit_noise import draw_logit_noise, suits
-from composer_sba.operators import draw_logit_noise_by_seed, packed
+from composer_sba.latent.head import draw_logit_noise, suits
+from composer_sba.latent.kernels import draw_logit_noise_by_seed, packed
+from composer_sba.vicinity import clipped_moments, draw_basis
 
 N, K, Q = 6, 5, 128
 GAUSSIAN = Vicinity(gaussian_fraction=1.0, sigma=0.7)

@@ -13,9 +13,9 @@ import torch
 
 import composer_sba.functional as sbaf
 import reference
+from composer_sba.algorithms.manifold_mixup import ManifoldMixup, draw_mixing, draw_partners, mix_rows
 from composer_sba.errors import UserError
-from composer_sba.manifold_mixup import ManifoldMixup, draw_mixing, draw_partners, mix_rows
-from composer_sba.recipe import load
+from composer_sba.recipe.recipe import load
 from composer_sba.train import train
 from mixup_training import BATCH, CLASSES, LAYERS, ROWS, fit, make_trainer, weights
 from small_training import SEED, logged

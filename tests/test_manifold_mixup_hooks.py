@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from composer_sba import SBA, sort_sba_last
+from composer_sba.algorithms.manifold_mixup import ManifoldMixup, draw_mixing
 from composer_sba.errors import CutLayerError
-from composer_sba.manifold_mixup import ManifoldMixup, draw_mixing
 from mixup_training import BATCH, CLASSES, LAYERS, ROWS, fit, make_network, make_trainer
 from small_training import SEED, logged
 

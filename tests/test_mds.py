@@ -14,7 +14,7 @@ import streaming.base.stream
 from streaming import StreamingDataset
 from streaming.base.hashing import get_hash
 
-from composer_sba.data import DatasetConfig, build_dataloader
+from composer_sba.data.loader import DatasetConfig, build_dataloader
 from composer_sba.errors import DatasetError
 from shards import dataset, labels
 

@@ -17,11 +17,11 @@ from PIL import Image
 from torch import nn
 
 from composer_sba import BatchAugmentation
-from composer_sba.batch_augmentation import Copies
-from composer_sba.data import DatasetConfig, build_dataloader
+from composer_sba.algorithms.batch_augmentation import Copies
+from composer_sba.data.in_memory import MemoryDataset
+from composer_sba.data.loader import DatasetConfig, build_dataloader
 from composer_sba.errors import DatasetError
-from composer_sba.memory import MemoryDataset
-from composer_sba.recipe import load
+from composer_sba.recipe.recipe import load
 from composer_sba.train import train
 from shards import encoded, write
 

@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from composer_sba import LatentExpander, Vicinity
-from composer_sba.operators import draw_by_seed, packed
+from composer_sba.latent.kernels import draw_by_seed, packed
 from cut_network import GAUSSIAN, M, N, make, predict
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 import composer_sba
-from composer_sba import cli, sources
+from composer_sba import __main__ as cli
+from composer_sba.recipe import merge as sources
 
 try:
     import tomllib

@@ -19,10 +19,10 @@ from streaming.base.dataset import StreamingDataset
 from torchvision import transforms
 from torchvision.transforms.functional import pil_to_tensor
 
-from composer_sba.batch_augmentation import Copies
-from composer_sba.data import DatasetConfig, build_dataloader, build_dataspec
-from composer_sba.decode import decode
-from composer_sba.pixels import Normalize, Pipeline, RandomResizedCrop, ToBytes
+from composer_sba.algorithms.batch_augmentation import Copies
+from composer_sba.data.loader import DatasetConfig, build_dataloader, build_dataspec
+from composer_sba.data.samples import decode
+from composer_sba.data.transforms import Normalize, Pipeline, RandomResizedCrop, ToBytes
 from shards import encoded, write
 
 NUMBERS = np.random.default_rng(0)

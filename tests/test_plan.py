@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from composer_sba.errors import UserError
-from composer_sba.study.cost import flops_per_image
+from composer_sba.study.flops import flops_per_image
 from composer_sba.study.plan import ETAS, MAX_COST, Run, plan
 
 YAMLS = Path(__file__).parent.parent / 'yamls'

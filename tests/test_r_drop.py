@@ -18,11 +18,11 @@ from torchvision.ops import StochasticDepth
 
 import reference
 from composer_sba import SBA, sort_sba_last
-from composer_sba.build import build_components
+from composer_sba.algorithms.r_drop import RDrop, dropout_rate, two_pass_kl
 from composer_sba.errors import UserError
-from composer_sba.r_drop import RDrop, dropout_rate, two_pass_kl
-from composer_sba.recipe import load
-from composer_sba.registry import components
+from composer_sba.recipe.build import build_components
+from composer_sba.recipe.recipe import load
+from composer_sba.recipe.registry import components
 from small_training import logged, trainer_of
 
 RECIPE = str(Path(__file__).parent.parent / 'yamls' / 'digits_baseline.yaml')

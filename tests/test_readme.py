@@ -14,7 +14,8 @@ import torchvision
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from composer_sba import convert, train
+from composer_sba import train
+from composer_sba.data import conversion as convert
 from conversions import cifar_batches, image_folder
 
 ROOT = Path(__file__).parents[1]

@@ -20,10 +20,10 @@ from composer.optim import CosineAnnealingWithWarmupScheduler, DecoupledAdamW, L
 from omegaconf import OmegaConf
 
 from composer_sba import SBA, BatchAugmentation
-from composer_sba.build import build_components, parameter_groups
 from composer_sba.errors import UserError
-from composer_sba.recipe import Recipe, TrainerOptions, load, save
-from composer_sba.registry import canonical, components, construct
+from composer_sba.recipe.build import build_components, parameter_groups
+from composer_sba.recipe.recipe import Recipe, TrainerOptions, load, save
+from composer_sba.recipe.registry import canonical, components, construct
 
 YAMLS = Path(__file__).parent.parent / 'yamls'
 BASE = """

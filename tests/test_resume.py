@@ -22,7 +22,7 @@ from streaming import MDSWriter
 
 from composer_sba import SeedEachBatch
 from composer_sba.errors import UserError
-from composer_sba.recipe import load
+from composer_sba.recipe.recipe import load
 from composer_sba.train import train
 
 # Composer's MixUp, whose two shares of a label sum to one but for rounding

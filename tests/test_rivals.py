@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import composer_sba.functional as sbaf
 from composer_sba import BatchAugmentation, LatentExpander, MajorityVote, Vicinity
-from composer_sba.batch_augmentation import Copies, batch_augment
-from composer_sba.cutout import Cutout
-from composer_sba.data import DatasetConfig, build_dataloader
+from composer_sba.algorithms.batch_augmentation import Copies, batch_augment
+from composer_sba.data.loader import DatasetConfig, build_dataloader
+from composer_sba.data.transforms import Cutout
 from composer_sba.errors import DatasetError, UserError
 
 

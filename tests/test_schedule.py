@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import composer_sba.functional as sbaf
-from composer_sba.manifold_mixup import draw_mixing
+from composer_sba.algorithms.manifold_mixup import draw_mixing
 from composer_sba.schedule import noise_seed
 
 STEPS = 4000

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from composer_sba import sharing
-from composer_sba.data import DatasetConfig, build_dataloader
+from composer_sba.data import shared_memory as sharing
+from composer_sba.data.loader import DatasetConfig, build_dataloader
 from shards import dataset, labels
 
 
@@ -66,7 +66,7 @@ def test_a_run_that_was_killed_does_not_stop_the_next(tmp_path: Path) -> None:
     script = tmp_path / 'reader.py'
     script.write_text(
         'import sys, time\n'
-        'from composer_sba.data import DatasetConfig, build_dataloader\n'
+        'from composer_sba.data.loader import DatasetConfig, build_dataloader\n'
         'keys = dict(name="imagefolder", num_classes=16, crop_size=8, resize_size=8)\n'
         'loader = build_dataloader(DatasetConfig(**keys, remote=sys.argv[1], local=sys.argv[2]), 4)\n'
         'print("blocks", loader.dataset._shm_prefix_int, flush=True)\n'

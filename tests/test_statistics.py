@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from composer_sba.study.statistics import cost_ratios, difference, median_ratio, paired_ratio, spread, time_to
+from composer_sba.study.stats import cost_ratios, difference, median_ratio, paired_ratio, spread, time_to
 from invented_runs import record
 
 

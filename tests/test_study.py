@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from composer_sba.recipe import load
+from composer_sba.recipe.recipe import load
 from composer_sba.study import worker
 from composer_sba.study.__main__ import main
-from composer_sba.study.cost import flops_per_image
+from composer_sba.study.flops import flops_per_image
 from composer_sba.study.records import read
 
 ROOT = Path(__file__).parent.parent

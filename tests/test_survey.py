@@ -19,12 +19,12 @@ from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerB
 from composer_sba import LatentExpander
 from composer_sba import functional as sbaf
 from composer_sba.errors import CutLayerError
-from composer_sba.layers import named_layers
-from composer_sba.layers.__main__ import main
+from composer_sba.latent.cut_survey import survey
+from composer_sba.latent.layers import named_layers
+from composer_sba.layers import main
 from composer_sba.models import digits_net, resnet_cifar
-from composer_sba.recipe import load
-from composer_sba.study.cost import flops_per_image
-from composer_sba.survey import survey
+from composer_sba.recipe.recipe import load
+from composer_sba.study.flops import flops_per_image
 
 CLASSES = 5
 # Pixels, what the network is built with, cuts, and layers that are none

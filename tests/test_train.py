@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from composer_sba.recipe import load
+from composer_sba.recipe.recipe import load
 from composer_sba.train import main, train
 
 ROOT = Path(__file__).parent.parent
@@ -102,7 +102,7 @@ def test_a_mistake_found_while_building(capsys: pytest.CaptureFixture[str], over
 
 
 def test_a_batch_that_does_not_divide(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('composer_sba.build.dist.get_world_size', lambda: 3)
+    monkeypatch.setattr('composer_sba.recipe.build.dist.get_world_size', lambda: 3)
     assert main(['-f', RECIPE, 'save_folder=null']) == 2
     assert 'global_train_batch_size: expected a multiple of the 3 devices, got 64' in capsys.readouterr().err
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from composer_sba.trust import damage
+from composer_sba.recipe.checkpoints import damage
 
 CONTENT = {'weights': torch.arange(20.0), 'name': 'digits'}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from composer_sba.unfinished import mend
+from composer_sba.recipe.checkpoints import mend
 
 
 def save(folder: Path, batch: int, *, torn: bool = False) -> Path:

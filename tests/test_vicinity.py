@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import reference
 from composer_sba import Vicinity
+from composer_sba.vicinity import clipped_moments
 
 N, Q, M = 4, 6, 5
 
@@ -246,3 +247,16 @@ def test_dense_bases_end_at_8192_features():
     with pytest.raises(ValueError, match=f'^{message}$'):
         Vicinity(basis='normalized').sample(torch.zeros(2, 8193), 2)
     assert Vicinity(basis='hadamard').sample(torch.ones(2, 8193), 2).shape == (2, 2, 8193)
+
+
+@pytest.mark.parametrize(('sigma', 'tau'), [(0.5, None), (0.5, 0.1), (0.5, math.inf), (0.5, 0.6), (0.0, None)])
+@torch.no_grad()
+def test_clipped_moments_are_those_of_the_noise_that_is_drawn(sigma, tau):
+    latent = 3 * torch.randn(8, 64, dtype=torch.float64)
+    vicinity = Vicinity(1.0, sigma=sigma, tau=tau, noise_scale='absolute')
+    noise = vicinity.sample(latent, 1000, torch.Generator().manual_seed(0)) - latent
+    variance, kurtosis = clipped_moments(vicinity)
+    drawn = noise.square().mean().item()
+    assert variance * sigma**2 == pytest.approx(drawn, rel=0.02)
+    if sigma > 0:
+        assert kurtosis == pytest.approx(noise.pow(4).mean().item() / drawn**2 - 3, abs=0.05)

@@ -12,7 +12,7 @@ from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
-from composer_sba.recipe import load
+from composer_sba.recipe.recipe import load
 from composer_sba.train import train
 
 

@@ -14,17 +14,15 @@ from typing import get_args
 from rich.console import Console
 from rich.table import Table
 
-from composer_sba.basis import Basis
-from composer_sba.errors import UserError
-from composer_sba.redaction import redact
-from composer_sba.refusal import one_line
-from composer_sba.sources import shipped
-from composer_sba.study.benchmark import DTYPES, Options, benchmark
-from composer_sba.study.cost import training_flops
+from composer_sba.errors import UserError, one_line
+from composer_sba.recipe.merge import shipped
+from composer_sba.recipe.redact import redact
+from composer_sba.study.flops import training_flops
 from composer_sba.study.plan import MAX_COST, STUDIES, Run, plan
-from composer_sba.study.pool import run_all
 from composer_sba.study.records import Record, read
-from composer_sba.study.step import KINDS
+from composer_sba.study.runner import run_all
+from composer_sba.study.step_timing import DTYPES, KINDS, Options, benchmark
+from composer_sba.vicinity import Basis
 
 RECIPES = shipped()
 SCRATCH = Path('runs/study')

@@ -14,12 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import offset_copy
 
+from composer_sba.study.display_names import name
 from composer_sba.study.groups import rows
 from composer_sba.study.labels import Mark, place
-from composer_sba.study.looks import GREY, LOOKS, OTHER, PALE, PALER, RED, STYLE
-from composer_sba.study.names import name
 from composer_sba.study.records import Record
-from composer_sba.study.statistics import Spread, cost_ratios, median_ratio, spread
+from composer_sba.study.stats import Spread, cost_ratios, median_ratio, spread
+from composer_sba.study.style import GREY, LOOKS, OTHER, PALE, PALER, RED, STYLE
 
 
 def error_against_time(path: Path, runs: Sequence[Record]) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from composer.core import Time
 
 from composer_sba.errors import UserError
-from composer_sba.study.names import LONGER, duration, label, length, name
+from composer_sba.study.display_names import LONGER, duration, label, length, name
 from composer_sba.study.records import Record
 
 # What the recipes of one row of a table must share; seeds excepted

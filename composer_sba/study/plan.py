@@ -11,11 +11,11 @@ from typing import Any
 from torch import nn
 
 from composer_sba.errors import UserError
-from composer_sba.recipe import Recipe, component_arguments, load
-from composer_sba.registry import construct
-from composer_sba.study.cost import flops_per_image
+from composer_sba.recipe.recipe import Recipe, component_arguments, load
+from composer_sba.recipe.registry import construct
+from composer_sba.study.flops import flops_per_image
 from composer_sba.study.paper import TABLE_1
-from composer_sba.study.regimes import BASELINE, Regime, check_names, regimes
+from composer_sba.study.recipe_index import BASELINE, Regime, check_names, regimes
 
 ETAS = (0.0, 1e-3, 0.01, 0.1, 1.0, 10.0)
 TABLE_1_METHODS = (BASELINE, 'cutout', 'cutout_ba', 'ba', 'sba')

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from composer_sba import functional as sbaf
-from composer_sba.latent import LatentExpander
+from composer_sba.latent.expander import LatentExpander
 from composer_sba.study.figures import write
-from composer_sba.study.looks import BLUE, GREY, RED, WORDS
+from composer_sba.study.style import BLUE, GREY, RED, WORDS
 from composer_sba.vicinity import Vicinity
 
 STEPS = 1000

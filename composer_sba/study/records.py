@@ -10,7 +10,7 @@ from typing import Any, TypedDict, cast
 from filelock import FileLock
 
 from composer_sba.errors import UserError
-from composer_sba.study.names import length
+from composer_sba.study.display_names import length
 
 
 class Evaluation(TypedDict):

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterable, Sequence
 
 from composer_sba.study import paper
+from composer_sba.study.display_names import name
 from composer_sba.study.groups import Group, rows
-from composer_sba.study.names import name
 from composer_sba.study.records import Record
-from composer_sba.study.statistics import TOLERANCE, cost_ratios, difference, median_ratio, paired_ratio, spread
+from composer_sba.study.stats import TOLERANCE, cost_ratios, difference, median_ratio, paired_ratio, spread
 
 BASELINE = 'baseline'
 LEGEND = (

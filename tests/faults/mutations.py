@@ -13,10 +13,10 @@ from typing import Any
 import yaml
 from hypothesis import strategies as st
 
-from composer_sba.arguments import _hints, fits
-from composer_sba.data import DatasetConfig
-from composer_sba.recipe import Recipe
-from composer_sba.registry import components
+from composer_sba.data.loader import DatasetConfig
+from composer_sba.recipe.recipe import Recipe
+from composer_sba.recipe.registry import components
+from composer_sba.recipe.signature import _hints, fits
 
 # They would call a service; each needs an account there
 _ONLINE = {'mosaicml', 'remote_uploader_downloader', 'slack', 'wandb', 'mlflow', 'neptune', 'cometml'}

@@ -16,15 +16,14 @@ from mutations import odd
 from torch import nn
 
 from composer_sba import SBA, BatchAugmentation, LatentExpander, MajorityVote, Vicinity
-from composer_sba.analytic import AnalyticHead
-from composer_sba.cutout import Cutout
-from composer_sba.last_epochs_median import LastEpochsMedian
-from composer_sba.manifold_mixup import ManifoldMixup
-from composer_sba.r_drop import RDrop
+from composer_sba.algorithms.last_epochs_median import LastEpochsMedian
+from composer_sba.algorithms.manifold_mixup import ManifoldMixup
+from composer_sba.algorithms.r_drop import RDrop
+from composer_sba.data.transforms import Cutout
 
 MUTATIONS = int(os.environ.get('MUTATIONS', '0'))
 _BUILDS: list[Callable[..., Any]] = [
-    *(SBA, Vicinity, BatchAugmentation, MajorityVote, LatentExpander, AnalyticHead, ManifoldMixup, RDrop, Cutout),
+    *(SBA, Vicinity, BatchAugmentation, MajorityVote, LatentExpander, ManifoldMixup, RDrop, Cutout),
     LastEpochsMedian,
 ]
 _UNKNOWN_YET = ('model', 'input_key', 'target_key')  # the batch alone can say how it holds its labels

@@ -20,9 +20,9 @@ from PIL import Image
 from streaming import MDSWriter
 
 from composer_sba import data
-from composer_sba.convert import convert
 from composer_sba.convert import main as convert_main
-from composer_sba.recipe import load
+from composer_sba.data.conversion import convert
+from composer_sba.recipe.recipe import load
 from composer_sba.train import main, train
 
 ROOT = Path(__file__).parents[2]

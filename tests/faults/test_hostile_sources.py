@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from composer_sba import archives
-from composer_sba.convert import convert
 from composer_sba.convert import main as convert_main
+from composer_sba.data import readers as archives
+from composer_sba.data.conversion import convert
 
 pytestmark = pytest.mark.usefixtures('in_tmp_path')
 

@@ -24,8 +24,7 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 from mutations import Mutant, mutants
 
-from composer_sba.summary import Summary
-from composer_sba.train import main
+from composer_sba.train import Summary, main
 
 # Composer's, of a Trainer that was never finished
 pytestmark = pytest.mark.filterwarnings('ignore:Implicitly cleaning up:ResourceWarning')

@@ -12,8 +12,8 @@ from composer.core import Event
 
 from composer_sba import SBA
 from composer_sba.errors import NonFiniteError, RecipeError, UserError
-from composer_sba.recipe import Recipe, load
-from composer_sba.refusal import refusal
+from composer_sba.recipe.explain import refusal
+from composer_sba.recipe.recipe import Recipe, load
 from composer_sba.train import main
 
 # Composer's, of a Trainer that was never finished

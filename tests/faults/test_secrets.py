@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from short_digits import RECIPE, SHORT, options
 
-from composer_sba.recipe import load
-from composer_sba.redaction import redact
+from composer_sba.recipe.recipe import load
+from composer_sba.recipe.redact import redact
 from composer_sba.study.plan import Run
 from composer_sba.train import main
 

@@ -1,0 +1,130 @@
+"""class LastEpochsMedian: the median of an evaluation metric over the last epochs, the paper's figure of merit."""
+
+import math
+import statistics
+from collections.abc import Mapping
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+
+from composer_sba.errors import check_number
+
+
+def last_epochs_median(values: Mapping[int, float], num_epochs: int = 5) -> float:
+    """Take the median of a metric over the evaluations of the last epochs.
+
+    The last epoch is the latest that has a value; of an even number of values, the mean of the middle two counts.
+
+    Args:
+        values (Mapping[int, float]): Epoch -> the metric's value at its end. At least one.
+        num_epochs (int, optional): How many epochs count, >= 1, with or without a value. Default: ``5``.
+
+    Returns:
+        float: The median, in the metric's unit; NaN if one of the values is.
+
+    Example:
+        >>> last_epochs_median({0: 0.10, 4: 0.93, 5: 0.91, 6: 0.95, 7: 0.94, 8: 0.20})
+        0.93
+    """
+    last = [value for epoch, value in values.items() if epoch > max(values) - num_epochs]
+    return math.nan if any(map(math.isnan, last)) else statistics.median(last)
+
+
+class LastEpochsMedian(Callback):
+    """Reports every evaluation metric as the median over the evaluations of the last epochs.
+
+    The figure of merit of `Li et al., 2020 <https://arxiv.org/abs/2006.15284>`_, Sec. 4.1: "the median of the
+    performance values obtained in the final 5 epochs". Of several evaluations in one epoch the latest counts, and an
+    epoch without evaluation gives no value, so a run for the paper's tables evaluates at the end of each of these
+    epochs.
+
+    Args:
+        num_epochs (int, optional): How many epochs count, >= 1. Default: ``5``.
+
+    Attributes:
+        medians (dict[str, float]): ``'<evaluator's label>/<metric>'`` -> the median so far, in the metric's unit.
+
+    Raises:
+        ValueError: If ``num_epochs`` is no integer >= 1.
+
+    Note:
+        Runs on EVAL_END of fit's own evaluations, not of ``Trainer.eval()``, and on FIT_END, where it logs
+        ``median_last5/<label>/<metric>``, 5 being ``num_epochs``. Composer may evaluate once more after FIT_END, if
+        ``eval_interval`` does not divide the duration: that counts for the epoch it follows, and all is logged again.
+        Metrics that are no single number are left out. Values are those Composer computed, equal on all ranks. Changes
+        nothing in ``State``. State saved: the values of the last ``num_epochs`` epochs, so a resumed run reports the
+        same.
+
+    Example:
+        >>> from composer import Trainer
+        >>> median = LastEpochsMedian()
+        >>> trainer = Trainer(  # doctest: +SKIP
+        ...     model=model, train_dataloader=train, eval_dataloader=val, max_duration='164ep', callbacks=[median]
+        ... )
+        >>> trainer.fit()  # doctest: +SKIP
+        >>> median.medians  # doctest: +SKIP
+        {'eval/MulticlassAccuracy': 0.9312, 'eval/CrossEntropy': 0.2485}
+    """
+
+    def __init__(self, num_epochs: int = 5) -> None:
+        check_number('num_epochs', num_epochs, 'an integer >= 1', lambda value: value >= 1, Integral)
+        self.num_epochs = num_epochs
+        self._values: dict[str, dict[int, float]] = {}  # '<label>/<metric>' -> epoch -> value
+        self._fits_own = False  # whether the evaluation under way is one of fit's
+        self._ended = False
+
+    @property
+    def medians(self) -> dict[str, float]:
+        """``'<label>/<metric>'`` -> the median so far."""
+        return {name: last_epochs_median(values, self.num_epochs) for name, values in self._values.items()}
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Begin, or go on."""
+        self._ended = self._fits_own = False
+
+    def eval_before_all(self, state: State, logger: Logger) -> None:
+        """Expect evaluations of fit: ``Trainer.eval()`` has no such event."""
+        self._fits_own = True
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        """Note the values of one evaluator."""
+        if not self._fits_own:
+            return
+        time, label = state.timestamp, state.dataloader_label
+        assert label is not None
+        epoch = time.epoch.value - (time.batch_in_epoch.value == 0)  # at EPOCH_END the clock is in the next one
+        for metric in state.eval_metrics[label]:
+            value: Any = state.eval_metric_values[metric]
+            if isinstance(value, Real) or (isinstance(value, torch.Tensor) and value.numel() == 1):
+                seen = self._values.get(f'{label}/{metric}', {}) | {epoch: float(value)}
+                recent = {at: each for at, each in seen.items() if epoch - self.num_epochs < at <= epoch}
+                self._values[f'{label}/{metric}'] = recent
+
+    def eval_after_all(self, state: State, logger: Logger) -> None:
+        """Log again what an evaluation after FIT_END has changed."""
+        self._fits_own = False
+        if self._ended:
+            self._log(logger)
+
+    def eval_standalone_start(self, state: State, logger: Logger) -> None:
+        """Leave ``Trainer.eval()`` out, also after an exception within an evaluation of fit."""
+        self._fits_own = False
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Log the medians."""
+        self._ended = True
+        self._log(logger)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The values of the last epochs, as plain data."""
+        return {'values': {name: dict(values) for name, values in self._values.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the values of the run that is resumed."""
+        self._values = {name: dict(values) for name, values in state['values'].items()}
+
+    def _log(self, logger: Logger) -> None:
+        logger.log_metrics({f'median_last{self.num_epochs}/{name}': value for name, value in self.medians.items()})

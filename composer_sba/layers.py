@@ -1,0 +1,170 @@
+"""``python -m composer_sba.layers --model NAME``: list the layers of a network that SBA can cut, and what each costs.
+
+Exit codes: 0 listed, 2 a mistake in what was asked for (one line on stderr says which).
+"""
+
+import argparse
+import importlib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import prod
+from typing import Any
+
+import torchvision
+from composer.models import ComposerClassifier
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from yaml import YAMLError
+
+from composer_sba.errors import UserError, nearest, one_line
+from composer_sba.latent.cut_survey import Cut, survey
+from composer_sba.models import MODELS
+
+PIXELS = {'digits_net': 8, 'resnet_cifar': 32, 'vgg16_cifar': 32, 'alexnet_cifar': 32, 'inception_v3': 299}  # else 224
+# As these come, training returns more than the logits.
+ARGUMENTS = {name: {'aux_logits': False, 'init_weights': True} for name in ('googlenet', 'inception_v3')}
+
+
+def main(argv: Sequence[str] | None = None, prog: str = 'python -m composer_sba.layers') -> int:
+    """Run the command.
+
+    Args:
+        argv (Sequence[str], optional): The arguments after the program's name. Default: ``None``, those of the process.
+        prog (str, optional): What the help calls the program.
+
+    Returns:
+        int: The exit code.
+    """
+    given = _parser(prog).parse_args(argv)
+    try:
+        if given.fold < 1:
+            raise UserError(f'--fold: expected M >= 1, got {given.fold}')
+        network = build(given.model, _arguments(given))
+        pixels = given.image_size or PIXELS.get(given.model, 224)
+        cuts = survey(network, (given.channels, pixels, pixels))
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    Console().print(table(cuts, given.fold, f'{given.model}, {pixels} px, M = {given.fold}'))
+    return 0
+
+
+def build(model: str, arguments: dict[str, Any]) -> nn.Module:
+    """Build a network by name, with random weights.
+
+    Args:
+        model (str): A model of this package's recipes, a classifier of torchvision's, or ``module:factory``.
+        arguments (dict): What it is called with.
+
+    Returns:
+        torch.nn.Module: The network; of a ``ComposerClassifier``, the module in it.
+
+    Raises:
+        UserError: If there is no such model, or it cannot be built with these arguments.
+    """
+    factory = _factory(model)
+    try:
+        network = factory(**arguments)
+    except Exception as error:  # a factory of the user's may raise anything
+        raise UserError(f'{model} cannot be built with {arguments}: {one_line(error)}') from error
+    if not isinstance(network, nn.Module):
+        raise UserError(f'{model}: expected a function that returns a torch.nn.Module, got {type(network).__name__}')
+    return network.module if isinstance(network, ComposerClassifier) else network
+
+
+def _factory(model: str) -> Callable[..., Any]:
+    if ':' in model:
+        return _imported(*model.split(':', 1))
+    if model in MODELS:
+        return MODELS[model]
+    known = torchvision.models.list_models(module=torchvision.models)
+    if model not in known:
+        raise UserError(f"--model: unknown model '{model}'{nearest(model, [*MODELS, *known])}; or give module:factory")
+    return partial(torchvision.models.get_model, model, weights=None, **ARGUMENTS.get(model, {}))
+
+
+def _imported(module: str, factory: str) -> Any:
+    sys.path.insert(0, '')  # where the user stands, which a console command does not search
+    try:
+        return getattr(importlib.import_module(module), factory)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f'{module}:{factory}: {error}') from error
+    finally:
+        sys.path.remove('')
+
+
+def table(cuts: Sequence[Cut], fold: int, title: str) -> Table:
+    """Lay out cuts from the input to the head, one a line.
+
+    Args:
+        cuts (Sequence[Cut]): From :func:`composer_sba.latent.cut_survey.survey`.
+        fold (int): M.
+        title (str): What was surveyed.
+
+    Returns:
+        Table: With widths, shares, ideal ratios of a step and the memory of the virtual rows.
+    """
+    rows = Table(title=title, title_justify='left', caption_justify='left')
+    for column in ('cut', 'shape', 'features', 'share', 'step', 'MiB'):
+        rows.add_column(column, justify='left' if column in ('cut', 'shape') else 'right', overflow='fold')
+    for cut in cuts:
+        cells = ('×'.join(map(str, cut.shape)), f'{prod(cut.shape):,}', f'{100 * cut.share:.3g} %')
+        rows.add_row(', '.join(cut.names), *cells, _ratio(cut.ratio(fold)), f'{fold * cut.memory / 2**20:,.2f}')
+    rows.caption = (
+        'share: operations above the cut, of a training step\n'
+        'step: operations of an augmented step ÷ a plain one, 1 + M · share; its time is above that\n'
+        f'MiB: what the {fold} virtual rows of one image take above the cut and at it, float32'
+    )
+    return rows
+
+
+def _ratio(ratio: float) -> str:
+    """Three digits, but 1 and the first two that differ from it."""
+    if ratio == 1 or ratio >= 1.1:  # above some cuts no operation is counted
+        return f'{ratio:.2f}'
+    return f'{ratio:.{max(2, 1 - math.floor(math.log10(ratio - 1)))}f}'
+
+
+def _arguments(given: argparse.Namespace) -> dict[str, Any]:
+    wrong = [each for each in given.arguments if not each.partition('=')[0].isidentifier() or '=' not in each]
+    if wrong:
+        raise UserError(f"command line: expected key=value, got '{wrong[0]}'")
+    try:
+        arguments: Any = OmegaConf.to_container(OmegaConf.from_dotlist(given.arguments))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f'command line: expected YAML after =: {one_line(error)}') from error
+    return arguments | ({} if given.num_classes is None else {'num_classes': given.num_classes})
+
+
+def _parser(prog: str = 'python -m composer_sba.layers') -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description='List the layers of a network that SBA can cut, by name, with what each cut costs.',
+    )
+    parser.add_argument(
+        '--model',
+        required=True,
+        metavar='NAME',
+        help="a model of the recipes' (resnet_cifar), a classifier of torchvision's (convnext_tiny), or your "
+        'module:factory, a function that returns an nn.Module; module is imported from here',
+    )
+    parser.add_argument('--fold', type=int, default=4, metavar='M', help='virtual samples of each image (4)')
+    parser.add_argument(
+        '--image-size',
+        type=int,
+        metavar='N',
+        help='pixels of a side (224, or those that a model of the recipes is made for)',
+    )
+    parser.add_argument('--channels', type=int, default=3, metavar='C', help='of an image (3)')
+    parser.add_argument('--num-classes', type=int, metavar='K', help="handed to the model (the model's default)")
+    parser.add_argument('arguments', nargs='*', metavar='key=value', help='further arguments of the model: depth=20')
+    return parser
+
+
+if __name__ == '__main__':
+    sys.exit(main())

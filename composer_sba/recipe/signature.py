@@ -1,0 +1,143 @@
+"""What is wrong with the arguments of a class or function, told from its signature before it is called."""
+
+import functools
+import inspect
+import json
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
+from enum import Enum
+from pathlib import PurePath
+from typing import Any, Literal
+
+from composer.core import Time
+
+from composer_sba.errors import nearest
+
+Build = Callable[..., Any]
+
+
+def faults(build: Build, arguments: Mapping[str, Any], supplied: Sequence[str] = ()) -> Iterator[tuple[str, str]]:
+    """Compare arguments read from YAML with a signature: unknown keys, wrong types, what is missing.
+
+    Args:
+        build (Callable): A class, a dataclass or a function.
+        arguments (Mapping[str, Any]): Its keyword arguments. A mapping for a dataclass is compared with its fields.
+        supplied (Sequence[str]): Parameters that are not the user's to give, such as an optimizer's ``params``.
+
+    Yields:
+        tuple[str, str]: Dotted key of the argument, and what is wrong with it.
+
+    Example:
+        >>> from composer.algorithms import MixUp
+        >>> list(faults(MixUp, {'alhpa': 0.2}))
+        [('alhpa', "unknown key; did you mean 'alpha'?")]
+        >>> list(faults(MixUp, {'alpha': 'high'}))
+        [('alpha', "expected float, got 'high'")]
+    """
+    hints = _hints(build)
+    parameters = {key: p for key, p in inspect.signature(build).parameters.items() if key not in supplied}
+    named = [key for key, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for key, value in arguments.items():
+        hint = hints.get(key, Any)
+        classes = (h for h in _options(hint) if isinstance(h, type) and is_dataclass(h))
+        nested = next(classes, None) if isinstance(value, Mapping) else None
+        if key not in named and not takes_any:
+            yield f'{key}', f'unknown key{nearest(f"{key}", named)}'
+        elif nested is not None:
+            yield from ((f'{key}.{below}', problem) for below, problem in faults(nested, value))
+        elif not fits(hint, value):
+            yield key, f'expected {spell(hint)}, got {show(value)}'
+    for key in named:
+        if parameters[key].default is inspect.Parameter.empty and key not in arguments:
+            yield key, f'is required ({spell(hints[key])})' if key in hints else 'is required'
+
+
+def fits(hint: Any, value: Any) -> bool:
+    """Whether a value read from YAML fits a type annotation; an annotation that means nothing to YAML fits all.
+
+    Example:
+        >>> fits(int | Time, '5ep'), fits(int | Time, '5epp'), fits(float, 1), fits(int, True)
+        (True, False, True, False)
+    """
+    options = _options(hint)
+    if isinstance(value, str) and any((typing.get_origin(option) or option) is Time for option in options):
+        options = tuple(option for option in options if option is not str)  # Composer annotates times as str | Time
+    return any(_fits_one(option, value) for option in options)
+
+
+def show(value: Any) -> str:
+    """A value as YAML spells it: ``null`` and ``true`` rather than ``None`` and ``True``."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+
+
+def spell(hint: Any) -> str:
+    """An annotation in a user's words.
+
+    Example:
+        >>> print(spell(int | str | Time | None))
+        int or a time such as '5ep' or '100ba' or null
+    """
+    words = []
+    options = _options(hint)
+    is_time = any((typing.get_origin(option) or option) is Time for option in options)
+    for option in options:
+        kind = typing.get_origin(option) or option
+        if kind is Literal:
+            words += [repr(value) for value in typing.get_args(option)]
+        elif kind is type(None):
+            words.append('null')
+        elif kind is Time:
+            words.append("a time such as '5ep' or '100ba'")
+        elif kind in (bool, int, float, str):
+            words += [] if kind is str and is_time else [kind.__name__]
+        elif inspect.isclass(kind) and (is_dataclass(kind) or issubclass(kind, Mapping)):
+            words.append('a mapping')
+        elif inspect.isclass(kind) and issubclass(kind, Sequence):
+            words.append(f'a list, each {spell(typing.get_args(option)[0])}' if typing.get_args(option) else 'a list')
+    return ' or '.join(dict.fromkeys(words)) or 'something a recipe cannot hold'
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _fits_one(option: Any, value: Any) -> bool:
+    kind, inner = typing.get_origin(option) or option, typing.get_args(option)
+    if kind is Any:
+        return True
+    if kind is Literal:
+        return value in inner
+    if isinstance(value, bool) or value is None:
+        return kind is type(value)
+    if kind is Time:
+        return isinstance(value, str) and _is_time(value)
+    if kind is float:
+        return isinstance(value, float | int)
+    if not inspect.isclass(kind):
+        return True
+    if isinstance(value, Mapping):
+        return is_dataclass(kind) or issubclass(kind, Mapping)
+    if isinstance(value, list):
+        item = inner[0] if inner else Any
+        return kind is not str and issubclass(kind, Sequence) and all(fits(item, each) for each in value)
+    return isinstance(value, kind) or (isinstance(value, str) and issubclass(kind, PurePath | Enum))
+
+
+def _is_time(text: str) -> bool:
+    try:
+        # Composer reads '5' as 50 seconds; in a recipe a number without a unit is an int, never a string.
+        return not text.strip().lstrip('-').isdigit() and Time.from_timestring(text).value >= 0
+    except (ValueError, TypeError):
+        return False
+
+
+@functools.cache
+def _hints(build: Build) -> dict[str, Any]:
+    """The annotations of what a component is called with; none for what only a type checker could resolve."""
+    try:
+        return typing.get_type_hints(build.__init__ if inspect.isclass(build) else build)
+    except (NameError, TypeError):
+        return {}
