@@ -66,12 +66,13 @@ def main(argv: Sequence[str] | None = None, prog: str = 'composer train.py') -> 
     return 0
 
 
-def train(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
-    """Train a recipe, save it beside its checkpoints and print the summary.
+def train(recipe: Recipe, *destinations: LoggerDestination, summary: 'Summary | None' = None) -> Trainer:
+    """Train a recipe, save the recipe next to its checkpoints and print a summary.
 
     Args:
         recipe (Recipe): From :func:`composer_sba.recipe.load`.
-        *destinations (LoggerDestination): Loggers beside the recipe's own.
+        *destinations (LoggerDestination): Loggers in addition to the recipe's own.
+        summary (Summary, optional): Collects the run's metrics. Default: ``None``, a new :class:`Summary`.
 
     Returns:
         Trainer: Composer's, closed, with the trained model in its state.
@@ -80,7 +81,7 @@ def train(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
         UserError: If something in the recipe or its data cannot be used.
     """
     folder = _folder(recipe)
-    summary = Summary()
+    summary = summary or Summary()
     with warnings.catch_warnings(), _nothing_half_made(folder, RECIPE_FILE):
         # Composer, of the last batch of every epoch, which is as short as the data makes it
         warnings.filterwarnings('ignore', message='Cannot split tensor of length', category=UserWarning)
@@ -193,19 +194,23 @@ def _places(recipe: Recipe, folder: str | None) -> Iterator[tuple[str, str]]:
 
 
 TRAIN_LOSS = 'loss/train/total'
-_EVAL = 'metrics/eval/'
-_METRICS = {  # metric -> row title, factor, unit
-    'MulticlassAccuracy': ('accuracy', 100.0, '%'),
-    'CrossEntropy': ('cross-entropy', 1.0, 'nats'),
-    'MulticlassCalibrationError': ('calibration error', 100.0, '%'),
+METRICS = {  # an evaluation's value -> Composer's name, title, factor, unit
+    'accuracy': ('MulticlassAccuracy', 'accuracy', 100.0, '%'),
+    'loss': ('CrossEntropy', 'cross-entropy', 1.0, 'nats'),
+    'calibration_error': ('MulticlassCalibrationError', 'calibration error', 100.0, '%'),
 }
 
 
 class Summary(LoggerDestination):
-    """Collect what the summary of a run needs from the metrics it logs.
+    """The metrics of a run: every evaluation, and means of the train loss and of SBA's metrics.
 
-    Runs on the logger's ``log_metrics`` and on ``Event.EPOCH_START``; changes nothing in ``State``. It keeps sums, no
-    history, so memory does not grow. State saved: the sums, so that a resumed run reports on all its steps.
+    Runs on the logger's ``log_metrics``, on ``Event.EPOCH_START`` and on ``Event.EVAL_END``; changes nothing in
+    ``State``. State saved: all of it, so a resumed run reports on all its steps.
+
+    Attributes:
+        evaluations (list[dict[str, Any]]): ``epoch``, ``seconds`` of training since the run began, ``accuracy``,
+            ``loss`` (nats), ``calibration_error`` and ``train_loss`` (mean of the epoch so far; None if nothing was
+            trained in it). The latest evaluation of each epoch.
 
     Example:
         >>> summary = Summary()
@@ -216,37 +221,53 @@ class Summary(LoggerDestination):
     """
 
     def __init__(self) -> None:
-        self._begun = time.monotonic()
+        self.evaluations: list[dict[str, Any]] = []
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
-        self._last_evaluation: dict[str, float] = {}
+        self._begun = time.monotonic()
+        self._earlier_seconds = 0.0
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds that the run has taken, with evaluation, over all processes that resumed it."""
+        return self._earlier_seconds + time.monotonic() - self._begun
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Add to the sums of train loss and SBA metrics, keep the latest of each evaluation metric."""
+        """Add the train loss and SBA's metrics to their sums."""
         for name, value in metrics.items():
-            if name.startswith(_EVAL):
-                self._last_evaluation[name.removeprefix(_EVAL)] = float(value)
-            elif name == TRAIN_LOSS or name.startswith('sba/'):
+            if name == TRAIN_LOSS or name.startswith('sba/'):
                 self._sums[name] = self._sums.get(name, 0.0) + float(value)
                 self._counts[name] = self._counts.get(name, 0) + 1
 
     def epoch_start(self, state: State, logger: Logger) -> None:
-        """Begin the mean of the train loss anew: the mean over a whole run tells nobody anything."""
+        """Restart the mean of the train loss, which is reported for each epoch."""
         self._sums.pop(TRAIN_LOSS, None)
         self._counts.pop(TRAIN_LOSS, None)
 
+    def eval_end(self, state: State, logger: Logger) -> None:
+        """Keep the metrics of an evaluation; a second one in the same epoch replaces the first."""
+        epoch = int(state.timestamp.epoch)
+        evaluation = {
+            'epoch': epoch,
+            'seconds': state.timestamp.total_wct.total_seconds(),
+            **{key: float(state.eval_metric_values[metric]) for key, (metric, *_) in METRICS.items()},
+            'train_loss': self.mean(TRAIN_LOSS),
+        }
+        self.evaluations = [*(each for each in self.evaluations if each['epoch'] != epoch), evaluation]
+
     def mean(self, name: str) -> float | None:
-        """The mean of a metric over the times it was logged; None if it never was."""
+        """Return the mean of a metric over the times it was logged, or None if it never was."""
         return self._sums[name] / self._counts[name] if self._counts.get(name) else None
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums, as plain data."""
-        return {'sums': self._sums, 'counts': self._counts, 'last_evaluation': self._last_evaluation}
+        """Return the evaluations, the sums and the time as plain data."""
+        sums = {'sums': self._sums, 'counts': self._counts}
+        return {'epochs': self.evaluations, 'wall_seconds': self.wall_seconds, **sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the sums of the run that is resumed."""
-        self._sums, self._counts = dict(state['sums']), dict(state['counts'])
-        self._last_evaluation = dict(state['last_evaluation'])
+        """Continue from the state of the run that is resumed; an older version saved only a part of it."""
+        self._sums, self._counts = dict(state.get('sums', {})), dict(state.get('counts', {}))
+        self.evaluations, self._earlier_seconds = list(state.get('epochs', [])), state.get('wall_seconds', 0.0)
 
     def table(self, state: State, places: Iterable[tuple[str, str]] = ()) -> Table:
         """Lay out the summary.
@@ -267,9 +288,9 @@ class Summary(LoggerDestination):
         return table
 
     def _rows(self, state: State) -> Iterator[tuple[str, str]]:
-        for name, value in self._last_evaluation.items():
-            title, factor, unit = _METRICS.get(name, (name, 1.0, ''))
-            yield f'eval {title}', f'{factor * value:.4g} {unit}'.rstrip()
+        for evaluation in self.evaluations[-1:]:
+            for key, (_, title, factor, unit) in METRICS.items():
+                yield f'eval {title}', f'{factor * evaluation[key]:.4g} {unit}'
         loss, share, kl = (self.mean(name) for name in (TRAIN_LOSS, 'sba/augmented', 'sba/kl'))
         if loss is not None:
             yield 'train loss', f'{loss:.4g} (mean of the last epoch, SBA term included)' if share else f'{loss:.4g}'
@@ -280,7 +301,7 @@ class Summary(LoggerDestination):
         seconds = state.timestamp.total_wct.total_seconds()  # Composer's training clock stands still in evaluation
         if seconds > 0:
             yield 'training speed', f'{int(state.timestamp.sample) / seconds:,.0f} images/s'
-        yield 'wall time', str(timedelta(seconds=round(time.monotonic() - self._begun)))
+        yield 'wall time', str(timedelta(seconds=round(self.wall_seconds)))
 
 
 if __name__ == '__main__':

@@ -6,16 +6,23 @@ pytest tests/test_train.py
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from composer_sba.recipe.recipe import load
-from composer_sba.train import main, train
+from composer_sba.study.runner import Curve
+from composer_sba.train import Summary, main, train
 
 ROOT = Path(__file__).parent.parent
 RECIPE = str(ROOT / 'yamls' / 'digits_sba.yaml')
+EVALUATIONS = [
+    {'epoch': epoch, 'seconds': 1.0, 'accuracy': 0.5, 'loss': 1.0, 'calibration_error': 0.1, 'train_loss': 2.0}
+    for epoch in (-2, -1)  # a run of two batches evaluates in epoch 0
+]
 SHORT = ['max_duration=2ba', 'eval_subset_num_batches=1', 'progress_bar=false']
 
 
@@ -131,3 +138,32 @@ def test_a_mistake_under_the_launcher() -> None:
     assert [line for line in done.stderr.splitlines() if not line.startswith('ERROR:composer.cli')] == [
         'error: command line: algorithms.sba.fold: Expected fold to be an integer >= 1, got 0.'
     ]
+
+
+@pytest.mark.parametrize(
+    ('name', 'make', 'state'),
+    [
+        (
+            'Summary',
+            Summary,
+            {'sums': {'sba/kl': 6.0}, 'counts': {'sba/kl': 2}, 'last_evaluation': {'CrossEntropy': 1.0}},
+        ),
+        ('Curve', lambda: Curve(lambda share: None), {'epochs': EVALUATIONS, 'losses': [], 'wall_seconds': 100.0}),
+    ],
+)
+def test_a_checkpoint_of_before_one_summary_resumes(
+    name: str, make: Callable[[], Summary], state: dict[str, Any], tmp_path: Path
+) -> None:
+    again = [*SHORT, f'save_folder={tmp_path}', 'save_overwrite=false', 'algorithms.sba.augment_prob=1']
+    train(load(RECIPE, again), summary=make())
+    path = (tmp_path / 'latest-rank0.pt').resolve()
+    saved = torch.load(path, weights_only=False)
+    assert name in saved['state']['callbacks']
+    saved['state']['callbacks'][name] = state
+    torch.save(saved, path)
+    resumed = make()
+    train(load(RECIPE, [*again, 'autoresume=true', 'max_duration=3ba']), summary=resumed)
+    kl = resumed.mean('sba/kl')
+    assert kl == pytest.approx(2, abs=0.5) if name == 'Summary' else kl is not None and kl < 1, kl
+    assert [each['epoch'] for each in resumed.evaluations] == ([0] if name == 'Summary' else [-2, -1, 0])
+    assert (resumed.wall_seconds > 100) == (name == 'Curve'), resumed.wall_seconds

@@ -94,7 +94,7 @@ def read(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Sources:
 
 def shipped() -> Path:
     """The folder of the recipes that come with the package: within it in a wheel, beside it in a checkout."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     return package / 'yamls' if (package / 'yamls').is_dir() else package.parent / 'yamls'
 
 

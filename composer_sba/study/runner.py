@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from composer import Trainer
 from composer.core import State
-from composer.loggers import Logger, LoggerDestination
+from composer.loggers import Logger
 from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -31,7 +31,7 @@ from composer_sba.recipe.redact import redact
 from composer_sba.study.flops import flops_per_image
 from composer_sba.study.plan import Run
 from composer_sba.study.records import append, read
-from composer_sba.train import train
+from composer_sba.train import METRICS, Summary, train
 
 
 def run_all(runs: Sequence[Run], flops: Sequence[float], results: Path, jobs: int, scratch: Path) -> int:
@@ -152,69 +152,29 @@ def _display() -> Progress:
 
 
 PACKAGES = ('composer-sba', 'mosaicml', 'mosaicml-streaming', 'torch', 'torchvision')
-_METRICS = {'accuracy': 'MulticlassAccuracy', 'loss': 'CrossEntropy', 'calibration_error': 'MulticlassCalibrationError'}
-_TRAIN_LOSS = 'loss/train/total'
 
 
-class Curve(LoggerDestination):
-    """Keeps what each evaluation of a run gave, and tells how far training has come.
+class Curve(Summary):
+    """The summary of a run, which also reports how far training has come.
 
-    Runs on the logger's ``log_metrics``, ``BATCH_END``, ``EPOCH_START`` and ``EVAL_END``. State saved: all of it, so
-    that a run that is resumed has the whole curve.
+    Runs on ``Event.BATCH_END`` too. Checkpoints hold its state under the name of the class.
 
     Args:
-        tell (Callable[[float], None]): Called with the share of the training that is done, in [0, 1], at most once a
+        report (Callable[[float], None]): Called with the share of the training that is done, in [0, 1], at most once a
             second.
     """
 
-    def __init__(self, tell: Callable[[float], None]) -> None:
-        self.tell = tell
-        self.epochs: list[dict[str, Any]] = []
-        self._losses: list[float] = []
-        self._before = 0.0  # seconds of earlier processes of a resumed run
-        self._begun = self._told = time.monotonic()
-
-    @property
-    def wall_seconds(self) -> float:
-        """Seconds since the run began, evaluation included, waiting to be resumed not."""
-        return self._before + time.monotonic() - self._begun
-
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Note the training loss."""
-        if _TRAIN_LOSS in metrics:
-            self._losses.append(float(metrics[_TRAIN_LOSS]))
-
-    def epoch_start(self, state: State, logger: Logger) -> None:
-        """Begin the mean of the training loss anew."""
-        self._losses = []
+    def __init__(self, report: Callable[[float], None]) -> None:
+        super().__init__()
+        self._report = report
+        self._reported = time.monotonic()
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Tell how far it is."""
-        if time.monotonic() - self._told > 1:
-            self._told = time.monotonic()
+        """Report the share that is done."""
+        if time.monotonic() - self._reported > 1:
+            self._reported = time.monotonic()
             elapsed = state.get_elapsed_duration()
-            self.tell(float(elapsed) if elapsed is not None else 0.0)
-
-    def eval_end(self, state: State, logger: Logger) -> None:
-        """Note the metrics of an evaluation; a second one of the same epoch replaces the first."""
-        epoch = int(state.timestamp.epoch)
-        values = {name: float(state.eval_metric_values[metric]) for name, metric in _METRICS.items()}
-        entry = {
-            'epoch': epoch,
-            'seconds': state.timestamp.total_wct.total_seconds(),
-            **values,
-            'train_loss': sum(self._losses) / max(len(self._losses), 1),
-        }
-        self.epochs = [*(each for each in self.epochs if each['epoch'] != epoch), entry]
-
-    def state_dict(self) -> dict[str, Any]:
-        """The curve so far, as plain data."""
-        return {'epochs': self.epochs, 'losses': self._losses, 'wall_seconds': self.wall_seconds}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the curve of the run that is resumed."""
-        self.epochs, self._losses, self._before = state['epochs'], state['losses'], state['wall_seconds']
-        self._begun = time.monotonic()
+            self._report(float(elapsed) if elapsed is not None else 0.0)
 
 
 def work(run: Run, results: Path, shared: Mapping[str, Any], scratch: Path, told: Connection) -> None:
@@ -250,7 +210,7 @@ def _train(run: Run, curve: Curve, scratch: Path) -> dict[str, Any]:
         trainer = _unless_trained(run, curve)
         if trainer is None:  # it ended before it could write its record
             shutil.rmtree(scratch / run.hash)
-            trainer = train(run.recipe, curve)
+            trainer = train(run.recipe, summary=curve)
     except UserError as error:
         print(f'error: {redact(str(error))}', file=sys.stderr, flush=True)
         sys.exit(2)
@@ -259,14 +219,14 @@ def _train(run: Run, curve: Curve, scratch: Path) -> dict[str, Any]:
 
 def _unless_trained(run: Run, curve: Curve) -> Trainer | None:
     try:
-        return train(run.recipe, curve)
+        return train(run.recipe, summary=curve)
     except AlreadyTrainedError:
         return None
 
 
-def make_record(run: Run, trainer: Trainer, curve: Curve) -> dict[str, Any]:
+def make_record(run: Run, trainer: Trainer, curve: Summary) -> dict[str, Any]:
     """Sum up a finished run: what was trained, on what, and what came out."""
-    state = trainer.state
+    state, evaluations = trainer.state, curve.evaluations
     images, epochs = int(state.timestamp.sample), int(state.timestamp.epoch)
     seconds = state.timestamp.total_wct.total_seconds()
     return {
@@ -282,8 +242,8 @@ def make_record(run: Run, trainer: Trainer, curve: Curve) -> dict[str, Any]:
         'device': 'gpu' if state.device.name == 'gpu' else 'cpu',
         'hardware': hardware(state.device.name),
         'train_samples': round(images / max(epochs, 1)),
-        'epochs': [{key: round(value, 5) for key, value in entry.items()} for entry in curve.epochs],
-        **{name: round(last_epochs_median({e['epoch']: e[name] for e in curve.epochs}), 5) for name in _METRICS},
+        'epochs': [{k: v and round(v, 5) for k, v in evaluation.items()} for evaluation in evaluations],
+        **{key: round(last_epochs_median({each['epoch']: each[key] for each in evaluations}), 5) for key in METRICS},
         'train_seconds': round(seconds, 2),
         'wall_seconds': round(curve.wall_seconds, 2),
         'images_per_second': round(images / seconds, 1),
