@@ -1,4 +1,4 @@
-"""The pages of docs/ against the code: their Python runs, YAML is a recipe, commands parse and links lead somewhere.
+"""The pages of docs/ against the code: Python runs, YAML is a recipe, commands parse, links and modules exist.
 
 Run: pytest tests/test_docs.py
 """
@@ -19,11 +19,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import composer_sba
 from composer_sba import __main__ as cli
-from composer_sba.data import conversion as convert
-from composer_sba.latent.layers import __main__ as layers
+from composer_sba import convert, layers
 from composer_sba.models import digits_net
+from composer_sba.recipe import load
 from composer_sba.recipe.build import build_components
-from composer_sba.recipe.recipe import load
 from composer_sba.study import __main__ as study
 from composer_sba.train import _parser as train_parser
 
@@ -34,7 +33,7 @@ PAGES = {
 }
 BLOCK = re.compile(r'^```(\w+)\n(.*?)^```', re.MULTILINE | re.DOTALL)
 
-# What Composer and Streaming do, and Pillow says of torchvision, is not ours to mend.
+# Warnings of Composer, Streaming and Pillow that this package does not cause.
 pytestmark = [
     pytest.mark.filterwarnings(f'ignore:{message}')
     for message in (
@@ -47,7 +46,7 @@ pytestmark = [
 
 
 def blocks(*languages):
-    """All blocks of these languages: page and text."""
+    """Return the page and the text of each block in one of the languages."""
     return [
         (page, text) for page, content in PAGES.items() for kind, text in BLOCK.findall(content) if kind in languages
     ]
@@ -55,7 +54,7 @@ def blocks(*languages):
 
 @pytest.fixture
 def in_checkout(tmp_path_factory, monkeypatch):
-    """Work in a folder that has the recipes, as a checkout has, and where the digits, once made, are shared."""
+    """Work in a folder that holds the recipes, as a checkout does; all tests share the digits converted there."""
     folder = tmp_path_factory.getbasetemp() / 'docs'
     folder.mkdir(exist_ok=True)
     if not (folder / 'yamls').exists():
@@ -64,15 +63,15 @@ def in_checkout(tmp_path_factory, monkeypatch):
 
 
 def write_recipes(page):
-    """Write each YAML block of a page that begins with ``# its name.yaml``, as a reader does."""
+    """Write each YAML block of a page that begins with ``# name.yaml`` to that file, as a reader does."""
     for kind, text in BLOCK.findall(PAGES[page]):
         if name := re.match(r'# (\w+\.yaml)\n', text):
             assert kind == 'yaml'
             Path(name.group(1)).write_text(text)
 
 
-def names():
-    """What a page may use without making it: a network for random digits, and data."""
+def predefined():
+    """Return the names that a page may use without defining them: a network for random digits, and data."""
     network = digits_net()
     data = TensorDataset(torch.randn(64, 3, 8, 8), torch.randint(10, (64,)))
     return {
@@ -87,16 +86,16 @@ def names():
 @pytest.mark.parametrize('page', dict.fromkeys(page for page, _ in blocks('python', 'pycon')))
 def test_the_python_of_a_page_runs_from_top_to_bottom(page):
     write_recipes(page)
-    space = names()
+    space = predefined()
     for kind, text in BLOCK.findall(PAGES[page]):
         if kind == 'python':
             exec(compile(text, page, 'exec'), space)
         elif kind == 'pycon':
             example = doctest.DocTestParser().get_doctest(text, space, page, page, 0)
-            said = []
+            output = []
             runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
-            runner.run(example, out=said.append, clear_globs=False)
-            assert runner.failures == 0, ''.join(said)
+            runner.run(example, out=output.append, clear_globs=False)
+            assert runner.failures == 0, ''.join(output)
             space |= example.globs
 
 
@@ -104,14 +103,14 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page):
 @pytest.mark.parametrize(('page', 'text'), blocks('yaml'), ids=range(len(blocks('yaml'))))
 def test_yaml_is_a_recipe_by_itself_or_over_one(page, text):
     Path('block.yaml').write_text(text)
-    given = re.findall(r'^(\w+):', text, re.MULTILINE)
-    complete = 'extends' in given or {'model', 'train_dataset', 'optimizer'} <= set(given)
+    keys = re.findall(r'^(\w+):', text, re.MULTILINE)
+    complete = 'extends' in keys or {'model', 'train_dataset', 'optimizer'} <= set(keys)
     with torch.device('meta'):
         build_components(load(['block.yaml'] if complete else ['yamls/digits_baseline.yaml', 'block.yaml']))
 
 
 def commands():
-    """Each command of a console block, of the README's too, its continuation lines joined."""
+    """Yield page and text of each command in a console block of docs/ or the README, continuation lines joined."""
     readme = re.findall(r'^```console\n(.*?)^```', (ROOT / 'README.md').read_text(), re.MULTILINE | re.DOTALL)
     for page, text in [*blocks('console'), *(('README.md', text) for text in readme)]:
         for line in text.replace('\\\n', ' ').splitlines():
@@ -132,8 +131,8 @@ def test_a_command_exists_and_takes_its_arguments(page, command, monkeypatch, ca
             launched = launcher._get_parser().parse_args(arguments)
             by_name = launched.training_script == 'composer_sba.train' and launched.module_mode
             assert by_name or (launched.training_script == 'train.py' and (ROOT / 'train.py').exists())
-            given = train_parser().parse_args(launched.training_script_args)
-            load(given.file, given.overrides)
+            parsed = train_parser().parse_args(launched.training_script_args)
+            load(parsed.file, parsed.overrides)
         case ['python', '-m', 'composer_sba.convert', *arguments]:
             monkeypatch.setattr(convert, 'convert', lambda *args, **kwargs: {'train': 1})
             assert convert.main(arguments) == 0
@@ -143,18 +142,18 @@ def test_a_command_exists_and_takes_its_arguments(page, command, monkeypatch, ca
         case ['python', '-m', 'composer_sba.layers', *arguments]:
             assert layers.main(arguments) == 0
             printed = capsys.readouterr().out.splitlines()
-            shown = [line for line in PAGES.get(page, '').splitlines() if line.startswith('│')]
-            assert set(shown) <= set(printed), set(shown) - set(printed)
+            rows = [line for line in PAGES.get(page, '').splitlines() if line.startswith('│')]
+            assert set(rows) <= set(printed), set(rows) - set(printed)
         case ['python', '-m', 'composer_sba.study', *arguments]:
-            study._parser().parse_args(arguments)  # or it exits, which fails a test
+            study._parser().parse_args(arguments)  # exits, and so fails the test, if it cannot
         case ['python', script, *arguments] if script.startswith('benchmarks/'):
             subprocess.run([sys.executable, ROOT / script, *arguments, '--help'], check=True, capture_output=True)
-        case ['pytest', place, '-k', choice, *_]:
-            files = [ROOT / place] if (ROOT / place).is_file() else list((ROOT / place).glob('test_*.py'))
+        case ['pytest', path, '-k', choice, *_]:
+            files = [ROOT / path] if (ROOT / path).is_file() else list((ROOT / path).glob('test_*.py'))
             tests = re.findall(r'^def (test_\w+)', ''.join(file.read_text() for file in files), re.MULTILINE)
             assert all(any(word in test for test in tests) for word in choice.split(' or ')), tests
-        case ['pytest', place]:
-            assert (ROOT / place).is_file()
+        case ['pytest', path]:
+            assert (ROOT / path).is_file()
         case ['make', target]:
             assert re.search(rf'^{target}:', (ROOT / 'Makefile').read_text(), re.MULTILINE)
         case ['pip', 'install', '-e', package]:
@@ -163,11 +162,11 @@ def test_a_command_exists_and_takes_its_arguments(page, command, monkeypatch, ca
         case ['source', '.venv/bin/activate']:
             pass
         case _:
-            pytest.fail(f'{page} has a command that nothing here knows: {command}')
+            pytest.fail(f'{page} has a command that this test does not know: {command}')
 
 
 @pytest.mark.parametrize('page', PAGES)
-def test_links_within_the_checkout_lead_somewhere(page):
+def test_relative_links_exist(page):
     for target in re.findall(r'\]\((?!https?:)([^)#\s]*)(?:#[\w-]*)?\)', PAGES[page]):
         path = DOCS / target.lstrip('/') if target.startswith('/') else (DOCS / page).parent / target
         assert path.exists(), f'{page} links to {target}'
@@ -183,3 +182,12 @@ def test_every_public_name_is_in_the_reference():
     pages = ''.join(text for page, text in PAGES.items() if page.startswith('api/'))
     for name in composer_sba.__all__:
         assert f'composer_sba.{name}\n' in pages, name
+
+
+def test_the_architecture_page_names_every_module_and_only_those():
+    """Compare by file name: the page may group modules by folder or write their paths in full."""
+    named = {path.rpartition('/')[2] for path in re.findall(r'[\w/]+\.py\b', PAGES['architecture.md'])}
+    modules = {path.name for path in (ROOT / 'composer_sba').rglob('*.py')} - {'__init__.py', '__main__.py'}
+    assert modules <= named, f'not on the page: {sorted(modules - named)}'
+    files = {path.name for folder in ('composer_sba', 'tests', 'benchmarks') for path in (ROOT / folder).rglob('*.py')}
+    assert named <= files, f'on the page, but no such file: {sorted(named - files)}'
