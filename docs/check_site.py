@@ -1,7 +1,7 @@
-"""Open every page of the built site in a headless Chromium, at desktop and phone width, and say what is wrong.
+"""Open every page of the built site in a headless Chromium, at desktop and phone width, and report faults.
 
-By hand, after ``make docs``: ``pip install playwright``, then ``python docs/check_site.py [--chromium PATH]
-[--screenshots DIR]``. Exit code 1 if anything is wrong.
+Run it by hand after ``make docs``: ``pip install playwright``, then ``python docs/check_site.py [--chromium PATH]
+[--screenshots DIR]``. The exit code is 1 if there are faults.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 SITE = Path(__file__).parent / '_build' / 'html'
 WIDTHS = {'desktop': 1280, 'phone': 390}
-# What a page looks like from inside: pictures that did not load, equations without size, anchors, and what sticks out.
+# Collects from a page: pictures that did not load, equations without size, links, anchors, code blocks, excess width.
 INSPECT = """() => ({
     pictures: [...document.images].filter(each => !(each.complete && each.naturalWidth)).map(each => each.src),
     equations: [...document.querySelectorAll('math')].filter(each => each.getBoundingClientRect().width < 2).length,
@@ -31,51 +31,55 @@ INSPECT = """() => ({
 
 
 def main() -> int:
-    """Check the site and print what is wrong, a line each."""
+    """Check the site and print one line per fault."""
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('--chromium', help="the browser (playwright's own)")
-    parser.add_argument('--screenshots', type=Path, metavar='DIR', help='a picture of each page in each width')
-    given = parser.parse_args()
+    parser.add_argument('--chromium', help="path of the browser (default: playwright's own)")
+    parser.add_argument(
+        '--screenshots', type=Path, metavar='DIR', help='save a screenshot of each page at each width to DIR'
+    )
+    arguments = parser.parse_args()
     handler = functools.partial(Quiet, directory=str(SITE))
     with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server, sync_playwright() as playwright:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         home = f'http://127.0.0.1:{server.server_address[1]}/'
-        browser = playwright.chromium.launch(executable_path=given.chromium)
+        browser = playwright.chromium.launch(executable_path=arguments.chromium)
         pages = [str(path.relative_to(SITE)) for path in sorted(SITE.rglob('*.html')) if '_static' not in path.parts]
-        wrong = [
-            *check_pages(browser, home, pages, given.screenshots),
+        faults = [
+            *check_pages(browser, home, pages, arguments.screenshots),
             *check_search(browser, home),
             *check_copy(browser, home),
         ]
         browser.close()
         server.shutdown()
-    print(*wrong, f'{len(pages)} pages at {" and ".join(map(str, WIDTHS.values()))} px, {len(wrong)} faults', sep='\n')
-    return 1 if wrong else 0
+    print(
+        *faults, f'{len(pages)} pages at {" and ".join(map(str, WIDTHS.values()))} px, {len(faults)} faults', sep='\n'
+    )
+    return 1 if faults else 0
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
-    """Serves the site without a line for each request."""
+    """File server that does not log requests."""
 
     def log_message(self, *args: object) -> None:
-        """Say nothing."""
+        """Discard the message."""
 
 
 def check_pages(browser: Browser, home: str, pages: list[str], screenshots: Path | None) -> Iterator[str]:
-    """Open each page in each width."""
+    """Open each page at each width, and yield its faults."""
     ids: dict[str, set[str]] = {}
     links: dict[str, set[str]] = {}
     for width, pixels in WIDTHS.items():
         page = browser.new_page(viewport={'width': pixels, 'height': 900})
-        said = listen(page, home)
+        errors = record_errors(page, home)
         for name in pages:
-            said.clear()
+            errors.clear()
             page.goto(home + name, wait_until='networkidle')
             for picture in page.locator('img[loading=lazy]').all():
                 picture.scroll_into_view_if_needed()
             seen = page.evaluate(INSPECT)
             ids[home + name], links[home + name] = set(seen['ids']), set(seen['links'])
-            yield from (f'{name} ({width}): {line}' for line in said)
-            yield from (f'{name} ({width}): picture {picture}' for picture in seen['pictures'])
+            yield from (f'{name} ({width}): {line}' for line in errors)
+            yield from (f'{name} ({width}): picture {picture} did not load' for picture in seen['pictures'])
             if seen['equations'] or any('\\' in source for source in seen['source']):
                 yield f'{name} ({width}): {seen["equations"]} equations have no size'
             if seen['wide'] > 0:
@@ -93,38 +97,38 @@ def check_pages(browser: Browser, home: str, pages: list[str], screenshots: Path
                 continue  # Sphinx links from the source to names that a page need not document
             if url.startswith(home) and (url not in ids or (anchor and unquote(anchor) not in ids[url])):
                 if not (SITE / url.removeprefix(home)).is_file() or anchor:
-                    yield f'{name}: leads to {target}, which is not there'
+                    yield f'{name}: links to {target}, which does not exist'
 
 
-def listen(page: Page, home: str) -> list[str]:
-    """Gather what a page complains of, and what it asks of other servers."""
-    said: list[str] = []
+def record_errors(page: Page, home: str) -> list[str]:
+    """Return a list that fills with a page's errors, failed requests and requests to other servers."""
+    errors: list[str] = []
 
-    def complain(message: ConsoleMessage) -> None:
-        # Of any server a browser asks for this file, where a page names no icon, as Sphinx's pages of source do
+    def record(message: ConsoleMessage) -> None:
+        # Browsers request favicon.ico from any server if a page names no icon, as Sphinx's source pages do not.
         if message.type == 'error' and not message.location['url'].endswith('/favicon.ico'):
-            said.append(f'{message.text} {message.location["url"]}')
+            errors.append(f'{message.text} {message.location["url"]}')
 
-    page.on('console', complain)
-    page.on('pageerror', lambda error: said.append(str(error)))
-    page.on('requestfailed', lambda request: said.append(f'{request.url} failed'))
-    page.on('response', lambda got: said.append(f'{got.url}: {got.status}') if got.status >= 400 else None)
-    page.on('request', lambda asked: said.append(f'{asked.url} is elsewhere') if home not in asked.url else None)
-    return said
+    page.on('console', record)
+    page.on('pageerror', lambda error: errors.append(str(error)))
+    page.on('requestfailed', lambda request: errors.append(f'{request.url} failed'))
+    page.on('response', lambda reply: errors.append(f'{reply.url}: {reply.status}') if reply.status >= 400 else None)
+    page.on('request', lambda request: None if home in request.url else errors.append(f'{request.url}: other server'))
+    return errors
 
 
 def check_search(browser: Browser, home: str) -> Iterator[str]:
-    """Search as a reader does."""
+    """Search for a term, and yield a fault if its page is not found."""
     page: Page = browser.new_page()
     page.goto(f'{home}search.html?q=cut+layer', wait_until='networkidle')
     page.wait_for_selector('ul.search li', timeout=10_000)
     found = page.locator('ul.search li a').evaluate_all('each => each.map(link => link.href)')
     if not any('own_model' in link for link in found):
-        yield f'search for "cut layer" finds no page on it: {found[:10]}'
+        yield f'search for "cut layer" does not find its page, but {found[:10]}'
 
 
 def check_copy(browser: Browser, home: str) -> Iterator[str]:
-    """Copy the first command of the landing page."""
+    """Copy the first command of the landing page, and yield a fault if its prompt is copied too."""
     context = browser.new_context(permissions=['clipboard-read', 'clipboard-write'])
     page = context.new_page()
     page.goto(home, wait_until='networkidle')

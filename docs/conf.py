@@ -1,4 +1,4 @@
-"""How Sphinx builds the site: ``make docs``."""
+"""Configuration of the Sphinx site: ``make docs`` builds it."""
 
 import sys
 from importlib.metadata import version as installed
@@ -12,10 +12,10 @@ author = 'The composer-sba authors'
 version = release = installed('composer-sba')
 
 extensions = [
-    'myst_nb',  # pages are Markdown, and a notebook that is run as the site is built
-    'sphinx.ext.autodoc',  # the reference is made of docstrings,
-    'sphinx.ext.napoleon',  # which are in Google's style
-    'mathml',  # beside this file
+    'myst_nb',  # Markdown pages and a notebook, which runs during the build
+    'sphinx.ext.autodoc',  # builds the reference from docstrings
+    'sphinx.ext.napoleon',  # reads Google-style docstrings
+    'mathml',  # docs/mathml.py
     'sphinx.ext.viewcode',
     'sphinx_copybutton',
 ]
@@ -27,24 +27,24 @@ nb_merge_streams = True
 
 myst_enable_extensions = ['attrs_inline', 'colon_fence', 'deflist', 'dollarmath', 'substitution']
 myst_heading_anchors = 3
-# `python -m composer_sba.study report` writes the page of results; a checkout in which nothing ran may lack it.
+# `python -m composer_sba.study report` writes the results page; a checkout without results does not have it.
 myst_substitutions = {'results': '[results](/results.md)' if (DOCS / 'results.md').exists() else 'results'}
 
 autodoc_member_order = 'bysource'
-autodoc_typehints = 'none'  # docstrings name the types
+autodoc_typehints = 'none'  # the docstrings give the types
 autodoc_preserve_defaults = True
 add_module_names = False
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True  # an attribute that is a field is not described twice
+napoleon_use_ivar = True  # otherwise dataclass fields are described twice
 
-nitpicky = True  # a name in a docstring that leads nowhere fails the build
-nitpick_ignore_regex = [  # other libraries' names, and words that Google's style has in the place of a type
+nitpicky = True  # an unresolved name in a docstring fails the build
+nitpick_ignore_regex = [  # names of other libraries, and words that are not types
     (r'py:.*', r'(torch|torchvision|composer|numpy|np|streaming|rich|PIL|omegaconf|pathlib|collections)\..*'),
     (r'py:.*', r'(nn|F|dist|transforms)\..*'),
     (r'py:class', r'optional|[a-z]+'),
     (r'py:class', r'(Any|Callable|Mapping|Path|Sequence|Table|Time|ComposerClassifier|LoggerDestination|State)'),
-    (r'py:class', r'(Noise|Trainer)'),  # Noise: a value that only the package itself passes on
+    (r'py:class', r'(Noise|Trainer)'),  # Noise is internal to the package
 ]
 
 html_math_renderer = 'mathml'
