@@ -8,7 +8,18 @@ from typing import Any, get_args
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave, told in one line that says what to change."""
+    """A mistake of the user, described in one line that says what to change.
+
+    Args:
+        message (str): The line.
+        argument (str, optional): The argument that is wrong: a recipe's error names its key. Default: ``None``.
+    """
+
+    argument: str | None = None
+
+    def __init__(self, message: str, argument: str | None = None) -> None:
+        super().__init__(message)
+        self.argument = argument or self.argument
 
 
 class RecipeError(UserError):
@@ -29,6 +40,8 @@ class TooWideError(UserError):
 
 class CutLayerError(UserError):
     """A layer that cannot be cut, or a model that has none: names the layer, the reason and what would do."""
+
+    argument = 'layers'
 
 
 class NonFiniteError(UserError):
@@ -69,14 +82,14 @@ def check_number(name: str, value: Any, expected: str, holds: Callable[[Any], bo
     """
     unfit = isinstance(value, bool) or not isinstance(value, kind)
     if unfit or (isinstance(value, int) and not -(2**63) <= value < 2**63) or not holds(value):
-        raise ValueError(f'Expected {name} to be {expected}, got {value!r}.')
+        raise UserError(f'Expected {name} to be {expected}, got {value!r}.', name)
 
 
 def check_layers(layers: Any) -> None:
     """Raise ValueError unless ``layers`` is a name or a list of names."""
     names = [layers] if isinstance(layers, str) else layers
     if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f'Expected layers to be a layer name or a list of them, got {layers!r}.')
+        raise UserError(f'Expected layers to be a layer name or a list of them, got {layers!r}.', 'layers')
 
 
 def check_fold(fold: Any) -> None:
@@ -92,10 +105,10 @@ def check_seed(seed: Any) -> None:
 def check_choice(name: str, value: Any, literal: Any) -> None:
     """Raise ValueError unless ``value`` is one of the values of a ``Literal`` type."""
     if value not in get_args(literal):
-        raise ValueError(f'Expected {name} to be one of {", ".join(get_args(literal))}, got {value!r}.')
+        raise UserError(f'Expected {name} to be one of {", ".join(get_args(literal))}, got {value!r}.', name)
 
 
 def check_flag(name: str, value: Any) -> None:
     """Raise ValueError unless ``value`` is a bool."""
     if not isinstance(value, bool):
-        raise ValueError(f'Expected {name} to be true or false, got {value!r}.')
+        raise UserError(f'Expected {name} to be true or false, got {value!r}.', name)
