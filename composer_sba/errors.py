@@ -37,6 +37,8 @@ class DatasetError(UserError):
 class TooWideError(UserError):
     """A dense basis for a layer with more features than its matrix may have: names both, and what would do."""
 
+    argument = 'basis'
+
 
 class CutLayerError(UserError):
     """A layer that cannot be cut, or a model that has none: names the layer, the reason and what would do."""

@@ -285,14 +285,15 @@ class SBA(Algorithm):
         prob = float(self.augment_prob(state))
         if not 0 <= prob <= 1:
             source = f'{type(self.augment_prob).__name__} at batch {state.timestamp.batch.value}'
-            raise ValueError(f'Expected augment_prob in [0, 1], got {prob} from {source}.')
+            raise UserError(f'Expected augment_prob in [0, 1], got {prob} from {source}.', 'augment_prob')
         return prob
 
     def _labels(self, state: State) -> torch.Tensor:
         try:
             labels: torch.Tensor = state.batch_get_item(self.target_key)
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise UserError(f'Expected target_key to find the labels in a batch, got {self.target_key!r}.') from error
+            problem = f'Expected target_key to find the labels in a batch, got {self.target_key!r}.'
+            raise UserError(problem, 'target_key') from error
         return labels
 
     def _measure(self, raw: torch.Tensor, virtual: torch.Tensor, loss: torch.Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch.autograd.function import once_differentiable
 
-from composer_sba.errors import TooWideError, check_choice, check_flag, check_number
+from composer_sba.errors import TooWideError, UserError, check_choice, check_flag, check_number
 
 NoiseScale = Literal['rms', 'absolute']
 Basis = Literal['identity', 'normalized', 'orthogonal', 'hadamard']
@@ -189,7 +189,8 @@ def as_vicinity(vicinity: Vicinity | Mapping[str, Any]) -> Vicinity:
         return vicinity
     known = [field.name for field in fields(Vicinity)]
     if not isinstance(vicinity, Mapping) or not set(vicinity) <= set(known):
-        raise ValueError(f'Expected vicinity to be a Vicinity or a mapping of {", ".join(known)}, got {vicinity!r}.')
+        problem = f'Expected vicinity to be a Vicinity or a mapping of {", ".join(known)}, got {vicinity!r}.'
+        raise UserError(problem, 'vicinity')
     return Vicinity(**vicinity)
 
 
