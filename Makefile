@@ -1,30 +1,32 @@
-# Everything runs in .venv, which whatever target comes first sets up: python3 (3.10 to 3.12, with venv) and make will do.
-# Another interpreter: make PYTHON=python3.11 ...
+# All targets run in .venv. The first one creates it; this needs python3 (3.10 to 3.12) with venv.
+# To choose an interpreter: make PYTHON=python3.11 ...
 
 PYTHON ?= python3
 SHELL := bash
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 INSTALLED := .venv/installed
+CAMPAIGN ?= 50
 
-.PHONY: help setup demo test study-smoke docs lint types check format clean
+.PHONY: help setup demo test test-nightly study-smoke docs lint types check format clean
 
 help:
 	@echo 'make demo    train a small network with SBA on handwritten digits'
-	@echo 'make test    run all tests'
+	@echo 'make test    run the tests, in minutes'
+	@echo 'make test-nightly  run all tests, with campaigns of kills and odd arguments: CAMPAIGN=50 for their size'
 	@echo 'make study-smoke  train every method on the digits and write the report, in minutes'
 	@echo 'make docs    build the documentation, docs/_build/html/index.html'
-	@echo 'make lint    check style and format'
+	@echo 'make lint    check style, format and the direction of imports'
 	@echo 'make types   check types'
 	@echo 'make check   lint, types and test'
 	@echo 'make format  correct style and format'
-	@echo 'make setup   set up for development, with the checks before each commit'
-	@echo 'make clean   remove what the tools leave behind, not .venv, data or runs'
+	@echo 'make setup   set up for development and install the pre-commit hooks'
+	@echo 'make clean   remove build products and caches; keep .venv, data and runs'
 
-# One environment for demo and development: beside the 6 GB of PyTorch the tools of the latter weigh nothing.
+# The demo and development share one environment: the development tools are small next to the 6 GB of PyTorch.
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' || \
-		{ echo "composer-sba needs Python 3.10, 3.11 or 3.12, and '$(PYTHON)' is none: make PYTHON=python3.11 ..." >&2; exit 1; }
-	@echo 'Setting up .venv: PyTorch, Composer and Streaming, up to 6 GB and a few minutes, once.'
+		{ echo "composer-sba needs Python 3.10, 3.11 or 3.12, not '$(PYTHON)': try make PYTHON=python3.11 ..." >&2; exit 1; }
+	@echo 'Installing PyTorch, Composer and Streaming into .venv: up to 6 GB, a few minutes, once.'
 	@$(PYTHON) -m venv .venv
 	@set -o pipefail; .venv/bin/pip install --editable '.[dev]' \
 		| awk '/ MB\)|^Installing|^Successfully/ { print "  " substr($$0, 1, 110); fflush() }'
@@ -35,11 +37,14 @@ setup: $(INSTALLED)
 
 demo: $(INSTALLED)
 	.venv/bin/composer train.py -f yamls/digits_sba.yaml
-	@echo 'Next: docs/tutorials/digits.md says what the lines mean; .venv/bin/composer train.py -f yamls/digits_baseline.yaml'
-	@echo 'trains the same without SBA. In a script of your own SBA() is one line: README.md.'
+	@echo 'Next: docs/tutorials/digits.md explains this output.'
+	@echo 'Train without SBA: .venv/bin/composer train.py -f yamls/digits_baseline.yaml'
 
 test: $(INSTALLED)
-	.venv/bin/python -m pytest --durations=10
+	.venv/bin/python -m pytest --numprocesses auto --dist loadgroup --durations 10
+
+test-nightly: $(INSTALLED)
+	.venv/bin/python -m pytest --numprocesses auto --dist loadgroup --durations 10 -m '' --campaign $(CAMPAIGN)
 
 study-smoke: $(INSTALLED)
 	.venv/bin/python -m composer_sba.study rivals --datasets digits --seeds 2 --jobs 2 --epochs-scale 0.25 \
@@ -54,6 +59,7 @@ docs: $(INSTALLED)
 lint: $(INSTALLED)
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
+	.venv/bin/lint-imports --no-cache
 
 types: $(INSTALLED)
 	.venv/bin/mypy

@@ -1,10 +1,6 @@
-"""What all tests share: one seed, one number of threads, the digits and a launcher of ranks."""
+"""Shared by all tests: one seed, one number of threads, the digits and a launcher of ranks."""
 
-import os
 import random
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,12 +9,38 @@ import numpy
 import pytest
 import streaming.base.shared.memory
 import torch
+from hypothesis import HealthCheck, Phase, settings
 from sklearn.datasets import load_digits
 
 from composer_sba.data.conversion import convert
+from programs import start_ranks, wait_for_ranks
 
-# What Composer's launcher and initialize_dist read: a rank of a test must not inherit the test's own.
-_RANK_VARIABLES = ('RANK', 'LOCAL_RANK', 'NODE_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--campaign``."""
+    parser.addoption(
+        '--campaign',
+        type=int,
+        default=0,
+        metavar='N',
+        help='size of the campaigns: N kills of a run that resumes, N odd recipes, N odd values of each argument',
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let hypothesis draw the same few examples in each run, or as many new ones as a campaign asks for."""
+    campaign = config.getoption('--campaign')
+    options = {'deadline': None, 'database': None, 'suppress_health_check': list(HealthCheck)}
+    settings.register_profile(
+        'ours', max_examples=campaign or 40, derandomize=not campaign, phases=[Phase.generate], **options
+    )
+    settings.load_profile('ours')
+
+
+@pytest.fixture
+def campaign(request: pytest.FixtureRequest) -> int:
+    """``--campaign``, 0 if it was not given."""
+    return int(request.config.getoption('--campaign'))
 
 
 @pytest.fixture(autouse=True)
@@ -58,44 +80,13 @@ def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_ranks(tmp_path: Path) -> Callable[..., str]:
-    """``run_ranks(script, nproc, *args, timeout=300)`` runs a script on CPU ranks under Composer's launcher.
+    """``run_ranks(script, nproc, *args, timeout=300)`` runs a script on CPU ranks and returns what they write.
 
-    It returns the standard output of all ranks, in the order of their numbers. A rank that fails, or a run beyond
-    ``timeout`` seconds, fails the test with everything that was said, and no process outlives the call.
+    A rank that fails, or a run beyond ``timeout`` seconds, fails the test with what every rank wrote. No process
+    outlives the call.
     """
 
     def run(script: Path, nproc: int, *args: str, timeout: float = 300) -> str:
-        logs = [tmp_path / f'rank{rank}.{kind}' for rank in range(1, nproc) for kind in ('stdout', 'stderr')]
-        for log in logs:
-            log.unlink(missing_ok=True)  # the launcher appends
-        # The launcher chooses a free port.
-        command = [sys.executable, '-m', 'composer.cli', '-n', str(nproc)]
-        command += ['--stdout', str(tmp_path / 'rank{rank}.stdout'), '--stderr', str(tmp_path / 'rank{rank}.stderr')]
-        environment = {name: value for name, value in os.environ.items() if name not in _RANK_VARIABLES}
-        environment['OMP_NUM_THREADS'] = '1'
-        process = subprocess.Popen(
-            [*command, str(script), *args],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-            start_new_session=True,  # the ranks share the launcher's group, so that one signal ends them all
-        )
-        try:
-            stdout, stderr = process.communicate(timeout=timeout)
-            outcome = f'exited with code {process.returncode}'
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            stdout, stderr = process.communicate()
-            outcome = f'did not end within {timeout} s'
-        finally:
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass  # nothing was left
-        if outcome != 'exited with code 0':
-            said = [stdout, stderr, *(f'{log.name}:\n{log.read_text()}' for log in logs if log.exists())]
-            pytest.fail(f'{script.name} on {nproc} ranks {outcome}\n' + '\n'.join(said))
-        return stdout + ''.join(log.read_text() for log in logs if log.suffix == '.stdout')
+        return wait_for_ranks(start_ranks(nproc, script, *args, folder=tmp_path), timeout)
 
     return run

@@ -1,6 +1,6 @@
 """SBA on gloo ranks under DDP, FSDP1 and FSDP2: the same coins and layers on all, other noise on each, one loss.
 
-pytest tests/test_distributed.py; RANKS=2,4 pytest tests/test_distributed.py for the long form
+Run: pytest tests/test_distributed.py. On four ranks as well: pytest tests/test_distributed.py -m ''
 """
 
 import contextlib
@@ -21,8 +21,7 @@ from sba_on_ranks import losses
 
 SCRIPT = Path(__file__).parent / 'sba_on_ranks.py'
 WRAPPER = {'ddp': 'DistributedDataParallel', 'fsdp1': 'FullyShardedDataParallel', 'fsdp2': 'FSDPLinear'}
-LONG = 'RANKS' in os.environ
-RANKS = [int(each) for each in os.environ.get('RANKS', '2').split(',')]
+NPROCS = [2, pytest.param(4, marks=pytest.mark.nightly)]
 COINS = [float(sbaf.should_augment(0.5, 17, t)) for t in range(9)]
 CHOSEN = [float(sbaf.choose_layer(3, 17, t)) for t in range(9) if COINS[t]]
 
@@ -32,7 +31,7 @@ def one_process():
     return losses('none')
 
 
-@pytest.mark.parametrize('nproc', RANKS)
+@pytest.mark.parametrize('nproc', NPROCS)
 def test_ranks_agree_on_coin_layer_and_loss_and_draw_their_own_noise(run_ranks, one_process, nproc):
     assert set(CHOSEN) == {0, 1, 2}, f'{CHOSEN} leaves a layer out: train for more batches'
     said = run_ranks(SCRIPT, nproc, *WRAPPER, timeout=300)
@@ -68,7 +67,7 @@ def test_one_process_has_the_same_coins_and_learns(one_process):
 
 ROOT = Path(__file__).parent.parent
 RECIPE = str(ROOT / 'yamls' / 'digits_sba.yaml')
-KEYS = ['max_duration=3ep', 'progress_bar=false', 'eval_interval=100ep', 'global_train_batch_size=240']
+KEYS = ['max_duration=2ep', 'progress_bar=false', 'eval_interval=100ep', 'global_train_batch_size=240']
 KEYS += ['train_dataset.num_workers=1', 'algorithms.sba.layers=[conv2,head]', 'save_interval=1ba']
 
 
@@ -87,27 +86,27 @@ def launched(run_ranks, nproc, keys):
     return batches([json.loads(line) for line in said.splitlines() if line.startswith('{')])
 
 
-def test_a_run_of_two_ranks_goes_on_on_another_number_of_them(run_ranks, tmp_path):
+@pytest.mark.parametrize('nproc', [1, pytest.param(4, marks=pytest.mark.nightly)])
+def test_a_run_of_two_ranks_goes_on_on_another_number_of_them(run_ranks, tmp_path, nproc):
     """From the middle of an epoch: the same images in each batch, transformed alike, the same coins and layers."""
     folder = tmp_path / 'two'
     images, draws = launched(run_ranks, 2, [f'save_folder={folder}', 'save_num_checkpoints_to_keep=-1'])
-    assert sorted(images) == list(range(18)) and sorted(draws) == list(range(18))
-    for epoch in range(3):
+    assert sorted(images) == list(range(12)) and sorted(draws) == list(range(12))
+    for epoch in range(2):
         seen = [each for batch in range(6 * epoch, 6 * epoch + 6) for each in images[batch]]
         assert len(seen) == 1437, f'{len(seen)} images in epoch {epoch}'
     (middle,) = folder.glob('*-ba8-rank0.pt')
     elsewhere = tmp_path / 'elsewhere'
-    for nproc in (1, *(each for each in RANKS if each != 2)):
-        keys = [f'load_path={middle}', f'save_folder={elsewhere}/{nproc}']
-        if nproc == 1:
-            resumed = batches([json.loads(json.dumps(train_on_ranks.run(RECIPE, [*KEYS, *keys])))])
-        else:
-            resumed = launched(run_ranks, nproc, keys)
-        assert resumed[0] == {batch: images[batch] for batch in range(8, 18)}, f'{nproc} ranks saw other images'
-        assert resumed[1] == {batch: draws[batch] for batch in range(8, 18)}, f'{nproc} ranks drew otherwise'
+    keys = [f'load_path={middle}', f'save_folder={elsewhere}']
+    if nproc == 1:
+        resumed = batches([json.loads(json.dumps(train_on_ranks.run(RECIPE, [*KEYS, *keys])))])
+    else:
+        resumed = launched(run_ranks, nproc, keys)
+    assert resumed[0] == {batch: images[batch] for batch in range(8, 12)}, f'{nproc} ranks saw other images'
+    assert resumed[1] == {batch: draws[batch] for batch in range(8, 12)}, f'{nproc} ranks drew otherwise'
 
 
-@pytest.mark.parametrize('victim', [0, 1] if LONG else [1])
+@pytest.mark.parametrize('victim', [1, pytest.param(0, marks=pytest.mark.nightly)])
 def test_a_rank_that_is_killed_takes_the_run_down(tmp_path, victim):
     keys = ['max_duration=1000ep', 'progress_bar=false', 'train_dataset.num_workers=1', f'save_folder={tmp_path}/run']
     keys += [f'{section}.local={tmp_path}/digits' for section in ('train_dataset', 'eval_dataset')]

@@ -1,7 +1,7 @@
-"""What is installed against what the files say: version, supported Pythons, commands, recipes, marker of types.
+"""The installed package compared with its files: version, supported Pythons, commands, recipes, type marker.
 
-``python -m pytest tests/test_packaging.py``. With ``PACKAGE=1`` it builds wheel and source distribution, for which pip
-gets setuptools from the network, and tries them in an environment of their own, outside the checkout.
+Run: pytest tests/test_packaging.py. With ``-m ''`` it also builds wheel and source distribution, for which pip gets
+setuptools from the network, and tries them in an environment of their own, outside the checkout.
 """
 
 import os
@@ -102,7 +102,7 @@ def test_the_console_command_alone_names_its_commands(given, code, capsys) -> No
     assert given != '--help' or all(f'\n  {name} ' in said for name in cli.COMMANDS), said
 
 
-@pytest.mark.skipif('PACKAGE' not in os.environ, reason='PACKAGE=1 builds and installs, by the network')
+@pytest.mark.nightly
 @pytest.mark.parametrize('kind', ['wheel', 'sdist'])
 def test_what_is_built_works_outside_the_checkout(kind, tmp_path) -> None:
     """In an environment that sees the dependencies of this one, and of composer-sba only what was built."""

@@ -1,15 +1,10 @@
-"""Runs that were cut off, anywhere: they end with the bits of the unbroken run.
+"""Runs that were interrupted at any batch, compared with the uninterrupted run: the weights are equal bit by bit.
 
-pytest tests/test_resume.py; KILLS=50 pytest tests/test_resume.py -k killed -s -o faulthandler_timeout=0 for a campaign.
-CIFAR10=data/cifar10, where the real images are: it trains on them. COINS=epoch: coins of epochs, not of batches
+Run: pytest tests/test_resume.py. For a campaign: pytest tests/test_resume.py -k killed -m '' --campaign 50 -s
 """
 
-import os
 import random
 import re
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -24,13 +19,16 @@ from composer_sba import SeedEachBatch
 from composer_sba.errors import UserError
 from composer_sba.recipe.recipe import load
 from composer_sba.train import train
+from programs import Program, start
 
-# Composer's MixUp, whose two shares of a label sum to one but for rounding
-pytestmark = pytest.mark.filterwarnings('ignore:Some targets have less than 1 total probability')
+pytestmark = [
+    # Composer's MixUp, whose two shares of a label sum to one but for rounding
+    pytest.mark.filterwarnings('ignore:Some targets have less than 1 total probability'),
+    pytest.mark.xdist_group('resume'),  # one worker trains the run that they are compared with
+]
 
 ROOT = Path(__file__).parent.parent
 RECIPE = str(ROOT / 'yamls' / 'digits_sba.yaml')
-KILLS = int(os.environ.get('KILLS', '3'))
 # Batch norm, dropout, crops made by workers, SBA at two layers, a schedule, and algorithms that draw from torch,
 # NumPy and Python: before the batch, at its start and in the forward pass
 EVERYTHING = [
@@ -58,8 +56,7 @@ CIFAR10 = [
     'algorithms.mixup.alpha=0.4',
     'algorithms.rand_augment.severity=3',
 ]
-COINS = os.environ.get('COINS', 'batch')
-BASE = ['max_duration=3ep', 'progress_bar=false', 'eval_interval=100ep', 'global_train_batch_size=256']
+BASE = ['max_duration=2ep', 'progress_bar=false', 'eval_interval=100ep', 'global_train_batch_size=256']
 
 
 def weights(recipe_keys: list[str], recipe: str = RECIPE) -> dict[str, torch.Tensor]:
@@ -89,24 +86,30 @@ def unbroken(request, tmp_path_factory):
 # Composer, of an epoch whose last batch the checkpoint has: nothing is left to train or to measure
 @pytest.mark.filterwarnings('ignore:No batches were trained')
 @pytest.mark.filterwarnings('ignore:The ``compute`` method of metric')
-@pytest.mark.parametrize('batch', [2, 6, 9, 17])
+@pytest.mark.parametrize('batch', [2, 6, 9])
 def test_resumed_anywhere_it_ends_with_the_same_bits(unbroken, batch: int) -> None:
     folder, keys, expected = unbroken
     resumed = weights([*keys, 'save_folder=null', f'load_path={checkpoint(folder, batch)}'])
     assert differing(resumed, expected) == []
 
 
-@pytest.mark.filterwarnings('ignore:unclosed file .*shard:ResourceWarning')  # Streaming
-def test_a_cifar10_recipe_too(tmp_path: Path) -> None:
-    """On random pixels, three of five batches an epoch, from the middle of the third."""
+@pytest.fixture
+def cifar10(tmp_path: Path) -> list[str]:
+    """Keys that train on 40 images of random pixels instead of the recipe's."""
     for split in ('train', 'val'):
         with MDSWriter(out=str(tmp_path / split), columns={'x': 'png', 'y': 'int'}) as out:
             for label in range(40):
                 pixels = numpy.random.randint(0, 256, (32, 32, 3), numpy.uint8)
                 out.write({'x': Image.fromarray(pixels), 'y': label % 10})
-    keys = [*CIFAR10, 'algorithms.sba.granularity=epoch', 'global_train_batch_size=8', 'device_eval_batch_size=8']
-    keys += ['train_dataset.num_workers=1', 'autoresume=false', 'train_subset_num_batches=3', 'max_duration=4ep']
-    keys += [f'{section}.local={tmp_path}' for section in ('train_dataset', 'eval_dataset')]
+    keys = ['algorithms.sba.granularity=epoch', 'global_train_batch_size=8', 'device_eval_batch_size=8']
+    keys += ['train_dataset.num_workers=1', 'train_subset_num_batches=3']
+    return [*CIFAR10, *keys, *(f'{section}.local={tmp_path}' for section in ('train_dataset', 'eval_dataset'))]
+
+
+@pytest.mark.filterwarnings('ignore:unclosed file .*shard:ResourceWarning')  # Streaming
+def test_a_cifar10_recipe_too(tmp_path: Path, cifar10: list[str]) -> None:
+    """Three of five batches an epoch, resumed in the middle of the third epoch."""
+    keys = [*cifar10, 'autoresume=false', 'max_duration=4ep']
     saving = [f'save_folder={tmp_path}/run', 'save_interval=1ba', 'save_num_checkpoints_to_keep=-1']
     expected = weights([*keys, *saving], CIFAR10_RECIPE)
     path = checkpoint(tmp_path / 'run', 8)
@@ -175,45 +178,40 @@ def test_a_resumed_run_deletes_the_checkpoints_from_before_in_their_turn(tmp_pat
     assert 'ba1-' not in str(saver), 'the record of what was saved grows for ever'
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path: Path) -> None:
-    """The same command again and again, killed between one and a hundred batches after it went on."""
-    chance = random.Random(17)
-    images = os.environ.get('CIFAR10')
-    recipe, keys = (CIFAR10_RECIPE, CIFAR10) if images else (RECIPE, EVERYTHING)
-    keys = [*keys, f'algorithms.sba.granularity={COINS}', f'max_duration={12 + KILLS if images is None else 12}ep']
-    keys += [f'{section}.local={images}' for section in ('train_dataset', 'eval_dataset') if images]
-    command = [sys.executable, str(ROOT / 'train.py'), '-f', recipe, *keys]
-    command += ['progress_bar=false', 'eval_interval=10ep', 'save_interval=5ba', 'autoresume=true']
-    command += ['save_overwrite=false', 'save_num_checkpoints_to_keep=2']
-    environment = os.environ | {'OMP_NUM_THREADS': '1'}
+@pytest.mark.parametrize('coins', ['batch', pytest.param('epoch', marks=pytest.mark.nightly)])
+@pytest.mark.parametrize('data', ['digits', pytest.param('cifar10', marks=pytest.mark.nightly)])
+def test_killed_at_random_moments_it_ends_with_the_same_bits(
+    tmp_path: Path, request: pytest.FixtureRequest, campaign: int, coins: str, data: str
+) -> None:
+    """The same command again and again, killed within two seconds after it saved a checkpoint."""
+    chance, limit = random.Random(17), campaign or 3
+    recipe, keys = (RECIPE, EVERYTHING) if data == 'digits' else (CIFAR10_RECIPE, request.getfixturevalue('cifar10'))
+    command = [ROOT / 'train.py', '-f', recipe, *keys, f'algorithms.sba.granularity={coins}']
+    command += [f'max_duration={12 + limit}ep', 'progress_bar=false', 'eval_interval=10ep', 'save_interval=5ba']
+    command += ['autoresume=true', 'save_overwrite=false', 'save_num_checkpoints_to_keep=2']
 
-    def start(folder: Path) -> subprocess.Popen[bytes]:
-        with (tmp_path / f'{folder.name}.log').open('ab') as said:
-            return subprocess.Popen(
-                [*command, f'save_folder={folder}'], env=environment, stdout=said, stderr=said, start_new_session=True
-            )
+    def begin(folder: Path) -> Program:
+        return start(*command, f'save_folder={folder}', output=tmp_path / f'{folder.name}.log')
 
-    def final(folder: Path) -> dict[str, torch.Tensor]:
+    def finish(program: Program, folder: Path) -> dict[str, torch.Tensor]:
+        assert program.wait(timeout=1800) == 0, program.said[-3000:]
         return torch.load(folder / 'latest-rank0.pt', weights_only=False)['state']['model']
 
-    assert start(tmp_path / 'whole').wait(timeout=1800) == 0, (tmp_path / 'whole.log').read_text()
-    expected = final(tmp_path / 'whole')
+    expected = finish(begin(tmp_path / 'whole'), tmp_path / 'whole')
     kills: list[int] = []  # the last batch that was saved before each
     runs = 0
-    while len(kills) < KILLS:
+    while len(kills) < limit:
         folder = tmp_path / f'broken{runs}'
-        while (process := start(folder)).poll() is None and len(kills) < KILLS:
+        while (program := begin(folder)).poll() is None and len(kills) < limit:
             before = set(folder.glob('ep*.pt'))
-            while process.poll() is None and set(folder.glob('ep*.pt')) == before:
+            while program.poll() is None and set(folder.glob('ep*.pt')) == before:
                 time.sleep(0.01)
             time.sleep(chance.uniform(0, 2))
-            if process.poll() is not None:
+            if program.poll() is not None:
                 break
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            program.kill()
             saved = [int(re.findall(r'ba(\d+)', path.name)[0]) for path in folder.glob('ep*.pt')]
             kills.append(max(saved, default=0))
-        assert process.wait(timeout=1800) == 0, (tmp_path / f'{folder.name}.log').read_text()[-3000:]
-        assert differing(final(folder), expected) == [], f'run {runs}, killed after batches {kills}'
+        assert differing(finish(program, folder), expected) == [], f'run {runs}, killed after batches {kills}'
         runs += 1
     print(f'{len(kills)} kills in {runs} runs, after batches {kills}: the same bits')

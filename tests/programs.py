@@ -1,0 +1,140 @@
+"""Python programs in processes of their own, forked from one server that has imported Composer: a start is quick.
+
+``start('train.py', '-f', ...)`` and ``start('-m', 'composer_sba.study', ...)`` run what ``python`` would, in a session
+of their own: ``kill`` ends the program and all that it has started.
+"""
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+# Composer's launcher and initialize_dist read these: a program must not inherit those of the test.
+RANK_VARIABLES = ('RANK', 'LOCAL_RANK', 'NODE_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
+
+_server = multiprocessing.get_context('forkserver')
+_server.set_forkserver_preload(['composer_sba.study.__main__', 'composer_sba.study.report', 'sklearn.datasets'])
+
+
+class Program:
+    """A program that is running, or has ended; leaving its ``with`` block kills it.
+
+    Args:
+        arguments (Sequence[str]): What follows ``python`` on a command line: a file or ``-m module``, then arguments.
+        output (Path): File that standard output and standard error are appended to.
+        environment (Mapping): Variables beside those of the test.
+    """
+
+    def __init__(self, arguments: Sequence[str], output: Path, environment: Mapping[str, str]) -> None:
+        inherited = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+        variables = {**inherited, 'OMP_NUM_THREADS': '1', **environment}
+        self.output = output
+        self.process = _server.Process(target=_run, args=([*arguments], output, variables, os.getcwd()))
+        self.process.start()
+        assert self.process.pid is not None
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        """Return the exit code, minus the signal for a program that was killed, or None while it runs."""
+        return self.process.exitcode
+
+    def wait(self, timeout: float = 300) -> int:
+        """Wait for the exit code; a program that does not end in ``timeout`` seconds is killed."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.kill()
+            raise subprocess.TimeoutExpired(str(self.process), timeout, self.said)
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        """Kill the program with all that it has started."""
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            self.process.kill()  # before it has a session of its own, or after everything has ended
+        self.process.join()
+
+    @property
+    def said(self) -> str:
+        """Text of its standard output and standard error so far."""
+        return self.output.read_text() if self.output.exists() else ''
+
+    def __enter__(self) -> 'Program':
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.kill()
+
+
+def start(*arguments: str | Path, output: Path, **environment: str) -> Program:
+    """Start a program in the current folder."""
+    return Program([str(each) for each in arguments], output, environment)
+
+
+def start_ranks(nproc: int, *arguments: str | Path, folder: Path, **environment: str) -> list[Program]:
+    """Start a program on several ranks of this machine; rank r writes to ``folder/rank<r>.log``."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    programs = []
+    for rank in range(nproc):
+        output = folder / f'rank{rank}.log'
+        output.unlink(missing_ok=True)
+        variables = {'RANK': rank, 'LOCAL_RANK': rank, 'NODE_RANK': 0, 'WORLD_SIZE': nproc, 'LOCAL_WORLD_SIZE': nproc}
+        variables |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
+        named = {name: str(value) for name, value in variables.items()}
+        programs.append(start(*arguments, output=output, **named, **environment))
+    return programs
+
+
+def wait_for_ranks(programs: Sequence[Program], timeout: float) -> str:
+    """Wait for all ranks and return what they wrote, rank after rank; the first that fails ends the others.
+
+    Raises:
+        AssertionError: If a rank fails or ``timeout`` seconds have passed; the message has what every rank wrote.
+    """
+    end = time.monotonic() + timeout
+    try:
+        while any(program.poll() is None for program in programs) and not any(program.poll() for program in programs):
+            if time.monotonic() > end:
+                break
+            time.sleep(0.02)
+        codes = [program.poll() for program in programs]
+    finally:
+        for program in programs:
+            program.kill()
+    said = [program.said for program in programs]
+    assert codes == [0] * len(codes), f'exit codes {codes} within {timeout} s\n' + '\n'.join(said)
+    return ''.join(said)
+
+
+def _run(arguments: list[str], output: Path, environment: dict[str, str], folder: str) -> None:
+    os.setsid()
+    log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    torch.set_num_threads(int(environment['OMP_NUM_THREADS']))
+    try:
+        if arguments[0] == '-m':
+            sys.argv = arguments[1:]
+            runpy.run_module(arguments[1], run_name='__main__', alter_sys=True)
+        else:
+            sys.argv = arguments
+            sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
+            runpy.run_path(arguments[0], run_name='__main__')
+    finally:
+        atexit._run_exitfuncs()  # a forked process leaves without them, and shared memory would stay behind
+        sys.stdout.flush()
