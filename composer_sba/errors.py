@@ -1,4 +1,7 @@
-"""What a user can get wrong. Each message is one line that names the culprit; train.py prints it and exits with 2."""
+"""Exceptions for mistakes in what the user supplies, helpers for their messages, and checks of arguments.
+
+Each message is one line that names the argument, key or path at fault. The commands print it and exit with code 2.
+"""
 
 import difflib
 import re
@@ -6,13 +9,15 @@ from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any, get_args
 
+# Exceptions
+
 
 class UserError(ValueError):
-    """A mistake of the user, described in one line that says what to change.
+    """A mistake in what the user supplied; the message says in one line what to change.
 
     Args:
         message (str): The line.
-        argument (str, optional): The argument that is wrong: a recipe's error names its key. Default: ``None``.
+        argument (str, optional): The argument that is wrong; a recipe's error names its key. Default: ``None``.
     """
 
     argument: str | None = None
@@ -23,35 +28,38 @@ class UserError(ValueError):
 
 
 class RecipeError(UserError):
-    """A recipe, or an override of it, that cannot be trained: names the file and the key."""
+    """A recipe, or an override of one, that cannot be trained; the message names the file and the key."""
 
 
 class AlreadyTrainedError(RecipeError):
-    """A run that is resumed and has its whole duration behind it."""
+    """A resumed run whose whole duration has been trained."""
 
 
 class DatasetError(UserError):
-    """Data that is missing, half-written or corrupted: names the path and the command that makes it."""
+    """A missing, incomplete or corrupt dataset; the message names the path and the command that makes it."""
 
 
 class TooWideError(UserError):
-    """A dense basis for a layer with more features than its matrix may have: names both, and what would do."""
+    """A dense basis for a layer with too many features; the message names both numbers and an alternative."""
 
     argument = 'basis'
 
 
 class CutLayerError(UserError):
-    """A layer that cannot be cut, or a model that has none: names the layer, the reason and what would do."""
+    """A layer, or a model, that cannot be cut; the message names the layer, the reason and layers that can be cut."""
 
     argument = 'layers'
 
 
 class NonFiniteError(UserError):
-    """A divergence that is NaN or infinite: names the batch, the layer and what to try."""
+    """A loss of the virtual samples that is NaN or infinite; the message names the batch, the layer and what to try."""
+
+
+# Messages
 
 
 def one_line(error: BaseException) -> str:
-    r"""Return what an exception says as one line; of a DataLoader worker's traceback, its last line.
+    r"""Return an exception's message as one line; of the traceback of a DataLoader worker, its last line.
 
     Example:
         >>> one_line(ValueError('Caught ValueError in worker 0.\nTraceback ...\nValueError: no such shard'))
@@ -72,45 +80,65 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """
     names = sorted(names)
     if not names:
-        return '; there is none to give'
+        return '; no name is accepted here'
     close = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean '{close[0]}'?" if close else f'; expected one of {", ".join(names)}'
 
 
-def check_number(name: str, value: Any, expected: str, holds: Callable[[Any], bool], kind: type = Real) -> None:
-    """Raise ValueError unless ``value`` is a number of ``kind`` for which ``holds``; a bool is no number here.
+# Checks of arguments
 
-    Nor is an integer of more than 64 bits, which torch does not take.
+
+def check_number(name: str, value: Any, expected: str, holds: Callable[[Any], bool], kind: type = Real) -> Any:
+    """Return a number as Python's int or float, which every library can log, save and compare.
+
+    Args:
+        name (str): The argument's name, for the message.
+        value (Any): The number, Python's or NumPy's.
+        expected (str): What the number must be, for the message.
+        holds (Callable): Whether a number is in its range.
+        kind (type, optional): ``numbers.Real`` or ``numbers.Integral``. Default: ``numbers.Real``.
+
+    Returns:
+        int | float: ``value``.
+
+    Raises:
+        UserError: If ``value`` is out of range, not a number of this kind, a bool, or an integer of more than 64 bits.
+
+    Example:
+        >>> check_number('eta', 0.5, 'a number >= 0', lambda value: value >= 0)
+        0.5
     """
-    unfit = isinstance(value, bool) or not isinstance(value, kind)
-    if unfit or (isinstance(value, int) and not -(2**63) <= value < 2**63) or not holds(value):
-        raise UserError(f'Expected {name} to be {expected}, got {value!r}.', name)
+    if isinstance(value, kind) and not isinstance(value, bool):
+        value = int(value) if isinstance(value, Integral) else float(value)  # type: ignore[arg-type]
+        if (isinstance(value, float) or -(2**63) <= value < 2**63) and holds(value):
+            return value
+    raise UserError(f'Expected {name} to be {expected}, got {value!r}.', name)
+
+
+def check_fold(fold: Any) -> int:
+    """Return the number of virtual samples as an int; raise UserError unless it is an integer >= 1."""
+    return check_number('fold', fold, 'an integer >= 1', lambda value: value >= 1, Integral)
+
+
+def check_seed(seed: Any) -> int:
+    """Return a seed as an int; raise UserError unless it is an integer >= 0."""
+    return check_number('seed', seed, 'an integer >= 0', lambda value: value >= 0, Integral)
 
 
 def check_layers(layers: Any) -> None:
-    """Raise ValueError unless ``layers`` is a name or a list of names."""
+    """Raise UserError unless ``layers`` is a layer name or a list of names."""
     names = [layers] if isinstance(layers, str) else layers
     if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) and name for name in names):
         raise UserError(f'Expected layers to be a layer name or a list of them, got {layers!r}.', 'layers')
 
 
-def check_fold(fold: Any) -> None:
-    """Raise ValueError unless ``fold`` is a number of virtual samples."""
-    check_number('fold', fold, 'an integer >= 1', lambda value: value >= 1, Integral)
-
-
-def check_seed(seed: Any) -> None:
-    """Raise ValueError unless ``seed`` can seed a stream of random numbers."""
-    check_number('seed', seed, 'an integer >= 0', lambda value: value >= 0, Integral)
-
-
 def check_choice(name: str, value: Any, literal: Any) -> None:
-    """Raise ValueError unless ``value`` is one of the values of a ``Literal`` type."""
+    """Raise UserError unless ``value`` is one of the values of a ``Literal`` type."""
     if value not in get_args(literal):
         raise UserError(f'Expected {name} to be one of {", ".join(get_args(literal))}, got {value!r}.', name)
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Raise ValueError unless ``value`` is a bool."""
+    """Raise UserError unless ``value`` is a bool."""
     if not isinstance(value, bool):
         raise UserError(f'Expected {name} to be true or false, got {value!r}.', name)

@@ -1,4 +1,4 @@
-"""The mathematics of SBA as pure functions. Equation numbers are those of Li et al., 2020, arXiv 2006.15284.
+"""The equations of SBA as pure functions. Equation numbers are those of Li et al., 2020, arXiv 2006.15284.
 
 Names of tensors end in their shape: N raw samples, M virtual samples of each (the fold), K classes.
 """
@@ -26,7 +26,7 @@ def soft_label_kl(
     *,
     stop_gradient: bool = True,
 ) -> torch.Tensor:
-    r"""Compute the dynamic soft label regularizer: how far virtual predictions lie from the raw sample's.
+    r"""Compute the dynamic soft label regularizer, the mean divergence of virtual predictions from raw ones.
 
     The second term of Eq. (11) of `Li et al., 2020 <https://arxiv.org/abs/2006.15284>`_, without η:
 
@@ -38,14 +38,14 @@ def soft_label_kl(
     Args:
         logits (torch.Tensor): Predictions for the raw samples. Shape ``(N, K)``, unnormalized.
         virtual_logits (torch.Tensor): Predictions for their virtual samples. Shape ``(M, N, K)``, unnormalized.
-        stop_gradient (bool, optional): Treat the soft label as a constant, so that no gradient flows through
-            ``logits``. Default: ``True``.
+        stop_gradient (bool, optional): Treat the soft label as a constant: no gradient flows through ``logits``.
+            Default: ``True``.
 
     Returns:
         torch.Tensor: The mean divergence in nats. Shape ``()``, float32, or float64 for float64 logits.
 
     Raises:
-        ValueError: If the shapes do not belong together.
+        ValueError: If the shapes do not match.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0]])
@@ -60,10 +60,10 @@ def soft_label_kl(
 
 
 def hard_label_loss(virtual_logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    r"""Compute the hard loss of virtual samples: cross-entropy with the label of the raw sample.
+    r"""Compute the hard loss of virtual samples, cross-entropy with the label of the raw sample.
 
     Eq. (9) of `Li et al., 2020 <https://arxiv.org/abs/2006.15284>`_, averaged as Eq. (11) averages the soft loss. This
-    is the loss of Bamboo (Yang et al., 2018) and, augmenting every batch, batch augmentation in latent space:
+    is the loss of Bamboo (Yang et al., 2018) and, if every batch is augmented, of batch augmentation in latent space:
 
     .. math:: \frac{1}{M N} \sum_{i=1}^{N} \sum_{j=1}^{M} CE(\mathbf{1}_{Y_i}, Y_{ij})
 
@@ -76,7 +76,7 @@ def hard_label_loss(virtual_logits: torch.Tensor, target: torch.Tensor) -> torch
         torch.Tensor: The mean cross-entropy in nats. Shape ``()``, float32, or float64 for float64 logits.
 
     Raises:
-        ValueError: If the shapes do not belong together.
+        ValueError: If the shapes do not match.
 
     Example:
         >>> hard_label_loss(torch.zeros(4, 1, 10), torch.tensor([3]))
@@ -85,28 +85,28 @@ def hard_label_loss(virtual_logits: torch.Tensor, target: torch.Tensor) -> torch
     expected = virtual_logits.shape[1 : 1 + target.ndim]
     _check_shapes(target.shape, expected, f'the target {tuple(target.shape)}', virtual_logits)
     target_MN = target.expand(len(virtual_logits), *target.shape)
-    return F.cross_entropy(_wide(virtual_logits).flatten(0, 1), target_MN.flatten(0, 1))
+    return F.cross_entropy(_at_least_float32(virtual_logits).flatten(0, 1), target_MN.flatten(0, 1))
 
 
 def majority_vote(logits: torch.Tensor) -> torch.Tensor:
-    r"""Let the predictions for a raw sample and its virtual samples vote on its class.
+    r"""Compute the vote of the predictions for a raw sample and its virtual samples on its class.
 
-    Sec. 3.4 of `Li et al., 2020 <https://arxiv.org/abs/2006.15284>`_. With :math:`v_k` votes for class k among the 1 +
-    M predictions and their mean probability :math:`\bar{Y}_k`, the outcome is the distribution
+    Sec. 3.4 of `Li et al., 2020 <https://arxiv.org/abs/2006.15284>`_. If :math:`v_k` of the 1 + M predictions vote for
+    class k, and their mean probability of it is :math:`\bar{Y}_k`, the outcome is the distribution
 
     .. math:: \frac{v_k + \bar{Y}_k}{2 + M}
 
-    whose most probable class has most votes and, among classes with as many votes, the highest mean probability.
+    Its most probable class has most votes and, among classes with as many votes, the highest mean probability.
 
     Args:
         logits (torch.Tensor): Raw predictions first, then virtual ones. Shape ``(1 + M, N, K)``, unnormalized.
 
     Returns:
-        torch.Tensor: Log-probabilities, so that cross-entropy takes them as logits. Shape ``(N, K)``, float32, or
-        float64 for float64 logits.
+        torch.Tensor: Log-probabilities, which cross-entropy accepts as logits. Shape ``(N, K)``, float32, or float64
+        for float64 logits.
 
     Raises:
-        ValueError: If ``logits`` has not three dimensions.
+        ValueError: If ``logits`` does not have three dimensions.
 
     Example:
         >>> votes = torch.tensor([[[3.0, 0.0]], [[0.0, 1.0]], [[0.0, 1.0]]])  # one vote against two
@@ -126,10 +126,10 @@ def _check_shapes(given: torch.Size, expected: torch.Size, name: str, virtual_lo
         raise ValueError(f'Expected virtual_logits of shape (M, N, K) for {name}, got {tuple(virtual_logits.shape)}.')
 
 
-def _wide(logits: torch.Tensor) -> torch.Tensor:
-    # Half precision logits come out of autocast; their softmax is taken in float32.
+def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
+    # Autocast gives logits in half precision; their softmax is computed in float32.
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
-    return F.log_softmax(_wide(logits), dim=-1)
+    return F.log_softmax(_at_least_float32(logits), dim=-1)

@@ -1,7 +1,8 @@
-"""When and where SBA augments: the coin λ(t), the cut layer k(t) and the noise's seed, as functions of (seed, time).
+"""The coin λ(t), the cut layer k(t) and the seeds of the noise, as functions of (seed, time).
 
-Nothing here has state. Every rank that asks with the same seed and time gets the same answer, and so does a run that
-was resumed, a microbatch that is tried again after running out of memory, and the second pass of SAM.
+These functions have no state. The same seed and time give the same answer on every rank, in a resumed run, for a
+microbatch that is tried again after running out of memory, and in the second pass of SAM. In reading order: the draws
+of SBA, then the seeds and streams that they and the data share.
 """
 
 import contextlib
@@ -15,13 +16,13 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
-# One stream of random numbers per decision: none shifts another, nor the data's, whose second key is an epoch. Each
-# number is the hash of its key and not a draw of a generator, which takes 0.1 to 0.2 ms to make within a training step.
+# Each decision has its own stream, which no other one shifts, nor the data's streams, whose second key is an epoch. A
+# number is the hash of its key: making a generator within a training step takes 0.1 to 0.2 ms.
 _COIN, _LAYER, _NOISE = -1, -2, -3
 
 
 def bernoulli_prob(omega: float) -> float:
-    r"""Turn the paper's angle ω into the probability that a batch is augmented.
+    r"""Return the probability that a batch is augmented, given the paper's angle ω.
 
     Sec. 3.2 of `Li et al., 2020 <https://arxiv.org/abs/2006.15284>`_: :math:`\lambda(t) \sim \mathcal{B}(\cos\omega)`.
     The paper's fair schedule, ω = π/3, augments every second batch on average.
@@ -33,7 +34,7 @@ def bernoulli_prob(omega: float) -> float:
         float: cos ω, in [0, 1].
 
     Raises:
-        ValueError: If ``omega`` lies outside [0, π/2].
+        ValueError: If ``omega`` is outside [0, π/2].
 
     Example:
         >>> round(bernoulli_prob(math.pi / 3), 3)
@@ -45,7 +46,7 @@ def bernoulli_prob(omega: float) -> float:
 
 
 def should_augment(prob: float, seed: int, step: int) -> bool:
-    r"""Draw the coin :math:`\lambda(t) \sim \mathcal{B}(p)` of Sec. 3.2.
+    r"""Return the outcome of the coin :math:`\lambda(t) \sim \mathcal{B}(p)` of Sec. 3.2.
 
     Args:
         prob (float): The probability p = cos ω, in [0, 1].
@@ -56,7 +57,7 @@ def should_augment(prob: float, seed: int, step: int) -> bool:
         bool: λ(t). For one (seed, step), a larger ``prob`` never turns ``True`` into ``False``.
 
     Raises:
-        ValueError: If ``prob`` is no probability, or ``seed`` or ``step`` is negative.
+        ValueError: If ``prob`` is outside [0, 1], or ``seed`` or ``step`` is negative.
 
     Example:
         >>> [should_augment(0.5, seed=17, step=t) for t in range(8)]
@@ -68,7 +69,7 @@ def should_augment(prob: float, seed: int, step: int) -> bool:
 
 
 def choose_layer(num_layers: int, seed: int, step: int) -> int:
-    """Draw the index of the cut layer k uniformly from the set S of eligible layers (Sec. 3.1).
+    """Return the index of the cut layer k, drawn uniformly from the set S of eligible layers (Sec. 3.1).
 
     Args:
         num_layers (int): The size of S, >= 1.
@@ -91,10 +92,10 @@ def choose_layer(num_layers: int, seed: int, step: int) -> int:
 
 
 def noise_seed(seed: int, rank: int, step: int, microbatch: int, layer: int, stream: int) -> int:
-    """Seed a generator of one microbatch's virtual samples: different on every rank, the same at every repetition.
+    """Return a seed for the virtual samples of one microbatch: another on every rank, the same at every repetition.
 
-    ``stream`` tells apart the generators within one forward pass: 0 is the vicinity's, others belong to layers above
-    the cut.
+    ``stream`` distinguishes the generators of one forward pass: 0 is the vicinity's, others belong to layers above the
+    cut.
 
     Returns:
         int: 64 random bits, for ``torch.Generator.manual_seed``.
@@ -113,12 +114,12 @@ def _draw(decision: int, seed: int, *indices: int) -> int:
 
 @contextlib.contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Seed the generators of torch (on the CPU), NumPy and Python from a key, and put them back afterwards.
+    """Seed the generators of torch (on the CPU), NumPy and Python from a key, and restore them afterwards.
 
-    In a worker of a DataLoader, where nothing else draws, they are not put back, which would take ten times as long.
+    A worker of a DataLoader, where nothing else draws, does not restore them, which would take ten times as long.
 
     Yields:
-        None: While what is drawn depends on the key alone.
+        None: Draws within the ``with`` block depend on the key alone.
 
     Example:
         >>> def draw():
@@ -127,7 +128,7 @@ def seeded(*key: int) -> Iterator[None]:
         >>> draw() == draw()
         True
     """
-    with _kept() if get_worker_info() is None else contextlib.nullcontext():
+    with _restored() if get_worker_info() is None else contextlib.nullcontext():
         seed = hash_key(*key)
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
@@ -136,7 +137,7 @@ def seeded(*key: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _kept() -> Iterator[None]:
+def _restored() -> Iterator[None]:
     before = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         try:
@@ -147,6 +148,6 @@ def _kept() -> Iterator[None]:
 
 
 def hash_key(*key: int) -> int:
-    """Turn the integers that a draw depends on into one seed in [0, 2^64); neighbouring keys have unrelated seeds."""
-    text = repr(tuple(map(operator.index, key)))  # for which NumPy's integers are Python's
+    """Return one seed in [0, 2^64) for the integers that a draw depends on; adjacent keys have unrelated seeds."""
+    text = repr(tuple(map(operator.index, key)))  # the same for NumPy's integers and Python's
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), 'little')

@@ -1,22 +1,27 @@
-"""Composer's models and losses as SBA meets them: losses of any kind keep it, and what cannot be trained is refused.
+"""SBA with Composer's models and losses: a loss keeps its type, and models that cannot be trained are refused.
 
 Run: pytest tests/test_host.py
 """
 
+import warnings
 from collections import namedtuple
 
 import pytest
+import torch
 import torch.nn.functional as F
 from composer import Trainer
 from composer.algorithms import GyroDropout, MixUp
-from composer.algorithms.warnings import NotIntendedUseWarning
+from composer.algorithms.warnings import NoEffectWarning, NotIntendedUseWarning
 from composer.loss import binary_cross_entropy_with_logits
+from composer.models import ComposerModel
+from torch import nn
+from torch.utils.data import TensorDataset
 
 from composer_sba import SBA
 from composer_sba.errors import CutLayerError, UserError
-from small_training import logged, train
+from small_training import logged, train, trainer_of
 
-# What Composer says of its GyroDropout, and of a model without an optimizer, is not ours to mend.
+# Composer's warnings about its GyroDropout and about a model without an optimizer
 pytestmark = [
     pytest.mark.filterwarnings(f'ignore:{message}') for message in ('GyroDropout is', 'No optimizer was specified')
 ]
@@ -66,9 +71,44 @@ def test_gyro_dropout_is_refused():
         train([GyroDropout(p=0.5, sigma=4, tau=2), SBA()])
 
 
-def test_binary_cross_entropy_warns():
+def test_binary_cross_entropy_warns_if_distributions_are_compared():
     with pytest.warns(NotIntendedUseWarning, match='trained with binary cross-entropy'):
         train([SBA()], loss_fn=binary_cross_entropy_with_logits, duration='1ba')
+    train([SBA(target='hard', augment_prob=1.0)], loss_fn=binary_cross_entropy_with_logits, duration='1ba')
+
+
+class OneLogit(ComposerModel):
+    def __init__(self, classes):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, classes))
+
+    def forward(self, batch):
+        return self.net(batch[0])
+
+    def loss(self, outputs, batch):
+        return F.binary_cross_entropy_with_logits(outputs[:, 0], batch[1].float())
+
+
+@pytest.mark.parametrize('layers', ['head', 'net.0'])
+@pytest.mark.parametrize(('classes', 'target', 'warns'), [(1, 'soft', True), (1, 'hard', False), (2, 'soft', False)])
+def test_a_divergence_that_is_always_zero_warns_once(layers, classes, target, warns):
+    data = TensorDataset(torch.randn(16, 6), torch.randint(2, (16,)))
+
+    def final(algorithms):
+        torch.manual_seed(0)
+        trainer, log = trainer_of(OneLogit(classes), data, 4, algorithms, max_duration='2ep')
+        trainer.fit()
+        return torch.cat([each.flatten() for each in trainer.state.model.parameters()]), log
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        trained, log = final([SBA(layers, augment_prob=1.0, eta=1.0, target=target)])
+    said = [each for each in caught if issubclass(each.category, NoEffectWarning)]
+    assert len(said) == warns, [str(each.message) for each in said]
+    if warns:
+        assert 'a network with one logit has only one distribution' in str(said[0].message)
+        assert logged(log, 'sba/kl') == [0.0] * 8
+    assert torch.equal(trained, final([])[0]) == warns
 
 
 def test_hugging_face_models_are_refused():

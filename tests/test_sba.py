@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import composer_sba.functional as sbaf
 from composer_sba import SBA, LatentExpander, Vicinity
-from composer_sba.errors import CutLayerError, UserError
+from composer_sba.errors import CutLayerError
 from small_training import BATCH, CLASSES, logged, make_trainer, train, weights
 
 NO_NOISE = Vicinity(1.0, sigma=0.0)
@@ -96,28 +96,6 @@ def test_microbatches_do_not_change_the_expectation():
     assert difference < 1e-6, f'weights differ by {difference}'
 
 
-def test_hard_target_without_noise_is_the_task_loss_again():
-    _, log = train(
-        [SBA(target='hard', augment_prob=1.0, eta=0.5, vicinity=NO_NOISE)], duration='3ba', loss_fn=cross_entropy_log
-    )
-    totals, plain = logged(log, 'loss/train/total'), cross_entropy_log.values
-    assert totals == pytest.approx([1.5 * value for value in plain], rel=1e-5)
-
-
-class _LoggedCrossEntropy:
-    def __init__(self):
-        self.values = []
-
-    def __call__(self, outputs, target):
-        assert outputs.shape == (len(target), CLASSES), 'the task loss sees raw rows only'
-        loss = F.cross_entropy(outputs, target)
-        self.values.append(loss.item())
-        return loss
-
-
-cross_entropy_log = _LoggedCrossEntropy()
-
-
 def test_training_improves_and_the_term_makes_predictions_consistent():
     """The loss falls, and virtual predictions come closer to raw ones than without the term's gradient."""
     kls = {}
@@ -162,29 +140,14 @@ def test_compiled_by_the_trainer_it_trains_as_eagerly():
     assert torch.allclose(eager, compiled, atol=1e-5), f'weights differ by {(eager - compiled).abs().max()}'
 
 
-def test_after_a_fit_the_model_has_no_hooks_and_another_fit_augments_again():
+def test_another_fit_augments_again():
     trainer, log = train([SBA(augment_prob=1.0)], duration='1ep')
-    torch.jit.script(trainer.state.model.module)  # what an export does; hooks would not pass
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in trainer.state.model.modules())
     trainer.fit(duration='1ep')
     assert len(logged(log, 'sba/kl')) == 6
 
 
-def test_attached_to_a_second_trainer_it_leaves_the_first_model():
-    """The first fit never began, or its end would have taken the hooks off."""
-
-    def hooks():
-        return [layer for layer in first.state.model.modules() if layer._forward_hooks or layer._forward_pre_hooks]
-
-    sba = SBA(augment_prob=1.0)
-    first, _ = make_trainer([sba])
-    assert hooks()
-    train([sba])
-    assert not hooks()
-
-
 def test_another_fit_has_hooks_above_the_cut_alone():
-    """As the first: which layers lie below is seen at the first batch of each."""
+    """As in the first fit: the first batch of each shows which layers are below the cut."""
 
     class Hooked(Callback):
         def __init__(self):
@@ -222,7 +185,7 @@ def test_nothing_is_saved_but_the_repr():
         ({'norm_stats': 'both'}, r"Expected norm_stats to be one of raw, all, got 'both'\."),
         ({'stop_gradient': 'yes'}, r"Expected stop_gradient to be true or false, got 'yes'\."),
         ({'seed': -3}, r'Expected seed to be an integer >= 0, got -3\.'),
-        ({'vicinity': {'sigma': -1}}, r'Expected sigma to be a finite number >= 0, got -1\.'),
+        ({'vicinity': {'sigma': -1}}, r'Expected sigma to be a number in \[0, 1e30\], got -1\.'),
         ({'vicinity': {'sgima': 1}}, r"Expected vicinity to be a Vicinity or a mapping of .*, got \{'sgima': 1\}\."),
     ],
 )  # fmt: skip
@@ -245,8 +208,3 @@ def test_a_misspelt_layer_stops_the_trainer_before_training():
 def test_a_layer_that_is_no_cut_point_stops_the_first_batch():
     with pytest.raises(CutLayerError, match="^Layer 'fc' is no cut point: it is the model's output"):
         train([SBA('fc', augment_prob=0.01)])
-
-
-def test_a_target_key_that_is_not_in_the_batch_is_named():
-    with pytest.raises(UserError, match="^Expected target_key to find the labels in a batch, got 'label'"):
-        train([SBA(target='hard', augment_prob=1.0, target_key='label')])

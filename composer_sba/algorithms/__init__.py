@@ -1,4 +1,4 @@
-"""The Composer algorithms and callbacks beside SBA."""
+"""Composer algorithms and callbacks other than SBA."""
 
 from composer_sba.algorithms.batch_augmentation import BatchAugmentation, Copies, batch_augment
 from composer_sba.algorithms.last_epochs_median import LastEpochsMedian, last_epochs_median

@@ -1,45 +1,282 @@
-"""Composer's models, losses and clock as SBA meets them: what it refuses, how a term joins a loss of any kind."""
+"""What SBA and the other algorithms share: how they attach to a Trainer and leave it, and Composer's models and losses.
 
+In reading order: the base class of the algorithms, the model and its forward pass, losses, schedules, and what is
+computed and checked once a batch.
+"""
+
+import inspect
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from composer.algorithms import GyroDropout
 from composer.algorithms.warnings import NotIntendedUseWarning
-from composer.core import Algorithm, Precision, State
+from composer.core import Algorithm, Callback, Event, Precision, State
 from composer.core.precision import get_precision_context
+from composer.loggers import Logger
 from composer.models import ComposerClassifier, HuggingFaceModel
+from composer.utils import ensure_tuple
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 
 from composer_sba.errors import CutLayerError, NonFiniteError, UserError
 
 
+class AttachedAlgorithm(Algorithm):
+    """An algorithm that changes a Trainer's model or state for the length of a fit, and then changes it back.
+
+    A subclass implements :meth:`_put_in` and :meth:`_take_out`, and one method for each further event, named after it.
+    The change is taken out when the fit ends, before the next one if the fit broke off, and when the Trainer is closed.
+    Composer tells algorithms nothing when a fit raises.
+    """
+
+    instead_of_two: ClassVar[str]  # what to write instead of two of these in one list of algorithms
+
+    _all_attached: ClassVar[weakref.WeakSet['AttachedAlgorithm']] = weakref.WeakSet()
+    _network: nn.Module | None = None
+    _state: weakref.ref[State] | None = None  # of the Trainer attached to; weak, as SWA copies a model with its hooks
+
+    def match(self, event: Event, state: State) -> bool:
+        """Run on every event that a method is named after."""
+        return hasattr(self, event.value)
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """Call the method that has the name of the event."""
+        getattr(self, event.value)(state, logger)
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        """Refuse a second algorithm of this class, and ask to be detached when the Trainer is closed."""
+        twins = [other for other in state.algorithms if isinstance(other, type(self))]
+        if len(twins) > 1:
+            name = type(self).__name__
+            raise UserError(
+                f'One list of algorithms has {len(twins)} {name}, which would act on each other: {self.instead_of_two}.'
+            )
+        state.callbacks.append(DetachOnClose(self))  # after loading: checkpoints of earlier versions do not have it
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Attach to the Trainer that fits, whichever was built last with this algorithm."""
+        self.attach(state)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Detach."""
+        self.detach()
+
+    def is_attached_to(self, state: State) -> bool:
+        """Return whether this Trainer's model and state are changed now."""
+        return self._state is not None and self._state() is state
+
+    def attach(self, state: State) -> None:
+        """Attach, in place of what a fit that broke off has left on the same network."""
+        self.detach()
+        network = network_of(state.model)
+        for other in list(self._all_attached):
+            if other._network is network and other not in state.algorithms:
+                other.detach()
+        self._network, self._state = network, weakref.ref(state)
+        self._all_attached.add(self)
+        self._put_in(state)
+
+    def detach(self) -> None:
+        """Take out what :meth:`attach` put in, if anything."""
+        state = None if self._state is None else self._state()
+        self._take_out(state)
+        self._network = self._state = None
+        self._all_attached.discard(self)
+
+    def _put_in(self, state: State) -> None:
+        raise NotImplementedError
+
+    def _take_out(self, state: State | None) -> None:
+        raise NotImplementedError
+
+
+class DetachOnClose(Callback):
+    """The callback that detaches an algorithm: Composer closes callbacks, not algorithms. State saved: none."""
+
+    def __init__(self, algorithm: AttachedAlgorithm) -> None:
+        self.algorithm = algorithm
+
+    def close(self, state: State, logger: Logger) -> None:
+        """Detach the algorithm, unless another Trainer has it by now."""
+        if self.algorithm.is_attached_to(state):
+            self.algorithm.detach()
+
+
+class HookedAlgorithm(AttachedAlgorithm):
+    """An algorithm with hooks in the network, which also go when an evaluation follows a fit that broke off."""
+
+    def eval_standalone_start(self, state: State, logger: Logger) -> None:
+        """Detach before ``Trainer.eval()``; evaluations within a fit have no such event."""
+        self.detach()
+
+    def predict_start(self, state: State, logger: Logger) -> None:
+        """Detach before ``Trainer.predict()``."""
+        self.detach()
+
+
+class RowMultiplier(AttachedAlgorithm):
+    """An algorithm that makes several rows of each input, while ``device_train_microbatch_size`` counts inputs.
+
+    One microbatch holds all rows of that many inputs, whether the user or ``'auto'`` set the number. ``'auto'`` halves
+    the rows whenever they do not fit in memory.
+    """
+
+    rows_per_input: int
+    _rows: int | float | None = None  # the state's microbatch size at the last batch, in rows
+
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        """Note the microbatch size, which ``'auto'`` may have halved before this attempt at the batch."""
+        self._rows = state.device_train_microbatch_size
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Restore the microbatch size, in inputs."""
+        self._rows = state.device_train_microbatch_size
+        self.detach()
+
+    def _put_in(self, state: State) -> None:
+        if isinstance(state.device_train_microbatch_size, int):
+            state.device_train_microbatch_size *= self.rows_per_input
+        self._rows = state.device_train_microbatch_size
+
+    def _take_out(self, state: State | None) -> None:
+        # Another size than ours is one that the user gave to the next fit.
+        if state is not None and isinstance(self._rows, int) and state.device_train_microbatch_size == self._rows:
+            state.device_train_microbatch_size = max(self._rows // self.rows_per_input, 1)
+        self._rows = None
+
+
 def network_of(model: nn.Module) -> nn.Module:
-    """The network whose layers users name and whose input is a tensor: the module of a ComposerClassifier."""
+    """Return the network whose layers users name and whose input is a tensor: a ComposerClassifier's ``module``."""
+    model = unwrap(model)
     return model.module if isinstance(model, ComposerClassifier) else model
 
 
-def first_forward(state: State) -> Callable[[], torch.Tensor]:
-    """Make the forward pass that proves the cuts, without DDP, which counts what passes through it."""
-    model = state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
-    batch = state.batch
-    if isinstance(model, ComposerClassifier) and isinstance(batch, list | tuple) and len(batch[0]) == 1:
-        batch = (batch[0].expand(2, *batch[0].shape[1:]), *batch[1:])  # the proof needs two rows
+def unwrap(model: nn.Module) -> Any:
+    """Return the ComposerModel inside DistributedDataParallel."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def forward_on_batch(state: State) -> Callable[[], torch.Tensor]:
+    """Return a function that runs the model on the current batch, without DDP, which counts forward passes.
+
+    Each call gets a copy of the batch, which ``forward`` may change; a batch of one row is doubled, because the check
+    of a cut needs two.
+    """
+    model = unwrap(state.model)
+
+    def copy(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.repeat(2, *[1] * (value.ndim - 1)) if value.ndim > 0 and len(value) == 1 else value.clone()
 
     def forward() -> torch.Tensor:
         with get_precision_context(state.precision, state.precision_config):
-            return model(batch)
+            return model(tree_map(copy, state.batch))
 
     return forward
 
 
+def check_model(model: nn.Module, algorithms: Sequence[Algorithm], target: str) -> None:
+    """Raise UserError for what cannot be trained with SBA; warn about a loss that does not match a softmax."""
+    if isinstance(model, HuggingFaceModel):
+        raise CutLayerError(
+            'SBA cannot cut a HuggingFaceModel, which computes its loss inside forward from labels of the raw rows. '
+            'Wrap the network in a ComposerClassifier whose forward returns logits.',
+        )
+    if any(isinstance(algorithm, GyroDropout) for algorithm in algorithms):
+        raise CutLayerError(
+            'SBA and GyroDropout exclude each other: GyroDropout keeps masks by row over many batches. Use nn.Dropout.',
+        )
+    mixing = [type(algorithm).__name__ for algorithm in algorithms if getattr(algorithm, 'interpolate_loss', False)]
+    if target == 'hard' and mixing:
+        raise UserError(
+            f"target='hard' needs the mixed labels of {mixing[0]} in the batch: give it interpolate_loss=False.",
+            'target',
+        )
+    loss_fn = getattr(model, '_loss_fn', None)
+    name = getattr(loss_fn, '__name__', type(loss_fn).__name__).lower()
+    if target == 'soft' and ('binary_cross_entropy' in name or name.startswith('bce')):
+        warnings.warn(
+            'SBA compares softmax distributions; this model is trained with binary cross-entropy, whose classes do not '
+            "exclude each other. target='hard' uses the model's own loss.",
+            NotIntendedUseWarning,
+            stacklevel=2,
+        )
+
+
+def task_loss_of_copies(state: State, virtual_logits: torch.Tensor) -> torch.Tensor:
+    """Return the model's own loss of virtual samples, averaged over the copies of the batch.
+
+    The model sees one copy at a time, with the batch as it is. Class weights, ignored labels, label smoothing and the
+    form of the labels are therefore those of the task.
+
+    Args:
+        state (State): The Trainer's state, whose batch holds the labels.
+        virtual_logits (torch.Tensor): Predictions for the virtual samples. Shape ``(M, N, K)``.
+
+    Returns:
+        torch.Tensor: The mean loss. Shape ``()``, float32 or wider.
+    """
+    with get_precision_context(state.precision, state.precision_config):
+        # Copied, as the loss of the raw rows is: a loss may change its logits in place.
+        losses = [total_loss(unwrap(state.model).loss(logits.clone(), state.batch)) for logits in virtual_logits]
+    stacked = torch.stack(losses)
+    return stacked.to(torch.promote_types(stacked.dtype, torch.float32)).mean()
+
+
+def total_loss(loss: Any) -> torch.Tensor:
+    """Return what Composer trains on: a dict's ``'total'``, or the sum of all losses.
+
+    Example:
+        >>> total_loss({'a': torch.tensor(1.0), 'b': torch.tensor([1.0, 3.0])})
+        tensor(3.)
+    """
+    if isinstance(loss, dict) and 'total' in loss:
+        return loss['total'].mean()
+    return torch.stack([each.mean() for each in ensure_tuple(loss)]).sum()
+
+
+def add_term(loss: Any, term: torch.Tensor | None) -> Any:
+    """Add SBA's term, or None on a plain step, to a tensor, a sequence or a dict of losses, which keeps its type.
+
+    A dict has the key ``'sba'`` on every step, since Composer reduces losses over ranks key by key. Composer trains on
+    the key ``'total'`` of a dict, or on the sum of its values if it has none, and on the sum of a sequence.
+    """
+    if isinstance(loss, dict):
+        if term is None:
+            term = next(iter(loss.values())).new_zeros(())
+        total = {'total': loss['total'] + term} if 'total' in loss else {}
+        return {**loss, **total, 'sba': term}
+    if term is None:
+        return loss
+    if isinstance(loss, list | tuple):
+        losses = (loss[0] + term, *loss[1:])
+        return type(loss)._make(losses) if hasattr(loss, '_make') else type(loss)(losses)
+    return loss + term
+
+
+def schedule_ratio(state: State) -> float:
+    """Return the Trainer's ``scale_schedule_ratio``.
+
+    Composer hands the ratio to its own schedulers alone, as ``ssr``, and keeps it nowhere else. With PyTorch's
+    schedulers it cannot be known.
+    """
+    for scheduler in state.schedulers:
+        for function in getattr(scheduler, 'lr_lambdas', ()):
+            if getattr(function, '__module__', None) == 'composer.optim.scheduler':
+                return inspect.getclosurevars(function).nonlocals['ssr']
+    return 1.0
+
+
 @contextmanager
 def at_epoch_start(state: State) -> Iterator[None]:
-    """Set the clock to the start of the epoch, for a scheduler that is asked once an epoch, also by a resumed run."""
+    """Set the clock back to the start of the epoch, for a scheduler that a resumed run also asks once an epoch."""
     now = state.timestamp
     state.timestamp = now.copy(
         batch=now.batch - now.batch_in_epoch,
@@ -55,54 +292,8 @@ def at_epoch_start(state: State) -> Iterator[None]:
         state.timestamp = now
 
 
-def refuse_model(model: nn.Module, algorithms: Sequence[Algorithm], target: str) -> None:
-    """Raise UserError for what cannot be trained with SBA, and warn of a loss that does not match a softmax."""
-    if isinstance(model, HuggingFaceModel):
-        raise CutLayerError(
-            'SBA cannot cut a HuggingFaceModel, which computes its loss inside forward from labels of the raw rows. '
-            'Wrap the network in a ComposerClassifier whose forward returns logits.',
-        )
-    if any(isinstance(algorithm, GyroDropout) for algorithm in algorithms):
-        raise CutLayerError(
-            'SBA and GyroDropout exclude each other: GyroDropout keeps masks by row over many batches. Use nn.Dropout.',
-        )
-    mixing = [type(algorithm).__name__ for algorithm in algorithms if getattr(algorithm, 'interpolate_loss', False)]
-    if target == 'hard' and mixing:
-        raise UserError(
-            f"target='hard' needs the mixed labels of {mixing[0]} in the batch: give it interpolate_loss=False.",
-        )
-    loss_fn = getattr(model, '_loss_fn', None)
-    name = getattr(loss_fn, '__name__', type(loss_fn).__name__).lower()
-    if 'binary_cross_entropy' in name or name.startswith('bce'):
-        warnings.warn(
-            'SBA compares softmax distributions; this model is trained with binary cross-entropy, whose classes do not '
-            'exclude each other.',
-            NotIntendedUseWarning,
-            stacklevel=2,
-        )
-
-
-def add_term(loss: Any, term: torch.Tensor | None) -> Any:
-    """Add SBA's term, or None on a plain step, to a loss that stays what it is: a tensor, a sequence or a dict.
-
-    A dict has the key ``'sba'`` at every step, since Composer reduces losses over ranks key by key. Composer trains on
-    the key ``'total'`` of a dict, or on the sum of its values where there is none; of a sequence it takes the sum.
-    """
-    if isinstance(loss, dict):
-        if term is None:
-            term = next(iter(loss.values())).new_zeros(())
-        total = {'total': loss['total'] + term} if 'total' in loss else {}
-        return {**loss, **total, 'sba': term}
-    if term is None:
-        return loss
-    if isinstance(loss, list | tuple):
-        losses = (loss[0] + term, *loss[1:])
-        return type(loss)._make(losses) if hasattr(loss, '_make') else type(loss)(losses)
-    return loss + term
-
-
 class BatchMeans:
-    """Adds up means of microbatches, weighted by their rows.
+    """Means over the rows of a batch, from the means of its microbatches.
 
     Sums stay on the device until :meth:`values` is called: at the end of a batch the Trainer waits for it anyway.
 
@@ -119,7 +310,7 @@ class BatchMeans:
         self._rows = 0
 
     def add(self, rows: int, **means: torch.Tensor) -> None:
-        """Count the means of a microbatch of so many rows, without their graphs."""
+        """Add the means of a microbatch of ``rows`` rows, without their graphs."""
         for name, value in means.items():
             self._sums[name] = self._sums.get(name, 0) + value.detach() * rows
         self._rows += rows
@@ -129,47 +320,52 @@ class BatchMeans:
         return {name: float(total) / self._rows for name, total in self._sums.items()}
 
 
-MAX_OVERFLOWS = 10  # augmented batches in a row that a GradScaler may leave out
+MAX_OVERFLOWS = 10  # augmented batches in a row whose update a GradScaler may skip
 
 
 class FiniteGuard:
-    """Looks at the divergence of each augmented batch, and counts those in a row that were lost."""
+    """A check that the loss of the virtual samples is finite, with a count of the batches in a row in which it is not.
 
-    def __init__(self) -> None:
+    Args:
+        loss (str): What the loss is, for the message.
+    """
+
+    def __init__(self, loss: str) -> None:
+        self._loss = loss
         self._overflows = 0
 
-    def check(self, kl: float, state: State, batch: int, cut: str) -> None:
-        """Refuse a divergence that is NaN or infinite.
+    def check(self, value: float, state: State, batch: int, cut: str) -> None:
+        """Raise NonFiniteError for a loss that is NaN or infinite.
 
         Args:
-            kl (float): The divergence, in nats.
-            state (State): Of the Trainer; its outputs are the raw rows' predictions.
+            value (float): The loss.
+            state (State): The Trainer's state; its outputs are the raw rows' predictions.
             batch (int): Index of the batch, for the message.
             cut (str): Name of the cut layer, for the message.
 
         Raises:
-            NonFiniteError: If it is not finite; with ``amp_fp16`` a warning comes first, and the error after
-                ``MAX_OVERFLOWS`` augmented batches in a row.
+            NonFiniteError: If ``value`` is not finite. Under ``amp_fp16`` the first such batch warns, and the error
+                comes after ``MAX_OVERFLOWS`` augmented batches in a row.
         """
-        if math.isfinite(kl):
+        if math.isfinite(value):
             self._overflows = 0
             return
         self._overflows += 1
+        finite = isinstance(state.outputs, torch.Tensor) and bool(state.outputs.isfinite().all())
+        cause = (
+            'the raw predictions are finite: lower the noise (sigma, dropout), or cut at a later layer'
+            if finite
+            else 'so are the raw predictions, the network diverges: lower the learning rate, or clip gradients'
+        )
         error = NonFiniteError(
-            f'Expected a finite divergence, got {kl} in batch {batch} at layer {cut!r}; {_cause(state.outputs)}.'
+            f'Expected a finite {self._loss}, got {value} in batch {batch} at layer {cut!r}; {cause}.'
         )
         if state.precision != Precision.AMP_FP16 or self._overflows >= MAX_OVERFLOWS:
             raise error
         if self._overflows == 1:
-            warnings.warn(f'{error} The GradScaler leaves the update out.', RuntimeWarning, stacklevel=3)
+            warnings.warn(f'{error} The GradScaler skips the update.', RuntimeWarning, stacklevel=3)
 
 
-def read_at_once(value: torch.Tensor) -> bool:
-    """Tell whether a value is on the CPU: another device would have to be waited for."""
+def is_on_cpu(value: torch.Tensor) -> bool:
+    """Return whether reading a value is immediate; on another device the process would wait for it."""
     return value.device.type == 'cpu'
-
-
-def _cause(raw_logits: object) -> str:
-    if isinstance(raw_logits, torch.Tensor) and bool(raw_logits.isfinite().all()):
-        return 'the raw predictions are finite: lower the noise (sigma, dropout), or cut at a later layer'
-    return 'so are the raw predictions, the network diverges: lower the learning rate, or clip gradients'

@@ -1,18 +1,23 @@
 """class BatchAugmentation: M transformed copies of every input (Hoffer et al.), as a Composer algorithm."""
 
-from collections.abc import Callable
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from composer.core import Algorithm, Event, State
+from composer.algorithms.warnings import NoEffectWarning
+from composer.core import State
 from composer.loggers import Logger
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
+from composer_sba.algorithms._composer import RowMultiplier
 from composer_sba.errors import UserError, check_fold
 
 
 class Copies:
-    """Applies a random transform M times to one image and stacks the results, each with draws of its own.
+    """A transform that applies a random transform M times to one image and stacks the results; each has its own draws.
 
     Args:
         transform (Callable): From an image to a tensor, shape ``(*)``; or, if it has an attribute ``batched`` that is
@@ -31,7 +36,7 @@ class Copies:
 
     @property
     def takes_tensors(self) -> bool:
-        """What the transform says, for a dataset that can decode to tensors."""
+        """Whether the transform accepts tensors, for a dataset that can decode to them."""
         return getattr(self.transform, 'takes_tensors', False)
 
     def __call__(self, image: Any) -> torch.Tensor:
@@ -40,7 +45,7 @@ class Copies:
 
 
 def batch_augment(inputs: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flatten a batch of copies into rows, each with the hard label of its input; copies of one input are neighbours.
+    """Flatten a batch of copies into rows, each with the hard label of its input; copies of one input are adjacent.
 
     Args:
         inputs (torch.Tensor): Shape ``(N, M, *)``.
@@ -57,11 +62,11 @@ def batch_augment(inputs: torch.Tensor, target: torch.Tensor) -> tuple[torch.Ten
     return inputs.flatten(0, 1), target.repeat_interleave(inputs.shape[1], dim=0)
 
 
-class BatchAugmentation(Algorithm):
-    """Trains on M independently transformed copies of every input, at every step, with hard labels.
+class BatchAugmentation(RowMultiplier):
+    """Training on M independently transformed copies of every input, on every step, with hard labels.
 
     Implements `Hoffer et al., 2019 <https://arxiv.org/abs/1901.09335>`_: the loss is the plain mean over M N rows,
-    batch statistics are those of all rows, and the learning rate is left alone. The training transform makes the
+    batch statistics are those of all rows, and the learning rate is unchanged. The training transform makes the
     copies, in the workers of the DataLoader if it has any, so every copy has its own crop, flip and Cutout.
 
     Args:
@@ -70,48 +75,122 @@ class BatchAugmentation(Algorithm):
         target_key (str | int | Callable, optional): Where a batch holds its labels. Default: ``1``.
 
     Raises:
-        ValueError: If ``fold`` is no integer >= 1.
-        UserError: At the start of a fit, if the training dataset has no ``transform`` to multiply.
+        ValueError: If ``fold`` is not an integer >= 1.
+        UserError: When the Trainer is built, if its list of algorithms has two BatchAugmentation. At the start of a
+            fit, if the training dataset has no ``transform`` to apply M times.
 
     Note:
-        Runs on FIT_START (the dataset's ``transform`` is wrapped, and a fixed microbatch size counts inputs, not
-        copies) and AFTER_DATALOADER (copies become rows). Time strings go on counting inputs. State saved: none.
+        Runs on FIT_START (a DataLoader that makes copies replaces the training DataLoader), AFTER_DATALOADER (copies
+        become rows) and FIT_END. The dataset's ``transform`` is replaced only while a training sample is read, so
+        the dataset serves evaluation or another Trainer as it is, even after a fit that broke off. Algorithms that add
+        to the dataset's transform, such as RandAugment, work before and after this one in the list.
+        ``device_train_microbatch_size`` counts inputs, not copies, whether it is a number or ``'auto'``. Time strings
+        count inputs too. State saved: none.
     """
+
+    instead_of_two = 'give one the product of both folds'
 
     def __init__(
         self, fold: int = 4, input_key: str | int | Callable = 0, target_key: str | int | Callable = 1
     ) -> None:
-        check_fold(fold)
-        self.fold = fold
+        self.fold = self.rows_per_input = check_fold(fold)
         self.input_key = input_key
         self.target_key = target_key
+        self._loader: CopyingLoader | None = None
+        if self.fold == 1:
+            warnings.warn('BatchAugmentation with fold=1 does not change training.', NoEffectWarning, stacklevel=2)
 
     def __repr__(self) -> str:
         return f'BatchAugmentation(fold={self.fold})'
 
-    def match(self, event: Event, state: State) -> bool:
-        """Run on FIT_START and AFTER_DATALOADER."""
-        return event in (Event.FIT_START, Event.AFTER_DATALOADER)
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        """Turn copies into rows."""
+        inputs, target = batch_augment(state.batch_get_item(self.input_key), state.batch_get_item(self.target_key))
+        state.batch_set_item(self.input_key, inputs)
+        state.batch_set_item(self.target_key, target)
 
-    def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Wrap the transform, or flatten the batch."""
-        if event == Event.FIT_START:
-            self._wrap(state)
-        else:
-            inputs, target = batch_augment(state.batch_get_item(self.input_key), state.batch_get_item(self.target_key))
-            state.batch_set_item(self.input_key, inputs)
-            state.batch_set_item(self.target_key, target)
-
-    def _wrap(self, state: State) -> None:
-        dataset: Any = state.dataloader.dataset if isinstance(state.dataloader, DataLoader) else None
-        transform = getattr(dataset, 'transform', None)
-        if isinstance(transform, Copies):  # of an earlier fit
-            return
-        if dataset is None or not callable(transform):
+    def _put_in(self, state: State) -> None:
+        loader = state.dataloader
+        dataset: Any = loader.dataset if isinstance(loader, DataLoader) else None
+        if not isinstance(loader, DataLoader) or not callable(getattr(dataset, 'transform', None)):
             raise UserError(
-                f'BatchAugmentation multiplies the transform of the training dataset, and {type(dataset).__name__} has '
-                'none: give the dataset a transform= that returns a tensor.',
+                'BatchAugmentation applies the transform of the training dataset M times, and '
+                f'{type(dataset).__name__} has none: give the dataset a transform= that returns a tensor.',
             )
-        dataset.transform = Copies(transform, self.fold)
-        if isinstance(state.device_train_microbatch_size, int) and not state.auto_microbatching:
-            state.device_train_microbatch_size *= self.fold
+        super()._put_in(state)
+        self._loader = CopyingLoader(loader, self.fold)
+        _replace_loader(state, self._loader)
+
+    def _take_out(self, state: State | None) -> None:
+        super()._take_out(state)
+        if state is not None and self._loader is not None and state.dataloader is self._loader:
+            _replace_loader(state, self._loader.original)
+        self._loader = None
+
+
+class CopyingLoader(DataLoader):
+    """A view of a DataLoader that makes M copies of each sample; the DataLoader and its dataset stay as they are.
+
+    Args:
+        loader (torch.utils.data.DataLoader): The DataLoader, whose dataset has an attribute ``transform``.
+        fold (int): M >= 1.
+    """
+
+    original: DataLoader
+    fold: int
+    _batches: DataLoader
+
+    def __init__(self, loader: DataLoader, fold: int) -> None:
+        batches = copy.copy(loader)
+        batches.__dict__['worker_init_fn'] = _CopyInWorker(loader.worker_init_fn, fold)
+        batches.__dict__['_iterator'] = None  # persistent workers, if any, are the loader's
+        # DataLoader's constructor and __setattr__ would build another sampler
+        self.__dict__.update(loader.__dict__, original=loader, fold=fold, _batches=batches)
+
+    def __len__(self) -> int:
+        return len(self.original)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Iterate over batches of copies."""
+        batches = iter(self._batches)
+        while True:
+            try:
+                if self.num_workers > 0:  # which have copies of the dataset
+                    batch = next(batches)
+                else:
+                    with _copying(self.dataset, self.fold):
+                        batch = next(batches)
+            except StopIteration:
+                return
+            yield batch
+
+
+class _CopyInWorker:
+    """A ``worker_init_fn`` that makes a worker's own dataset return copies."""
+
+    def __init__(self, worker_init_fn: Callable[[int], None] | None, fold: int) -> None:
+        self.worker_init_fn = worker_init_fn
+        self.fold = fold
+
+    def __call__(self, worker_id: int) -> None:
+        if self.worker_init_fn is not None:
+            self.worker_init_fn(worker_id)
+        info = get_worker_info()
+        assert info is not None
+        dataset: Any = info.dataset
+        dataset.transform = Copies(dataset.transform, self.fold)
+
+
+@contextmanager
+def _copying(dataset: Any, fold: int) -> Iterator[None]:
+    transform = dataset.transform
+    dataset.transform = Copies(transform, fold)
+    try:
+        yield
+    finally:
+        dataset.transform = transform
+
+
+def _replace_loader(state: State, loader: DataLoader) -> None:
+    batches = state.dataloader_len
+    state.set_dataloader(loader, state.dataloader_label, -1 if batches is None else batches)

@@ -14,9 +14,9 @@ from composer_sba.errors import check_number
 
 
 def last_epochs_median(values: Mapping[int, float], num_epochs: int = 5) -> float:
-    """Take the median of a metric over the evaluations of the last epochs.
+    """Return the median of a metric over the evaluations of the last epochs.
 
-    The last epoch is the latest that has a value; of an even number of values, the mean of the middle two counts.
+    The last epoch is the latest one with a value. The median of an even number of values is the mean of the middle two.
 
     Args:
         values (Mapping[int, float]): Epoch -> the metric's value at its end. At least one.
@@ -34,12 +34,11 @@ def last_epochs_median(values: Mapping[int, float], num_epochs: int = 5) -> floa
 
 
 class LastEpochsMedian(Callback):
-    """Reports every evaluation metric as the median over the evaluations of the last epochs.
+    """A report of every evaluation metric as its median over the evaluations of the last epochs.
 
     The figure of merit of `Li et al., 2020 <https://arxiv.org/abs/2006.15284>`_, Sec. 4.1: "the median of the
-    performance values obtained in the final 5 epochs". Of several evaluations in one epoch the latest counts, and an
-    epoch without evaluation gives no value, so a run for the paper's tables evaluates at the end of each of these
-    epochs.
+    performance values obtained in the final 5 epochs". The latest of several evaluations in one epoch counts. An epoch
+    without evaluation has no value, so a run for the paper's tables evaluates at the end of each of these epochs.
 
     Args:
         num_epochs (int, optional): How many epochs count, >= 1. Default: ``5``.
@@ -48,15 +47,15 @@ class LastEpochsMedian(Callback):
         medians (dict[str, float]): ``'<evaluator's label>/<metric>'`` -> the median so far, in the metric's unit.
 
     Raises:
-        ValueError: If ``num_epochs`` is no integer >= 1.
+        ValueError: If ``num_epochs`` is not an integer >= 1.
 
     Note:
-        Runs on EVAL_END of fit's own evaluations, not of ``Trainer.eval()``, and on FIT_END, where it logs
-        ``median_last5/<label>/<metric>``, 5 being ``num_epochs``. Composer may evaluate once more after FIT_END, if
-        ``eval_interval`` does not divide the duration: that counts for the epoch it follows, and all is logged again.
-        Metrics that are no single number are left out. Values are those Composer computed, equal on all ranks. Changes
-        nothing in ``State``. State saved: the values of the last ``num_epochs`` epochs, so a resumed run reports the
-        same.
+        Runs on EVAL_END of a fit's own evaluations, not of ``Trainer.eval()``, and on FIT_END, where it logs
+        ``median_last5/<label>/<metric>``, if ``num_epochs`` is 5. Composer evaluates once more after FIT_END if
+        ``eval_interval`` does not divide the duration: that evaluation counts for the epoch that it follows, and all
+        medians are logged again. Metrics that are not a single number are left out. The values are those that Composer
+        computed, equal on all ranks. Nothing in ``State`` changes. State saved: the values of the last ``num_epochs``
+        epochs, with which a resumed run reports the same medians.
 
     Example:
         >>> from composer import Trainer
@@ -70,28 +69,28 @@ class LastEpochsMedian(Callback):
     """
 
     def __init__(self, num_epochs: int = 5) -> None:
-        check_number('num_epochs', num_epochs, 'an integer >= 1', lambda value: value >= 1, Integral)
-        self.num_epochs = num_epochs
+        expected = 'an integer >= 1'
+        self.num_epochs: int = check_number('num_epochs', num_epochs, expected, lambda value: value >= 1, Integral)
         self._values: dict[str, dict[int, float]] = {}  # '<label>/<metric>' -> epoch -> value
-        self._fits_own = False  # whether the evaluation under way is one of fit's
+        self._within_fit = False  # whether the evaluation that runs is one of a fit
         self._ended = False
 
     @property
     def medians(self) -> dict[str, float]:
-        """``'<label>/<metric>'`` -> the median so far."""
+        """The median so far, by ``'<label>/<metric>'``."""
         return {name: last_epochs_median(values, self.num_epochs) for name, values in self._values.items()}
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Begin, or go on."""
-        self._ended = self._fits_own = False
+        """Start a fit, or continue after one."""
+        self._ended = self._within_fit = False
 
     def eval_before_all(self, state: State, logger: Logger) -> None:
-        """Expect evaluations of fit: ``Trainer.eval()`` has no such event."""
-        self._fits_own = True
+        """Expect evaluations of a fit: ``Trainer.eval()`` has no such event."""
+        self._within_fit = True
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        """Note the values of one evaluator."""
-        if not self._fits_own:
+        """Keep the values of one evaluator."""
+        if not self._within_fit:
             return
         time, label = state.timestamp, state.dataloader_label
         assert label is not None
@@ -104,14 +103,14 @@ class LastEpochsMedian(Callback):
                 self._values[f'{label}/{metric}'] = recent
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
-        """Log again what an evaluation after FIT_END has changed."""
-        self._fits_own = False
+        """Log the medians again after an evaluation that follows FIT_END."""
+        self._within_fit = False
         if self._ended:
             self._log(logger)
 
     def eval_standalone_start(self, state: State, logger: Logger) -> None:
-        """Leave ``Trainer.eval()`` out, also after an exception within an evaluation of fit."""
-        self._fits_own = False
+        """Ignore ``Trainer.eval()``, also after an exception within an evaluation of a fit."""
+        self._within_fit = False
 
     def fit_end(self, state: State, logger: Logger) -> None:
         """Log the medians."""
@@ -119,11 +118,11 @@ class LastEpochsMedian(Callback):
         self._log(logger)
 
     def state_dict(self) -> dict[str, Any]:
-        """The values of the last epochs, as plain data."""
+        """Return the values of the last epochs, as plain data."""
         return {'values': {name: dict(values) for name, values in self._values.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the values of the run that is resumed."""
+        """Restore the values of the run that is resumed."""
         self._values = {name: dict(values) for name, values in state['values'].items()}
 
     def _log(self, logger: Logger) -> None:

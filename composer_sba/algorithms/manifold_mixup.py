@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from composer.core import Algorithm, Event, State
+from composer.core import State
 from composer.loggers import Logger
 from composer.loss.utils import ensure_targets_one_hot
 from composer.utils import dist
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from composer_sba.algorithms._composer import first_forward, network_of
+from composer_sba.algorithms._composer import HookedAlgorithm, forward_on_batch, network_of
 from composer_sba.errors import CutLayerError, check_layers, check_number, check_seed
-from composer_sba.latent.cut_check import check_cut, evaluation
-from composer_sba.latent.forward_window import OnePass
+from composer_sba.latent.cut_check import check_cut
+from composer_sba.latent.forward_window import ForwardWindow
 from composer_sba.latent.layers import CutLayer, find_layers
 from composer_sba.schedule import choose_layer, noise_seed
 
@@ -54,7 +54,7 @@ def draw_mixing(alpha: float, seed: int, step: int) -> float:
 
 
 def draw_partners(rows: int, seed: int, rank: int, step: int, microbatch: int) -> torch.Tensor:
-    """Draw who is mixed with whom in one microbatch: a permutation of its rows. Shape ``(rows,)``, int64.
+    """Draw the partner of each row of one microbatch, a permutation of its rows. Shape ``(rows,)``, int64.
 
     Example:
         >>> draw_partners(4, seed=17, rank=0, step=0, microbatch=0)
@@ -64,8 +64,8 @@ def draw_partners(rows: int, seed: int, rank: int, step: int, microbatch: int) -
     return torch.randperm(rows, generator=generator)
 
 
-class ManifoldMixup(Algorithm):
-    r"""Trains the layers above a random layer on mixtures of two rows, with their labels mixed alike.
+class ManifoldMixup(HookedAlgorithm):
+    r"""A regularizer: the layers above a random layer train on mixtures of two rows, whose labels are mixed alike.
 
     Implements `Verma et al., 2019 <https://arxiv.org/abs/1806.05236>`_:
 
@@ -87,16 +87,18 @@ class ManifoldMixup(Algorithm):
             distributions ``(N, K)``. Default: ``1``.
 
     Raises:
-        ValueError: If ``alpha`` or ``seed`` lies outside its range.
-        CutLayerError: When the Trainer is built or at the first batch, if a layer is none whose rows can be mixed.
+        ValueError: If ``alpha`` or ``seed`` is out of range.
+        UserError: When the Trainer is built, if its list of algorithms has two ManifoldMixup: name all layers in one.
+        CutLayerError: When the Trainer is built or at the first batch, if the rows of a layer cannot be mixed.
 
     Note:
         Runs on AFTER_LOAD (layers are found), FIT_START (hooks go in), BEFORE_FORWARD (draws), BEFORE_LOSS (labels in
         the batch become mixed ones, float, and stay so, as with Composer's MixUp; train metrics see the original ones),
         BATCH_END (logs ``manifold_mixup/mixing``, which is λ, and ``manifold_mixup/layer``, an index in ``layers``) and
         FIT_END (hooks leave). Rows are mixed once in training's forward pass, and again in the backward pass if
-        activation checkpointing repeats it; at any other time, and after an exception, the hooks do nothing. Draws are
-        functions of (seed, rank, batch, microbatch), never of the global random stream. State saved: none.
+        activation checkpointing repeats it. At any other time, and after an exception, the hooks do nothing; after a
+        fit that broke off they leave with the next fit, ``eval()``, ``predict()`` or ``close()`` of the Trainer. Draws
+        are functions of (seed, rank, batch, microbatch), never of the global random stream. State saved: none.
 
     Example:
         >>> from composer import Trainer
@@ -104,6 +106,8 @@ class ManifoldMixup(Algorithm):
         ...     model=model, train_dataloader=dataloader, max_duration='1ep', algorithms=[ManifoldMixup(['input', '0'])]
         ... )
     """
+
+    instead_of_two = 'name all layers in one'
 
     def __init__(
         self,
@@ -113,18 +117,14 @@ class ManifoldMixup(Algorithm):
         target_key: str | int | Callable = 1,
     ) -> None:
         check_layers(layers)
-        check_number('alpha', alpha, 'a finite number > 0', lambda value: 0 < value < math.inf)
-        if seed is not None:
-            check_seed(seed)
         self.layers = layers
-        self.alpha = alpha
-        self.seed = seed
+        self.alpha = check_number('alpha', alpha, 'a finite number > 0', lambda value: 0 < value < math.inf)
+        self.seed = None if seed is None else check_seed(seed)
         self.target_key = target_key
-        self._network: nn.Module = nn.Identity()
-        self._pass = OnePass(self._network)
+        self._pass = ForwardWindow(nn.Identity())
         self._cuts: list[CutLayer] = []
         self._handles: list[RemovableHandle] = []
-        self._checked = False
+        self._cuts_checked = False
         self._microbatch = 0
         self._layer = 0  # k
         self._armed: int | None = None  # k, until the rows there are mixed
@@ -134,40 +134,28 @@ class ManifoldMixup(Algorithm):
     def __repr__(self) -> str:
         return f'ManifoldMixup(layers={self.layers!r}, alpha={self.alpha}, seed={self.seed})'
 
-    def match(self, event: Event, state: State) -> bool:
-        """Run on every event that a method below is named after."""
-        return hasattr(self, event.value)
-
-    def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Call the method that has the name of the event."""
-        getattr(self, event.value)(state, logger)
-
     def after_load(self, state: State, logger: Logger) -> None:
-        """Find the layers: surgery and loading are over, DDP is still to come."""
-        self._network = network_of(state.model)
-        self._pass.remove()
-        self._pass = OnePass(self._network)
-        self._cuts = find_layers(self._network, self.layers)
-        self._checked = False
+        """Refuse layers that the network does not have."""
+        super().after_load(state, logger)
+        find_layers(network_of(state.model), self.layers)
 
-    def fit_start(self, state: State, logger: Logger) -> None:
-        """Put the hooks in."""
-        self.fit_end(state, logger)  # of a fit that was broken off
-        self._pass.attach()
-        self._handles = [cut.hook(partial(self._at_cut, index)) for index, cut in enumerate(self._cuts)]
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """Put the hooks back, if a callback has predicted or evaluated."""
+        if not self.is_attached_to(state):
+            self.attach(state)
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         """Start from the first microbatch, also when a batch is tried again after running out of memory."""
         self._microbatch = 0
 
     def before_forward(self, state: State, logger: Logger) -> None:
-        """Draw λ, k and the pairs; before the first batch of all, see whether the layers' rows can be mixed."""
-        self._armed = None  # what an attempt that failed may have left
-        if not self._checked:
-            with evaluation(self._network):
-                for cut in self._cuts:
-                    check_cut(self._network, cut, first_forward(state))
-            self._checked = True
+        """Draw λ, k and the pairs; before the first batch of a fit, check that the layers' rows can be mixed."""
+        assert self._network is not None
+        self._armed = None  # after an attempt that failed
+        if not self._cuts_checked:
+            for cut in self._cuts:
+                check_cut(self._network, cut, forward_on_batch(state), rows_may_mix=True)
+            self._cuts_checked = True
         seed, step = state.rank_zero_seed if self.seed is None else self.seed, state.timestamp.batch.value
         labels = state.batch_get_item(self.target_key)
         partners = draw_partners(len(labels), seed, dist.get_global_rank(), step, self._microbatch)
@@ -182,7 +170,7 @@ class ManifoldMixup(Algorithm):
         if self._armed is not None:
             name = self._cuts[self._armed].name
             raise RuntimeError(f'No rows were mixed: layer {name!r} did not run in training mode in the forward pass.')
-        outputs: Any = state.outputs  # one tensor, as the check of the layers has seen
+        outputs: Any = state.outputs  # one tensor, as the check of the layers has shown
         labels = ensure_targets_one_hot(outputs, state.batch_get_item(self.target_key))
         labels = labels.to(torch.promote_types(outputs.dtype, torch.float32))
         state.batch_set_item(self.target_key, mix_rows(labels, self._partners, self._mixing))
@@ -192,15 +180,23 @@ class ManifoldMixup(Algorithm):
         self._armed = self._layer
 
     def after_backward(self, state: State, logger: Logger) -> None:
-        """Disarm, if nothing was run again."""
+        """Disarm, if no layer was run again."""
         self._armed = None
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Log what was drawn."""
         logger.log_metrics({'manifold_mixup/mixing': self._mixing.item(), 'manifold_mixup/layer': self._layer})
 
-    def fit_end(self, state: State, logger: Logger) -> None:
-        """Take the hooks off."""
+    def _put_in(self, state: State) -> None:
+        assert self._network is not None
+        if self._pass.model is not self._network:
+            self._pass = ForwardWindow(self._network)
+        self._pass.attach()
+        self._cuts = find_layers(self._network, self.layers)
+        self._handles = [cut.hook(partial(self._at_cut, index)) for index, cut in enumerate(self._cuts)]
+        self._cuts_checked = False
+
+    def _take_out(self, state: State | None) -> None:
         self._pass.remove()
         for handle in self._handles:
             handle.remove()
@@ -208,12 +204,12 @@ class ManifoldMixup(Algorithm):
 
     def _at_cut(self, index: int, latent: torch.Tensor) -> torch.Tensor | None:
         # A network that is fitted in evaluation mode is looked at, not trained.
-        if self._armed != index or not self._pass.on or not self._network.training:
+        if self._armed != index or not self._pass.open or self._network is None or not self._network.training:
             return None
         if len(latent) != len(self._partners):
             raise CutLayerError(
-                f'Layer {self._cuts[index].name!r} has {len(latent)} rows for a batch of {len(self._partners)}. Beside '
-                'SBA, ManifoldMixup mixes at layers below the cut of SBA.',
+                f'Layer {self._cuts[index].name!r} has {len(latent)} rows for a batch of {len(self._partners)}. '
+                'ManifoldMixup can mix only at layers below the cut of SBA.',
             )
         self._armed = None
         return mix_rows(latent, self._partners, self._mixing)

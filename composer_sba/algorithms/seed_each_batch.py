@@ -1,4 +1,4 @@
-"""class SeedEachBatch: what a batch draws is a function of (seed, rank, batch), so that a resumed run repeats it."""
+"""class SeedEachBatch: global random streams that are functions of (seed, rank, batch), which a resumed run repeats."""
 
 import random
 from collections.abc import Sequence
@@ -14,17 +14,17 @@ from composer_sba.schedule import hash_key
 
 
 class SeedEachBatch(Algorithm):
-    """Seeds the global random streams of torch, NumPy and Python anew for each batch.
+    """Global random streams of torch, NumPy and Python that are seeded anew for each batch.
 
-    Composer saves them, but does not restore them from a checkpoint in mid-epoch of streamed data, and does not rewind
-    them when a batch ran out of memory and is tried again. So dropout and the algorithms that draw from them would go
-    on with other draws than the unbroken run. With this one, first in the list, they repeat.
+    Composer saves these streams, but it does not restore them from a checkpoint in mid-epoch of streamed data, and it
+    does not rewind them before it tries a batch again that ran out of memory. Dropout, and algorithms that draw from
+    these streams, would then differ from the unbroken run. With this algorithm first in the list they repeat.
 
-    ``composer train.py`` has it in every run. What the DataLoader and SBA draw needs no such help.
+    ``composer train.py`` adds it to every run. The draws of the DataLoader and of SBA do not need it.
 
     Note:
-        Runs on AFTER_DATALOADER, and on BEFORE_TRAIN_BATCH, which is where a batch is tried again. The streams are
-        functions of (the Trainer's seed, rank, batch). State saved: none. See :func:`sort_seed_first`.
+        Runs on AFTER_DATALOADER, and on BEFORE_TRAIN_BATCH, where a batch is tried again. The streams are functions of
+        (the Trainer's seed, rank, batch). State saved: none. See :func:`sort_seed_first`.
 
     Example:
         >>> from composer import Trainer
@@ -44,7 +44,7 @@ class SeedEachBatch(Algorithm):
         return event in (Event.AFTER_DATALOADER, Event.BEFORE_TRAIN_BATCH)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Seed them; two events have two seeds."""
+        """Seed the streams; each of the two events has its own seed."""
         moment = int(event == Event.BEFORE_TRAIN_BATCH)
         seed = hash_key(state.rank_zero_seed, dist.get_global_rank(), state.timestamp.batch.value, moment)
         random.seed(seed)
@@ -53,7 +53,7 @@ class SeedEachBatch(Algorithm):
 
 
 def sort_seed_first(algorithms: Sequence[Algorithm], event: Event) -> Sequence[Algorithm]:
-    """Seed before anything draws: a pass for ``Trainer(algorithm_passes=[sort_seed_first])``.
+    """Run SeedEachBatch before anything draws: a pass for ``Trainer(algorithm_passes=[sort_seed_first])``.
 
     Composer runs algorithms in the reverse of their order at AFTER_DATALOADER.
 

@@ -104,7 +104,7 @@ def test_no_checkpoint_is_written_after_a_divergence(
 ) -> None:
     """Where the value is read at the end of the batch, as on a GPU: weights are lost, the last checkpoint is not."""
     poison = Poison(math.nan)
-    monkeypatch.setattr('composer_sba.sba.read_at_once', lambda loss: False)
+    monkeypatch.setattr('composer_sba.sba.is_on_cpu', lambda loss: False)
     sba = SBA(augment_prob=1.0, target=target)
     saving = {'save_folder': str(tmp_path), 'save_interval': '1ba', 'save_overwrite': True}
     run = trainer(network(poison), sba, callbacks=[After(poison, 2)], **saving)
@@ -120,7 +120,7 @@ def test_what_a_grad_scaler_leaves_out_ends_the_run_only_if_it_goes_on() -> None
     run = trainer(network(), SBA(augment_prob=1.0))
     (sba,) = [each for each in run.state.algorithms if isinstance(each, SBA)]
     run.state._precision = Precision.AMP_FP16
-    with pytest.warns(RuntimeWarning, match='in batch 0 at layer .*GradScaler leaves the update out'):
+    with pytest.warns(RuntimeWarning, match='in batch 0 at layer .*GradScaler skips the update'):
         sba._check_finite(math.inf, run.state, 0)
     for batch in range(1, 9):
         sba._check_finite(math.nan, run.state, batch)
