@@ -1,6 +1,6 @@
-"""Measures how fast images of ImageNet's size reach the network, beside torchvision's ImageFolder on the same JPEGs.
+"""Measure how fast images of ImageNet's size reach the network, compared with torchvision's ImageFolder.
 
-Run: python benchmarks/data_path.py [--images 1024] [--workers 1] [--rounds 7] > benchmarks/data-<date>-<device>.md
+Both read the same JPEGs. Run: python benchmarks/data_path.py > benchmarks/data-<date>-<device>.md
 """
 
 import argparse
@@ -29,23 +29,23 @@ from torchvision.transforms import v2
 from composer_sba.data.conversion import convert
 from composer_sba.data.loader import DatasetConfig, build_dataspec, transform
 from composer_sba.data.samples import decode
-from composer_sba.study.runner import hardware, shared_facts
+from composer_sba.study.provenance import hardware, software
 
 WIDTH, HEIGHT = 500, 375
 
 
 def photograph(numbers: np.random.Generator) -> Image.Image:
-    """Make an image with the spectrum of photographs, whose amplitude falls as 1/f; about 100 kB as a JPEG."""
+    """Return an image with the 1/f amplitude spectrum of photographs; about 100 kB as a JPEG."""
     frequency = np.hypot(np.fft.fftfreq(HEIGHT)[:, None], np.fft.rfftfreq(WIDTH)[None])
     frequency[0, 0] = np.inf
     white = np.fft.rfft2(numbers.normal(size=(3, HEIGHT, WIDTH)))
     pink = np.fft.irfft2(white / frequency, s=(HEIGHT, WIDTH)).transpose(1, 2, 0)
-    pink = pink @ [[1, 0.8, 0.7], [0, 0.4, 0.2], [0, 0, 0.3]]  # colours go together
+    pink = pink @ [[1, 0.8, 0.7], [0, 0.4, 0.2], [0, 0, 0.3]]  # correlates the colours
     return Image.fromarray((127 + 55 * pink / pink.std()).clip(0, 255).astype(np.uint8))
 
 
 def write_images(folder: Path, count: int) -> None:
-    """Write ``count`` JPEGs for training, of ten classes, and ten for validation."""
+    """Write ``count`` JPEGs of ten classes for training and ten for validation."""
     numbers = np.random.default_rng(0)
     for i in range(count + 10):
         path = folder / ('train' if i < count else 'val') / str(i % 10) / f'{i}.jpg'
@@ -54,28 +54,28 @@ def write_images(folder: Path, count: int) -> None:
 
 
 def as_tensors(path: str) -> Image.Image | torch.Tensor:
-    """Decode a file as composer-sba does."""
+    """Decode a file with composer-sba's decoder."""
     return decode(Path(path).read_bytes(), tensors=True)
 
 
-def seconds() -> tuple[float, float, float]:
-    """Read the clock, this process's time on the CPU and its workers'."""
+def clocks() -> tuple[float, float, float]:
+    """Return the wall time, the CPU time of this process and the CPU time of its workers. Unit: seconds."""
     workers = (process.cpu_times() for process in psutil.Process().children())
     return time.perf_counter(), time.process_time(), sum(each.user + each.system for each in workers)
 
 
 def epoch(batches: Iterable[torch.Tensor]) -> tuple[float, float, float]:
-    """Take all batches; seconds an image by the clock, and on the CPU here and in the workers, or here if none."""
-    begun = seconds()
+    """Read all batches and return the seconds per image of each clock; without workers, the third is the second."""
+    begun = clocks()
     images = sum(len(batch) for batch in batches)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    clock, here, workers = (after - before for after, before in zip(seconds(), begun, strict=True))
-    return clock / images, here / images, (workers or here) / images
+    wall, trainer, workers = (after - before for after, before in zip(clocks(), begun, strict=True))
+    return wall / images, trainer / images, (workers or trainer) / images
 
 
 def stages(paths: list[Path], load: Callable[[str], Any], steps: list[Callable]) -> dict[str, float]:
-    """Time what one process does for an image, stage by stage; unit: milliseconds."""
+    """Time each stage of the work of one process for an image. Unit: milliseconds."""
     spent = dict.fromkeys(['decode', *(type(step).__name__ for step in steps)], 0.0)
     for path in paths:
         image: Any = str(path)
@@ -88,14 +88,12 @@ def stages(paths: list[Path], load: Callable[[str], Any], steps: list[Callable])
 
 def main() -> None:
     """Print the report."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--images', type=int, default=1024)
-    parser.add_argument('--workers', type=int, default=1)
-    parser.add_argument('--batch', type=int, default=64)
-    parser.add_argument('--rounds', type=int, default=7)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    for name, default, least in (('images', 1024, 1), ('workers', 1, 0), ('batch', 64, 1), ('rounds', 7, 2)):
+        parser.add_argument(f'--{name}', type=at_least(least), default=default, metavar='N', help=f'({default})')
     args = parser.parse_args()
     device = get_device(None).tensor_to_device(torch.empty(0)).device
-    torch.set_num_threads(1)  # as the workers do, for the stages
+    torch.set_num_threads(1)  # the workers use one thread
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         source, out = Path(folder, 'jpeg'), Path(folder, 'mds')
@@ -128,7 +126,7 @@ def main() -> None:
         ]
         ours, images = (build_dataspec(config, args.batch, device=device) for _ in range(2))
         steps: list[Callable] = ours.dataloader.dataset.transform.transforms
-        images.dataloader.dataset.transform = transforms.Compose(steps)  # as with a transform that needs PIL images
+        images.dataloader.dataset.transform = transforms.Compose(steps)  # a transform that receives PIL images
 
         loaders = {
             'ImageFolder': folder_loader(default_loader, transforms.Compose(usual)),
@@ -154,30 +152,28 @@ def main() -> None:
             'composer-sba': stages(paths, as_tensors, steps),
         }
 
-    facts = shared_facts(1)
-    versions = ', '.join(f'{package} {version}' for package, version in facts['versions'].items())
     print(f'# Images a second, {datetime.datetime.now(datetime.timezone.utc).date()}\n')
-    print(f'{hardware("cpu")}, batches on {device.type}; {versions}; commit {facts["commit"]}.\n')
+    print(f'{hardware("cpu")}, batches on {device.type}; {software()}.\n')
     print(
         f'{args.images} JPEGs of {WIDTH} by {HEIGHT} pixels, {size / 1000:.0f} kB on average, with the spectrum of '
         f'photographs; random resized crop to 224, flip, normalized float32 batches of {args.batch}; {args.workers} '
-        f'workers; epochs in turn, after one to warm up, n = {args.rounds}: median [quartiles]. On the CPU: in the '
-        'workers, and in the process that trains, which normalizes for composer-sba where there is no other device; '
-        f'load of the machine {os.getloadavg()[2]:.1f}.\n'
+        f'workers. The data paths take turns, one epoch each, after one epoch of warm-up; n = {args.rounds}: median '
+        '[quartiles]. The times in ms are CPU times of the workers and of the process that trains, which normalizes '
+        f'for composer-sba if there is no other device. Load of the machine: {os.getloadavg()[2]:.1f}.\n'
     )
     print('| data path | images/s | ÷ ImageFolder | workers, ms an image | ÷ ImageFolder | trainer, ms an image |')
     print('|---|---:|---:|---:|---:|---:|')
     for name, each in spent.items():
-        clock, here, workers = zip(*each[1:], strict=True)
+        wall, trainer, workers = zip(*each[1:], strict=True)
         others = spent['ImageFolder'][1:]
-        faster = quartiles(other[0] / own for own, other in zip(clock, others, strict=True))
+        faster = quartiles(other[0] / own for own, other in zip(wall, others, strict=True))
         cheaper = quartiles(other[2] / own for own, other in zip(workers, others, strict=True))
         print(
-            f'| {name} | {1 / statistics.median(clock):.0f} | {faster} | {1000 * statistics.median(workers):.2f} | '
-            f'{cheaper} | {1000 * statistics.median(here):.2f} |'
+            f'| {name} | {1 / statistics.median(wall):.0f} | {faster} | {1000 * statistics.median(workers):.2f} | '
+            f'{cheaper} | {1000 * statistics.median(trainer):.2f} |'
         )
     print(
-        '\nWhat a worker does for an image, stage by stage, milliseconds on the CPU; the rest is reading and batching:'
+        '\nThe stages of the work of a worker for an image, in milliseconds of CPU time, without reading and batching:'
     )
     for name, each in parts.items():
         print(f'\n| {name}: {" | ".join(each)} |\n|{"---:|" * len(each)}')
@@ -185,9 +181,20 @@ def main() -> None:
 
 
 def quartiles(ratios: Iterable[float]) -> str:
-    """Write the median with the quartiles."""
+    """Format the median and the quartiles."""
     low, middle, high = statistics.quantiles(ratios, n=4)
     return f'{middle:.2f} [{low:.2f}, {high:.2f}]'
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return a type of command-line arguments: integers that are not less than ``least``."""
+
+    def integer(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f'expected an integer >= {least}, got {text!r}')
+        return int(text)
+
+    return integer
 
 
 if __name__ == '__main__':

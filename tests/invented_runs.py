@@ -1,10 +1,10 @@
-"""Runs that nobody trained, with round numbers: what the report and its parts are tested on."""
+"""Invented runs with round numbers, for the tests of the report and its parts."""
 
-from composer_sba.study.records import append
+from composer_sba.study.records import append_record
 
 
-def record(method='baseline', seed=1, accuracy=0.6, seconds=100.0, *, study='rivals', setting=None, **others):
-    """A run of ten epochs whose accuracy rises evenly to its final value and stays there for the last five."""
+def record(method='baseline', seed=1, accuracy=0.6, seconds=100.0, *, study='methods', setting=None, **others):
+    """Return a run of ten epochs whose accuracy rises evenly for five of them and then stays at its final value."""
     recipe = {'max_duration': '10ep', 'seed': seed, 'algorithms': {}, 'model': {'name': 'resnet_cifar'}}
     algorithms = others.pop('algorithms', {})
     return {
@@ -69,4 +69,4 @@ def eta_study():
 
 def write(folder, *runs):
     for run in runs:
-        append(folder / f'{run["study"]}.jsonl', run)
+        append_record(folder / f'{run["study"]}.jsonl', run)

@@ -1,4 +1,4 @@
-"""Figures of invented runs: drawn whatever their length, and only of as many runs as they need.
+"""Figures of invented runs of any length, and of studies with too few runs for a figure.
 
 Run: pytest tests/test_figures.py
 """
@@ -16,7 +16,7 @@ def test_runs_of_any_length_can_be_drawn(tmp_path, seconds):
 
 
 @pytest.mark.parametrize('study', ['eta', 'layers'])
-def test_a_study_that_has_just_begun(tmp_path, study):
+def test_a_study_without_varied_settings_has_no_figure(tmp_path, study):
     write(tmp_path, record(study=study))
     assert len(report(tmp_path, tmp_path / 'results.md')) == 1
     write(tmp_path, record('sba', study=study, setting={'eta': 0.1} if study == 'eta' else {'layer': 'head'}))

@@ -1,4 +1,4 @@
-"""Groups and rows of invented runs: apart what cannot be compared, together what a row averages, each seed once.
+"""Groups and rows of invented runs: which runs share a group, and which a row may average.
 
 Run: pytest tests/test_groups.py
 """
@@ -10,7 +10,7 @@ from composer_sba.study.groups import group, rows
 from invented_runs import record
 
 
-def test_groups_keep_apart_what_cannot_be_compared():
+def test_groups_separate_runs_that_cannot_be_compared():
     runs = [
         record(),
         record(recipe={'scale_schedule_ratio': 0.5}),
@@ -31,7 +31,7 @@ def test_groups_keep_apart_what_cannot_be_compared():
     assert next(iter(groups)).title == 'ResNet44 on CIFAR-10, 5,000 training images, 10 epochs'
 
 
-def test_rows_of_equal_label_stay_apart():
+def test_methods_with_equal_labels_have_separate_rows():
     assert list(rows([record('ba'), record('ba2')])) == ['BA', 'BA [ba2]']
 
 
@@ -40,9 +40,23 @@ def test_a_seed_counts_once():
         group([record(), record(accuracy=0.7)])
 
 
-def test_recipes_of_a_row_must_agree():
-    runs = [record('sba', seed, algorithms={'sba': {'fold': fold, 'seed': seed}}) for seed, fold in ((1, 4), (2, 8))]
-    with pytest.raises(UserError, match='seeds 1 and 2 differ in algorithms: delete the lines of one recipe'):
+@pytest.mark.parametrize(
+    ('key', 'values'),
+    [
+        ('algorithms', [{'sba': {'fold': 4}}, {'sba': {'fold': 8}}]),
+        ('algorithms', [{'sba': {}}, {'sba': {}, 'seed_each_batch': {}}]),  # a name that contains 'seed' is not a seed
+        ('train_dataset', [{'subset': 1000}, {'subset': 2000}]),
+        ('eval_dataset', [{'split': 'val'}, {'split': 'train'}]),
+    ],
+)
+def test_recipes_of_a_row_must_agree(key, values):
+    runs = [record('sba', seed, recipe={key: value}) for seed, value in enumerate(values, start=1)]
+    with pytest.raises(UserError, match=f'seeds 1 and 2 differ in {key}: delete the lines of one recipe'):
         group(runs)
-    runs[1]['recipe']['algorithms']['sba']['fold'] = 4
-    assert len(group(runs)) == 1  # seeds may differ
+
+
+def test_recipes_of_a_row_may_differ_in_their_seeds():
+    runs = [record('sba', seed, algorithms={'sba': {'seed': seed}}) for seed in (1, 2)]
+    for run in runs:
+        run['recipe']['train_dataset'] = {'shuffle_seed': run['seed']}
+    assert len(group(runs)) == 1

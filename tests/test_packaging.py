@@ -77,7 +77,7 @@ def test_a_recipe_of_the_package_goes_by_its_name_anywhere(tmp_path, monkeypatch
         ('convert cifar10 --source nowhere.tar.gz', 2, 'nowhere.tar.gz'),
         ('layers --model nowhere', 2, "error: --model: unknown model 'nowhere'"),
         ('layers --model digits_net', 0, 'head'),
-        ('study rivals --networks nowhere --dry-run', 2, 'nowhere'),
+        ('study methods --networks nowhere --dry-run', 2, 'nowhere'),
     ],
 )
 def test_the_console_command_hands_on_arguments_and_exit_code(command, code, said, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""What we hold of the paper's Table 1 against the improvements that the paper computes of it.
+"""Our copy of the paper's Table 1 compared with the improvements that the paper computes from it.
 
 Run: pytest tests/test_paper.py
 """

@@ -1,8 +1,9 @@
-"""Which runs a study plans, and which of them are the same.
+"""The runs that a study plans, and which of them are the same.
 
-pytest tests/test_plan.py
+Run: pytest tests/test_plan.py
 """
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from composer_sba.errors import UserError
 from composer_sba.study.flops import flops_per_image
 from composer_sba.study.plan import ETAS, MAX_COST, Run, plan
+from composer_sba.study.recipe_index import families as find_families
 
 YAMLS = Path(__file__).parent.parent / 'yamls'
 
@@ -20,7 +22,7 @@ def _names(runs: list[Run]) -> list[str]:
     return [run.name for run in runs]
 
 
-def test_table_1_has_all_of_its_29_cells_in_seed_order() -> None:
+def test_table_1_has_its_29_cells_sorted_by_seed() -> None:
     runs = plan('table1', YAMLS, seeds=2)
     assert len(runs) == 58
     assert [run.recipe.seed for run in runs] == [17] * 29 + [18] * 29
@@ -29,19 +31,19 @@ def test_table_1_has_all_of_its_29_cells_in_seed_order() -> None:
 
 
 def test_a_method_is_its_own_recipe_or_its_file_over_the_baseline() -> None:
-    runs = plan('rivals', YAMLS, datasets=['digits'], methods=['cutout', 'mixup', 'sba'], seeds=1)
+    runs = plan('methods', YAMLS, datasets=['digits'], methods=['cutout', 'mixup', 'sba'], seeds=1)
     by_method = {run.method: run.recipe for run in runs}
     assert by_method['cutout'].train_dataset['cutout'] == 3
     assert by_method['mixup'].algorithms == {'mixup': {'alpha': 0.2}}
     assert by_method['sba'].algorithms['sba']['fold'] == 8
 
 
-def test_rivals_know_every_method_file() -> None:
-    methods = {run.method for run in plan('rivals', YAMLS, datasets=['digits'], seeds=1)}
+def test_methods_has_every_method_file() -> None:
+    methods = {run.method for run in plan('methods', YAMLS, datasets=['digits'], seeds=1)}
     assert methods >= {path.stem for path in (YAMLS / 'methods').glob('*.yaml')} | {'baseline', 'sba_conv'}
 
 
-def test_eta_varies_eta_alone() -> None:
+def test_eta_varies_only_eta() -> None:
     runs = plan('eta', YAMLS, networks=['resnet44'], datasets=['cifar10'], seeds=1)
     assert [run.setting.get('eta') for run in runs] == [None, *ETAS]
     assert [run.recipe.algorithms['sba']['eta'] for run in runs[1:]] == list(ETAS)
@@ -56,7 +58,7 @@ def test_layers_cuts_every_stage_with_sba_and_latent_ba() -> None:
     assert all(r.recipe.algorithms['sba']['target'] == 'hard' for r in runs if r.method == 'latent_ba')
 
 
-def test_search_keeps_to_its_budget_and_repeats() -> None:
+def test_search_keeps_to_its_budget_and_is_reproducible() -> None:
     runs = plan('search', YAMLS, networks=['resnet8'], seeds=1, trials=12)
     assert runs[0].method == 'baseline' and len(runs) == 13
     costs = [flops_per_image(run.recipe) / flops_per_image(runs[0].recipe) for run in runs]
@@ -65,15 +67,16 @@ def test_search_keeps_to_its_budget_and_repeats() -> None:
     assert _names(runs) == _names(plan('search', YAMLS, networks=['resnet8'], seeds=1, trials=12))
 
 
-def test_an_override_of_an_algorithm_reaches_those_who_have_it() -> None:
-    overrides = ['algorithms.sba.fold=3', 'max_duration=5ep']
-    runs = plan('rivals', YAMLS, datasets=['digits'], methods=['baseline', 'sba'], seeds=1, overrides=overrides)
+@pytest.mark.parametrize('name', ['sba', 'SBA'])
+def test_an_override_of_an_algorithm_applies_to_the_runs_that_have_it(name: str) -> None:
+    overrides = [f'algorithms.{name}.fold=3', 'max_duration=5ep']
+    runs = plan('methods', YAMLS, datasets=['digits'], methods=['baseline', 'sba'], seeds=1, overrides=overrides)
     assert [run.recipe.max_duration for run in runs] == ['5ep', '5ep']
     assert [run.recipe.algorithms.get('sba', {}).get('fold') for run in runs] == [None, 3]
 
 
-def test_epochs_scale_multiplies_what_a_method_has() -> None:
-    runs = plan('rivals', YAMLS, datasets=['digits'], methods=['baseline', 'twice'], seeds=1, epochs_scale=0.25)
+def test_epochs_scale_multiplies_the_ratio_of_the_method() -> None:
+    runs = plan('methods', YAMLS, datasets=['digits'], methods=['baseline', 'twice'], seeds=1, epochs_scale=0.25)
     assert [run.recipe.scale_schedule_ratio for run in runs] == [0.25, 0.5]
 
 
@@ -90,24 +93,102 @@ def test_epochs_scale_multiplies_what_a_method_has() -> None:
         ('seed=18', False),
     ],
 )
-def test_the_hash_tells_models_apart_and_nothing_else(override: str, same: bool) -> None:
+def test_the_hash_depends_on_what_changes_the_model(override: str, same: bool) -> None:
     plain, other = (
-        plan('rivals', YAMLS, datasets=['digits'], methods=['baseline'], seeds=1, overrides=overrides)[0]
+        plan('methods', YAMLS, datasets=['digits'], methods=['baseline'], seeds=1, overrides=overrides)[0]
         for overrides in ([], [override])
     )
     assert (plain.hash == other.hash) is same, (plain.facts, other.facts)
 
 
 @pytest.mark.parametrize(
-    ('names', 'said'),
+    ('arguments', 'message'),
     [
         ({'networks': ['resnet4']}, "--networks: unknown 'resnet4'; did you mean 'resnet44'?"),
         ({'datasets': ['cifar']}, "--datasets: unknown 'cifar'"),
         ({'methods': ['mixpu']}, "--methods: unknown 'mixpu'; did you mean 'mixup'?"),
         ({'networks': ['resnet8'], 'datasets': ['imagenet']}, 'no recipe'),
         ({'seeds': 0}, '--seeds: expected at least 1, got 0'),
+        ({'epochs_scale': math.nan}, '--epochs-scale: must be positive and finite, got nan'),
     ],
 )
-def test_what_is_not_there_is_named(names: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=re.escape(said)):
-        plan('rivals', YAMLS, **names)
+def test_a_mistake_is_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        plan('methods', YAMLS, **arguments)
+
+
+@pytest.mark.parametrize(
+    ('study', 'override', 'message'),
+    [
+        ('methods', 'algorithms.sbaa.fold=3', '--set algorithms.sbaa.fold=3: no run of this study has the algorithm'),
+        ('methods', 'algorithms.gyro_dropout.p=0.1', "no run of this study has the algorithm 'gyro_dropout'"),
+        ('eta', 'algorithms.sba.eta=0.5', '--set algorithms.sba.eta=0.5: the study varies this key itself'),
+        ('layers', 'algorithms.SBA.layers=conv1', 'the study varies this key itself'),
+        ('search', 'algorithms.sba.vicinity.sigma=0.2', 'the study varies this key itself'),
+    ],
+)
+def test_an_override_without_an_effect_is_refused(study: str, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        plan(study, YAMLS, datasets=['digits'], seeds=1, overrides=[override])
+
+
+@pytest.mark.parametrize(
+    ('override', 'methods'),
+    [
+        ('scale_schedule_ratio=1.0', 'digits digits baseline seed 17 and digits digits longer seed 17'),
+        ('train_dataset.cutout=3', 'digits digits baseline seed 17 and digits digits cutout seed 17'),
+    ],
+)
+def test_two_methods_that_are_one_run_are_refused(override: str, methods: str) -> None:
+    """A finished run is recognized by its recipe: the second method would have no line in the results."""
+    with pytest.raises(UserError, match=f'^{methods} have the same recipe: leave one of them out$'):
+        plan('methods', YAMLS, datasets=['digits'], seeds=1, overrides=[override])
+
+
+def test_a_method_named_twice_is_planned_once() -> None:
+    assert len(plan('methods', YAMLS, datasets=['digits'], methods=['sba', 'sba'], seeds=1)) == 1
+
+
+def test_search_cuts_layers_that_are_too_wide_for_the_dense_basis_of_the_recipe() -> None:
+    (run,) = plan('search', YAMLS, networks=['resnet44'], datasets=['cifar10'], methods=['sba'], seeds=1, trials=1)
+    assert run.recipe.algorithms['sba']['vicinity']['basis'] == 'identity'
+
+
+def test_search_says_how_many_settings_fit_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr('composer_sba.study.plan.SEARCH', {'fold': (1, 2), 'eta': (0.1, 1.0)})
+    arguments = {'datasets': ['digits'], 'methods': ['sba'], 'seeds': 1}
+    message = r'^--trials: only \d+ settings cost at most 1.3 times the baseline, got 99$'
+    with pytest.raises(UserError, match=message) as caught:
+        plan('search', YAMLS, **arguments, trials=99)
+    found = int(str(caught.value).split()[2])
+    assert len(plan('search', YAMLS, **arguments, trials=found)) == found
+
+
+class TestRecipeIndex:
+    """The networks, data sets and methods of a folder of recipes, by their file names."""
+
+    @pytest.fixture
+    def recipes(self, tmp_path: Path) -> Path:
+        (tmp_path / 'methods').mkdir()
+        for name in ('vgg16_cifar10_baseline', 'vgg16_cifar10_sba', 'methods/mixup'):
+            (tmp_path / f'{name}.yaml').touch()
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        ('file', 'families'),
+        [
+            ('vgg16_cifar10_cutout.yaml', {'vgg16_cifar10': ['baseline', 'cutout', 'mixup', 'sba']}),
+            # One family's name may begin with another's
+            (
+                'vgg16_cifar10_small_baseline.yaml',
+                {'vgg16_cifar10': ['baseline', 'mixup', 'sba'], 'vgg16_cifar10_small': ['baseline', 'mixup']},
+            ),
+            ('vgg16_cifar100_sba.yaml', {'vgg16_cifar10': ['baseline', 'mixup', 'sba']}),  # without a baseline
+            ('._vgg16_cifar10_baseline.yaml', {'vgg16_cifar10': ['baseline', 'mixup', 'sba']}),  # of macOS
+            ('methods/.mixup.yaml', {'vgg16_cifar10': ['baseline', 'mixup', 'sba']}),
+            ('vgg16_cifar10_sba.yaml~', {'vgg16_cifar10': ['baseline', 'mixup', 'sba']}),
+        ],
+    )
+    def test_a_file_belongs_to_one_family(self, recipes: Path, file: str, families: dict[str, list[str]]) -> None:
+        (recipes / file).touch()
+        assert {family.stem: family.methods() for family in find_families(recipes)} == families

@@ -1,34 +1,52 @@
-"""The page of results: what it shows is what the report makes of the runs in results/, and its figures are there.
+"""The page of results compared with a new report of the runs in results/.
 
-pytest tests/test_results.py
+Run: pytest tests/test_results.py
 """
 
 import re
+import shlex
 import shutil
 from pathlib import Path
 
-from composer_sba.study.records import read
+import pytest
+
+from composer_sba.study import __main__ as study_command
+from composer_sba.study.records import read_records
 from composer_sba.study.report import SECTIONS, report
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / 'docs' / 'results.md'
 
 
-def test_the_page_is_what_the_report_makes_of_the_runs(tmp_path: Path) -> None:
+def test_the_page_is_the_report_of_the_runs(tmp_path: Path) -> None:
     page = tmp_path / 'results.md'
     shutil.copy(PAGE, page)
     written = report(ROOT / 'results', page)
     assert page.read_text() == PAGE.read_text(), 'python -m composer_sba.study report'
     figures = {path.name for path in written[1:]}
-    own = {'vicinity.png'}  # of `study vicinity`, on another page
-    assert figures | own == {path.name for path in (PAGE.parent / 'figures').glob('*.png')}
+    others = {'vicinity.png'}  # `study vicinity` draws it for another page
+    assert figures | others == {path.name for path in (PAGE.parent / 'figures').glob('*.png')}
     assert figures == set(re.findall(r'\(figures/([\w.-]+)\)', PAGE.read_text()))
 
 
-def test_every_run_tells_where_it_comes_from() -> None:
-    runs = [run for study in SECTIONS for run in read(ROOT / 'results' / f'{study}.jsonl')]
+def test_every_run_names_its_origin() -> None:
+    runs = [run for study in SECTIONS for run in read_records(ROOT / 'results' / f'{study}.jsonl')]
     assert runs
     for run in runs:
         assert re.fullmatch(r'[0-9a-f]{12}', run['commit']), f'{run["hash"]}: commit {run["commit"]}'
         assert run['hardware'] and run['versions']['torch'] and run['flops']
         assert not re.search(r'/(home|root|work|tmp)/', str(run)), f'{run["hash"]} names a path'
+
+
+COMMANDS = re.findall(
+    r'^    python -m composer_sba.study (.*)', PAGE.read_text().replace('\\\n', ' '), flags=re.MULTILINE
+)
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_the_commands_of_the_page_find_their_runs(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A finished run is recognized by its hash: with another one, an interrupted study would start again."""
+    arguments = [*shlex.split(command), '--recipes', str(ROOT / 'yamls'), '--results', str(ROOT / 'results')]
+    assert study_command.main([*arguments, '--dry-run']) == 0
+    planned, found = re.findall(r'(\d+) (?:runs|of them)', capsys.readouterr().out)[:2]
+    assert planned == found != '0', f'{found} of {planned} runs'

@@ -1,146 +1,158 @@
-"""A study trains each of its runs once, whatever is killed, and says what it was.
+"""A study trains each of its runs once, even after a kill, and each record says what was trained.
 
-pytest tests/test_study.py
+Run: pytest tests/test_study.py
 """
 
 import json
-import os
 import re
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from composer_sba.recipe.recipe import load
-from composer_sba.study import worker
+from composer_sba.study import provenance
 from composer_sba.study.__main__ import main
 from composer_sba.study.flops import flops_per_image
-from composer_sba.study.records import read
+from composer_sba.study.plan import plan
+from composer_sba.study.records import read_records
+from composer_sba.study.runner import Curve
+from composer_sba.train import train
+from programs import start
 
 ROOT = Path(__file__).parent.parent
 YAMLS = ROOT / 'yamls'
 DIGITS = ['--datasets', 'digits', '--recipes', str(YAMLS)]
 IN_MEMORY = ['--set', 'train_dataset.in_memory=true', 'eval_dataset.in_memory=true']
+SBA = ['methods', *DIGITS, '--methods', 'sba', '--seeds', '1', '--epochs-scale', '0.5', *IN_MEMORY]
 
 
-@pytest.mark.parametrize('changed', ['package/study/worker.py', 'package/sba.py', 'yamls/recipe.yaml'])
-def test_the_commit_tells_whether_the_code_is_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
-) -> None:
-    for name in ('package/study/worker.py', 'package/sba.py', 'yamls/recipe.yaml', 'results/runs.jsonl'):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text('one\n')
-    author = ['-c', 'user.name=a', '-c', 'user.email=a@b']
-    for arguments in (['init', '-q'], ['add', '.'], [*author, 'commit', '-qm', 'one']):
-        subprocess.run(['git', '-C', str(tmp_path), *arguments], check=True)
-    monkeypatch.setattr(worker, '__file__', str(tmp_path / 'package/study/worker.py'))
-    (tmp_path / 'results/runs.jsonl').write_text('two\n')
-    assert re.fullmatch('[0-9a-f]{12}', worker.commit())
-    (tmp_path / changed).write_text('two\n')
-    assert re.fullmatch(r'[0-9a-f]{12}\+', worker.commit()), changed
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every command in an empty folder, with one thread."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
 
 
-class TestRuns:
-    """Every command here runs in a folder of its own, as a user would run it."""
+class TestCommit:
+    """The commit in a record is that of the code, or unknown."""
+
+    FILES = ('package/study/provenance.py', 'package/sba.py', 'yamls/recipe.yaml', 'results/runs.jsonl')
 
     @pytest.fixture(autouse=True)
-    def _elsewhere(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.chdir(tmp_path)
+    def _repository(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in self.FILES:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text('one\n')
+        self._git('init', '-q')
+        monkeypatch.setattr(provenance, '__file__', str(tmp_path / self.FILES[0]))
 
-    def _study(self, *arguments: str) -> subprocess.Popen[str]:
-        environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
-        command = [sys.executable, '-m', 'composer_sba.study', *arguments]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    def _git(self, *arguments: str) -> None:
+        subprocess.run(['git', *arguments], check=True)
 
-    def _finish(self, *arguments: str) -> tuple[int, str]:
-        process = self._study(*arguments)
-        said, _ = process.communicate(timeout=300)
-        return process.returncode, said
+    def _commit(self, *files: str) -> None:
+        self._git('add', *files)
+        self._git('-c', 'user.name=a', '-c', 'user.email=a@b', 'commit', '-qm', 'one')
 
-    def test_a_failure_is_told_and_the_others_go_on(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize('changed', FILES[:3])
+    def test_a_plus_marks_code_that_differs_from_it(self, changed: str) -> None:
+        self._commit('.')
+        Path('results/runs.jsonl').write_text('two\n')
+        assert re.fullmatch('[0-9a-f]{12}', provenance.commit())
+        Path(changed).write_text('two\n')
+        assert re.fullmatch(r'[0-9a-f]{12}\+', provenance.commit()), changed
+
+    def test_it_is_unknown_inside_the_repository_of_another_project(self) -> None:
+        self._commit('results/runs.jsonl')  # as with an environment in a project's checkout
+        assert provenance.commit() == 'unknown'
+
+
+@pytest.mark.xdist_group('study')
+class TestRuns:
+    """Studies of a few epochs on the digits."""
+
+    def _run(self, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+        code = main(arguments)
+        return code, ''.join(capsys.readouterr())
+
+    def test_a_failure_is_reported_and_the_others_continue(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         recipes = tmp_path / 'recipes'
         (recipes / 'methods').mkdir(parents=True)
         (recipes / 'digits_baseline.yaml').write_text(f'extends: {YAMLS}/digits_baseline.yaml\nmax_duration: 1ep\n')
         (recipes / 'methods' / 'lost.yaml').write_text('train_dataset: {name: cifar10, local: nowhere}\n')
         (recipes / 'methods' / 'sba.yaml').write_text('algorithms: {sba: {}}\n')
-        arguments = ['rivals', '--recipes', str(recipes), '--seeds', '1', '--jobs', '2', *IN_MEMORY]
-        code, said = self._finish(*arguments)
-        assert code == 1, said
-        assert 'digits digits lost seed 17: FAILED with code 2' in said and 'nowhere does not exist' in said
-        assert 'digits digits sba seed 17: ' in said and '% error in' in said
-        assert {record['method'] for record in read(Path('results/rivals.jsonl'))} == {'baseline', 'sba'}
+        arguments = ['methods', '--recipes', str(recipes), '--seeds', '1', '--jobs', '2', *IN_MEMORY]
+        code, output = self._run(capsys, *arguments)
+        assert code == 1, output
+        assert 'digits digits lost seed 17: FAILED with code 2' in output and 'nowhere does not exist' in output
+        assert 'digits digits sba seed 17: ' in output and '% error in' in output
+        assert {record['method'] for record in read_records(Path('results/methods.jsonl'))} == {'baseline', 'sba'}
 
-        code, said = self._finish(*arguments, '--methods', 'baseline', 'sba')
-        assert code == 0 and '2 runs, 2 of them in results/rivals.jsonl' in said, said
-        assert len(read(Path('results/rivals.jsonl'))) == 2
+        code, output = self._run(capsys, *arguments, '--methods', 'baseline', 'sba')
+        assert code == 0 and '2 runs, 2 of them in results/methods.jsonl' in output, output
+        assert len(read_records(Path('results/methods.jsonl'))) == 2
 
-    def test_killed_and_started_again_it_goes_on_and_loses_nothing(self) -> None:
-        arguments = ['rivals', *DIGITS, '--methods', 'sba', '--seeds', '1', '--epochs-scale', '0.5', *IN_MEMORY]
-        process = self._study(*arguments)
-        deadline = time.monotonic() + 120
-        while not list(Path('runs/study').glob('*/ep2-*.pt')) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert read(Path('results/rivals.jsonl')) == []
-        code, said = self._finish(*arguments)
-        assert code == 0, said
-        code, said = self._finish(*arguments, '--results', 'unbroken')
-        assert code == 0, said
-        (resumed,), (unbroken,) = read(Path('results/rivals.jsonl')), read(Path('unbroken/rivals.jsonl'))
-        assert len(unbroken['epochs']) == 6
-        curves = [[(e['epoch'], e['accuracy'], e['loss']) for e in run['epochs']] for run in (resumed, unbroken)]
+    def test_a_killed_study_continues_and_loses_nothing(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with start('-m', 'composer_sba.study', *SBA, output=tmp_path / 'killed.log') as killed:
+            deadline = time.monotonic() + 120
+            while not list(Path('runs/study').glob('*/ep2-*.pt')) and time.monotonic() < deadline:
+                time.sleep(0.05)
+        assert list(Path('runs/study').glob('*/ep*-*.pt')), killed.said
+        assert read_records(Path('results/methods.jsonl')) == []
+        code, output = self._run(capsys, *SBA)
+        assert code == 0, output
+        code, output = self._run(capsys, *SBA, '--results', 'uninterrupted')
+        assert code == 0, output
+        (resumed,) = read_records(Path('results/methods.jsonl'))
+        (uninterrupted,) = read_records(Path('uninterrupted/methods.jsonl'))
+        assert len(uninterrupted['epochs']) == 6
+        curves = [[(e['epoch'], e['accuracy'], e['loss']) for e in run['epochs']] for run in (resumed, uninterrupted)]
         assert curves[0] == curves[1]
         assert not list(Path('runs/study').glob('*/*.pt')), 'checkpoints of finished runs are left'
 
-    def test_a_record_says_what_ran_and_holds_no_path(self) -> None:
-        arguments = ['rivals', *DIGITS, '--methods', 'sba', '--seeds', '1', '--epochs-scale', '0.5', *IN_MEMORY]
-        code, said = self._finish(*arguments)
-        assert code == 0, said
-        (record,) = read(Path('results/rivals.jsonl'))
-        accuracies = sorted(epoch['accuracy'] for epoch in record['epochs'][-5:])
-        assert record['accuracy'] == accuracies[2]
-        assert record['train_samples'] == 1437 and record['seed'] == 17
-        assert record['flops'] == pytest.approx(6 * 1437 * flops_per_image(load(YAMLS / 'digits_sba.yaml')))
-        assert record['images_per_second'] == pytest.approx(6 * 1437 / record['train_seconds'], rel=0.01)
-        assert str(Path.cwd()) not in json.dumps(record) and 'runs/study' not in json.dumps(record)
+        # The record describes the run and holds no path
+        accuracies = sorted(epoch['accuracy'] for epoch in resumed['epochs'][-5:])
+        assert resumed['accuracy'] == accuracies[2]
+        assert resumed['train_samples'] == 1437 and resumed['seed'] == 17
+        assert resumed['flops'] == pytest.approx(6 * 1437 * flops_per_image(load(YAMLS / 'digits_sba.yaml')))
+        assert resumed['images_per_second'] == pytest.approx(6 * 1437 / resumed['train_seconds'], rel=0.01)
+        assert str(tmp_path) not in json.dumps(resumed) and 'runs/study' not in json.dumps(resumed)
 
-    def test_dry_run_trains_nothing(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(['table1', '--recipes', str(YAMLS), '--dry-run', '--device', 'gpu', '--tflops', '100']) == 0
-        said = capsys.readouterr().out
-        assert '87 runs, 0 of them' in said and 'resnet50' in said and 'given' in said
-        assert not Path('runs').exists() and not Path('results').exists()
+    # Composer, of the run that has nothing left to train
+    @pytest.mark.filterwarnings('ignore:The ``compute`` method of metric')
+    def test_a_run_that_was_killed_before_its_record_is_trained_again(self, capsys: pytest.CaptureFixture[str]) -> None:
+        overrides = ['progress_bar=false', *IN_MEMORY[1:]]
+        (run,) = plan(
+            'methods', YAMLS, datasets=['digits'], methods=['sba'], seeds=1, epochs_scale=0.1, overrides=overrides
+        )
+        curve = Curve(lambda share: None)
+        curve.load_state_dict({'wall_seconds': 1000.0})
+        train(run.recipe, summary=curve)
+        code, output = self._run(capsys, *SBA, '--epochs-scale', '0.1')
+        assert code == 0, output
+        (record,) = read_records(Path('results/methods.jsonl'))
+        assert record['hash'] == run.hash and len(record['epochs']) == 1
+        assert record['wall_seconds'] < 1000, 'the time of the run that was thrown away counts'
 
-    def test_a_mistake_is_one_line(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(['rivals', '--networks', 'resnet9']) == 2
-        assert capsys.readouterr().err.count('\n') == 1
-        assert main(['rivals', *DIGITS, '--dry-run', '--set', 'load_path=x.pt']) == 2
-        assert 'load_path: a study trains from the beginning' in capsys.readouterr().err
-
-    @pytest.mark.parametrize('jobs', ['0', '-1', 'x'])
-    def test_less_than_one_job_is_refused(self, jobs: str, capsys: pytest.CaptureFixture[str]) -> None:
-        with pytest.raises(SystemExit, match='2'):
-            main(['rivals', *DIGITS, '--dry-run', '--jobs', jobs])
-        assert f"argument --jobs: expected an integer >= 1, got '{jobs}'" in capsys.readouterr().err
-
-    def test_smoke(self) -> None:
+    @pytest.mark.nightly
+    def test_smoke(self, capsys: pytest.CaptureFixture[str]) -> None:
         """``make study-smoke``: every method on the digits with two seeds, and the report."""
         target = (ROOT / 'Makefile').read_text().partition('study-smoke: $(INSTALLED)\n')[2].partition('\n\n')[0]
         commands = target.replace('\\\n', ' ').strip().splitlines()
         assert len(commands) == 2, commands
         for command in commands:
-            arguments = command.split('composer_sba.study ')[1].split()
-            code, said = self._finish(*arguments)
-            assert code == 0, said
-        runs = read(Path('runs/study-smoke/rivals.jsonl'))
+            code, output = self._run(capsys, *command.split('composer_sba.study ')[1].split())
+            assert code == 0, output
+        runs = read_records(Path('runs/study-smoke/methods.jsonl'))
         methods = {run['method'] for run in runs}
         assert methods >= {path.stem for path in (YAMLS / 'methods').glob('*.yaml')} | {'baseline', 'sba_conv'}
         assert len(runs) == 2 * len(methods)
-        # Three epochs are enough to be far from chance, but for weights that are averaged over more than that
+        # Three epochs suffice to exceed chance by far, except for an average of the weights over a longer time
         worst = min((run for run in runs if run['method'] != 'ema'), key=lambda run: run['accuracy'])
         assert worst['accuracy'] > 0.5, f'{worst["method"]}: {100 * worst["accuracy"]:.1f} %'
         page = Path('runs/study-smoke/report.md').read_text()

@@ -1,4 +1,4 @@
-"""Tables of invented runs against hand computations.
+"""Tables of invented runs compared with hand computations.
 
 Run: pytest tests/test_tables.py
 """
@@ -6,7 +6,7 @@ Run: pytest tests/test_tables.py
 import math
 
 from composer_sba.study.groups import group
-from composer_sba.study.tables import table
+from composer_sba.study.tables import group_table
 from invented_runs import RUNS, layers_study, record
 
 PAPER = '3.23 (M = 40) †'
@@ -14,7 +14,7 @@ PAPER = '3.23 (M = 40) †'
 
 def only_table(runs):
     ((key, grouped),) = group(runs).items()
-    return table(key, grouped)
+    return group_table(key, grouped)
 
 
 def test_the_table_of_a_known_case():
@@ -28,7 +28,7 @@ def test_the_table_of_a_known_case():
         f'| {PAPER} |',
         '| Cutout | 39.00 | 1 | +0.00 | 1.000 | 10.0 | 1.00 |  | 6.28 |',
         '',
-        '† SBA in the paper: nearly the 3.08 % of WRN-28-10 with Cutout, which has 55 times the parameters.',
+        '† SBA in the paper: WRN-28-10 with Cutout, with 55 times the parameters, reaches 3.08 %.',
         '',
         'Measured on Xeon, 1 of 2 cores (cpu), 2 and 1 at a time; composer-sba 0.1.0, torch 2.7.0; 2026-11-21 to '
         '2026-11-22; commit 05fe84c and 1a2b3c4; 5 runs, seeds 1 and 2.',
@@ -45,15 +45,15 @@ def test_differences_beyond_chance_are_bold():
 def test_one_seed_and_no_baseline():
     text = only_table([record('sba', accuracy=0.63)])
     assert '| SBA | 37.00 | 1 | 1.000 | 10.0 | 3.23 (M = 40) † |' in text
-    assert 'No run of the baseline' in text and 'seed 1.' in text and '÷' not in text
+    assert 'The baseline has no run' in text and 'seed 1.' in text and '÷' not in text
 
 
-def test_a_diverged_run_shows():
+def test_a_diverged_run_is_shown():
     runs = [record('sba', 1, 0.1), record('sba', 2, 0.1, loss=math.nan)]
     assert '| 90.00 ± 0.00 | 2 | nan ± nan |' in only_table(runs)
 
 
-def test_layers_keep_their_order_and_show_what_was_not_reached():
+def test_layers_keep_their_order_and_show_accuracies_that_were_not_reached():
     lines = only_table(layers_study()).splitlines()
     titles = [line.split(' | ')[0] for line in lines[2:7]]
     assert titles == [
@@ -64,7 +64,7 @@ def test_layers_keep_their_order_and_show_what_was_not_reached():
     assert 'paper' not in lines[0]
 
 
-def test_etas_are_in_order_and_search_is_by_error():
+def test_etas_are_in_order_and_search_is_sorted_by_error():
     etas = [record('sba', 1, 0.6, study='eta', setting={'eta': eta}) for eta in (10.0, 0.0, 0.01)]
     assert list(dict.fromkeys(line.split(' | ')[0] for line in only_table(etas).splitlines()[2:5])) == [
         '| SBA, η = 0.0', '| SBA, η = 0.01', '| SBA, η = 10.0'

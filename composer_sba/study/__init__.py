@@ -1,1 +1,1 @@
-"""The paper's experiments and its rivals: ``python -m composer_sba.study --help``."""
+"""The paper's experiments and comparisons with other methods: ``python -m composer_sba.study --help``."""

@@ -1,4 +1,4 @@
-"""Networks, data sets, methods and durations as a reader is told of them."""
+"""Names of networks, data sets and methods, and durations, as tables and figures show them."""
 
 import re
 from collections.abc import Mapping
@@ -6,12 +6,12 @@ from typing import Any
 
 from composer.core import Time
 
-LONGER = ('longer', 'twice')  # the baseline trained for longer: the methods whose duration is not that of their group
+LONGER = ('longer', 'twice')  # the baseline trained for longer: these methods change the duration
 
 _NAMES = {
     'alexnet': 'AlexNet',
     'ba': 'BA',
-    'ba2': 'BA',  # the label adds M
+    'ba2': 'BA',  # row_label adds M
     'cifar10': 'CIFAR-10',
     'cifar100': 'CIFAR-100',
     'cutmix': 'CutMix',
@@ -22,7 +22,7 @@ _NAMES = {
     'ema': 'EMA',
     'imagenet': 'ImageNet',
     'latent_ba': 'latent BA',
-    'longer': 'baseline',  # the label adds the duration
+    'longer': 'baseline',  # row_label adds the duration
     'manifold_mixup': 'Manifold Mixup',
     'mixup': 'Mixup',
     'r_drop': 'R-Drop',
@@ -34,63 +34,64 @@ _NAMES = {
 }
 
 
-def name(word: str) -> str:
-    """A network, data set or method as it is written.
+def display_name(name: str) -> str:
+    """Return the display name of a network, data set or method.
 
     Example:
-        >>> name('resnet44'), name('vgg16'), name('cifar100'), name('label_smoothing')
+        >>> display_name('resnet44'), display_name('vgg16'), display_name('cifar100'), display_name('label_smoothing')
         ('ResNet44', 'VGG16', 'CIFAR-100', 'label smoothing')
     """
-    network = re.sub(r'^resnet(?=\d)', 'ResNet', re.sub(r'^vgg(?=\d)', 'VGG', word))
-    return _NAMES.get(word, network.replace('_', ' '))
+    network = re.sub(r'^resnet(?=\d)', 'ResNet', re.sub(r'^vgg(?=\d)', 'VGG', name))
+    return _NAMES.get(name, network.replace('_', ' '))
 
 
-def length(recipe: Mapping[str, Any]) -> Time:
-    """How long a recipe trains: its ``max_duration`` as its ``scale_schedule_ratio`` scales it.
+def scaled_duration(recipe: Mapping[str, Any]) -> Time:
+    """Return the duration of a training: ``max_duration`` times ``scale_schedule_ratio``.
 
     Args:
-        recipe (Mapping[str, Any]): That of a record.
+        recipe (Mapping[str, Any]): The recipe of a record.
 
     Raises:
-        ValueError: If there is no such duration.
+        ValueError: If ``max_duration`` is not a duration.
 
     Example:
-        >>> length({'max_duration': '30ep', 'scale_schedule_ratio': 1.3}).to_timestring()
+        >>> scaled_duration({'max_duration': '30ep', 'scale_schedule_ratio': 1.3}).to_timestring()
         '39ep'
     """
     return Time.from_input(recipe.get('max_duration', ''), 'ep') * float(recipe.get('scale_schedule_ratio') or 1.0)
 
 
-def duration(text: str) -> str:
-    """A duration of Composer's in words.
+def duration_in_words(duration: str) -> str:
+    """Write out a Composer time string.
 
     Example:
-        >>> duration('30ep'), duration('1ep'), duration('2500ba')
+        >>> duration_in_words('30ep'), duration_in_words('1ep'), duration_in_words('2500ba')
         ('30 epochs', '1 epoch', '2,500 steps')
     """
-    time = Time.from_timestring(text)
+    time = Time.from_timestring(duration)
     noun = {'ep': 'epoch', 'ba': 'step'}.get(time.unit.value)
-    return f'{time.value:,} {noun}{"s" if time.value != 1 else ""}' if noun else text
+    return f'{time.value:,} {noun}{"s" if time.value != 1 else ""}' if noun else duration
 
 
-def label(run: Mapping[str, Any]) -> str:
-    """What tables and figures call the method of a run: with its setting, and M where its recipe says it.
+def row_label(run: Mapping[str, Any]) -> str:
+    """Return the label of a run's method in tables and figures: its name, its setting, and M if the recipe gives it.
 
     Args:
         run (Mapping[str, Any]): A :class:`composer_sba.study.records.Record`.
 
     Example:
         >>> recipe = {'max_duration': '30ep', 'algorithms': {'sba': {'fold': 4}}}
-        >>> label({'method': 'sba', 'setting': {'layer': 'conv4'}, 'recipe': recipe})
+        >>> row_label({'method': 'sba', 'setting': {'layer': 'conv4'}, 'recipe': recipe})
         'SBA at conv4 (M = 4)'
-        >>> label({'method': 'twice', 'setting': {}, 'recipe': {'max_duration': '30ep', 'scale_schedule_ratio': 2.0}})
+        >>> recipe = {'max_duration': '30ep', 'scale_schedule_ratio': 2.0}
+        >>> row_label({'method': 'twice', 'setting': {}, 'recipe': recipe})
         'baseline, 60 epochs'
     """
-    said = name(run['method'])
+    label = display_name(run['method'])
     if run['method'] in LONGER:
-        said += f', {duration(length(run["recipe"]).to_timestring())}'
+        label += f', {duration_in_words(scaled_duration(run["recipe"]).to_timestring())}'
     for key, value in run['setting'].items():
-        said += {'layer': f' at {value}', 'eta': f', η = {value}'}.get(key, f', {key} = {value}')
+        label += {'layer': f' at {value}', 'eta': f', η = {value}'}.get(key, f', {key} = {value}')
     algorithms = run['recipe'].get('algorithms') or {}
-    folds = [(algorithms.get(each) or {}).get('fold') for each in ('sba', 'batch_augmentation')]
-    return said + ''.join(f' (M = {fold})' for fold in folds if fold and 'fold' not in run['setting'])
+    folds = [(algorithms.get(name) or {}).get('fold') for name in ('sba', 'batch_augmentation')]
+    return label + ''.join(f' (M = {fold})' for fold in folds if fold and 'fold' not in run['setting'])

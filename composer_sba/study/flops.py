@@ -1,4 +1,4 @@
-"""What a run will cost: the floating-point operations of its training, counted on shapes alone."""
+"""The floating-point operations of a training, counted from shapes without data or computation."""
 
 import functools
 import inspect
@@ -17,20 +17,20 @@ from composer_sba.recipe.recipe import Recipe, component_arguments
 from composer_sba.recipe.registry import components, construct
 from composer_sba.vicinity import Vicinity
 
-# So that a plan can be costed where the data is not
+# Sizes of the training sets, which let a dry run count operations without the data
 TRAIN_SIZES = {'digits': 1437, 'cifar10': 50_000, 'cifar100': 50_000, 'imagenet': 1_281_167}
 _ROWS = 2
 
 
 def flops_per_image(recipe: Recipe) -> float:
-    """Count the operations that training needs for one image, in expectation over λ(t) and over the cut layers.
+    """Count the operations of training on one image, in expectation over λ(t) and over the cut layers.
 
-    Forward and backward pass; a multiplication and an addition are two operations. Convolutions, matrix products and
-    the projection Σ count; normalization, activations, losses, noise and evaluation do not. An ``augment_prob`` that is
-    a scheduler counts as 1.
+    The count covers the forward and the backward pass. A multiplication and an addition are two operations.
+    Convolutions, matrix products and the projection Σ count; normalization, activations, losses, noise and evaluation
+    do not. An ``augment_prob`` that is a scheduler counts as 1.
 
     Args:
-        recipe (Recipe): The run. Of its algorithms SBA, BatchAugmentation, RDrop and SAM change the count.
+        recipe (Recipe): The run. The algorithms that change the count are SBA, BatchAugmentation, RDrop and SAM.
 
     Returns:
         float: Unit: floating-point operations.
@@ -42,29 +42,32 @@ def flops_per_image(recipe: Recipe) -> float:
     """
     network = json.dumps([recipe.model['name'], component_arguments(recipe.model)], sort_keys=True)
     size = image_size(DatasetConfig(**recipe.train_dataset))
-    count = _plain(network, size)
+    operations = _plain_step(network, size)
     sba = construct('algorithms', 'sba', recipe.algorithms['sba']) if 'sba' in recipe.algorithms else None
     if sba is not None:
         layers = sba.layers if isinstance(sba.layers, str) else tuple(sba.layers)
-        augmented = _augmented(network, size, layers, sba.fold, sba.vicinity)
-        count += (1.0 if callable(sba.augment_prob) else sba.augment_prob) * (augmented - count)
+        augmented = _augmented_step(network, size, layers, sba.fold, sba.vicinity)
+        operations += (1.0 if callable(sba.augment_prob) else sba.augment_prob) * (augmented - operations)
     if 'batch_augmentation' in recipe.algorithms:
-        count *= _argument(recipe, 'batch_augmentation', 'fold')
+        operations *= _argument(recipe, 'batch_augmentation', 'fold')
     if 'r_drop' in recipe.algorithms:
-        count *= 2
+        operations *= 2
     if 'sam' in recipe.algorithms:
-        count *= 1 + 1 / _argument(recipe, 'sam', 'interval')  # a step of SAM is two
-    return count
+        operations *= 1 + 1 / _argument(recipe, 'sam', 'interval')  # a SAM step makes two passes
+    return operations
 
 
 def training_flops(recipe: Recipe) -> float:
-    """Count the operations of a whole training.
+    """Count the operations of a complete training.
 
     Args:
-        recipe (Recipe): The run; its ``max_duration`` must be in epochs, batches or samples.
+        recipe (Recipe): The run, with a ``max_duration`` in epochs, batches or samples.
 
     Returns:
         float: Unit: floating-point operations.
+
+    Raises:
+        RecipeError: If ``max_duration`` has another unit.
     """
     duration = Time.from_input(recipe.max_duration, TimeUnit.EPOCH)
     dataset = DatasetConfig(**recipe.train_dataset)
@@ -72,7 +75,8 @@ def training_flops(recipe: Recipe) -> float:
     steps = math.ceil(images / recipe.global_train_batch_size)
     images_in = {TimeUnit.EPOCH: images, TimeUnit.BATCH: images / steps, TimeUnit.SAMPLE: 1}
     if duration.unit not in images_in:
-        raise recipe.sources.error('max_duration', f'expected epochs, batches or samples, got {recipe.max_duration!r}')
+        problem = f'must be in epochs, batches or samples, got {recipe.max_duration!r}'
+        raise recipe.sources.error('max_duration', problem)
     return flops_per_image(recipe) * duration.value * images_in[duration.unit] * recipe.scale_schedule_ratio
 
 
@@ -82,20 +86,21 @@ def _argument(recipe: Recipe, algorithm: str, name: str) -> Any:
 
 
 @functools.cache
-def _plain(network: str, size: int) -> float:
+def _plain_step(network: str, size: int) -> float:
     with FakeTensorMode():
-        return _count(_build(network), size)
+        return _operations(_build(network), size)
 
 
 @functools.cache
-def _augmented(network: str, size: int, layers: str | tuple[str, ...], fold: int, vicinity: Vicinity) -> float:
-    counts = []
+def _augmented_step(network: str, size: int, layers: str | tuple[str, ...], fold: int, vicinity: Vicinity) -> float:
+    """Return the mean over the cut layers."""
+    operations = []
     with FakeTensorMode():
         for layer in (layers,) if isinstance(layers, str) else layers:
             expander = LatentExpander(_build(network), layer, fold, vicinity)
             with expander.armed(step=0):
-                counts.append(_count(expander.model, size))
-    return sum(counts) / len(counts)
+                operations.append(_operations(expander.model, size))
+    return sum(operations) / len(operations)
 
 
 def _build(network: str) -> torch.nn.Module:
@@ -104,7 +109,7 @@ def _build(network: str) -> torch.nn.Module:
     return model
 
 
-def _count(model: torch.nn.Module, size: int) -> float:
+def _operations(model: torch.nn.Module, size: int) -> float:
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(_ROWS, 3, size, size)).sum().backward()
     return counter.get_total_flops() / _ROWS

@@ -1,36 +1,36 @@
-"""What the paper reports: Table 1 as data, which of its cells to doubt, and what its text says of Fig. 2 and 3.
+"""The paper's results: Table 1 as data, the doubts about some of its cells, and the claims about Fig. 2 and 3.
 
-`Li et al., 2020 <https://arxiv.org/abs/2006.15284>`_. The figures come without numbers, so their claims are in words.
+Source: `Li et al., 2020 <https://arxiv.org/abs/2006.15284>`_. Its figures have no numbers, so the claims are in words.
 """
 
 from typing import NamedTuple
 
 
 class Cell(NamedTuple):
-    """A cell of Table 1: error in per cent, M of the augmented methods, and why to doubt it where there is a reason."""
+    """A cell of Table 1: the error in per cent, M if the method has one, and the reason to doubt the cell if any."""
 
     error: float
     fold: int | None = None
     doubt: str = ''
 
 
-_NO_NORM = 'batch normalization brings VGG16 to {}, so this network had none, or its images no augmentation'
+_NO_NORM = 'VGG16 with batch normalization reaches {}, so this one lacks it or its images lack augmentation'
 
-# (data set, network) -> method -> cell. The table's third column is Cutout + BA on CIFAR, and BA alone on ImageNet,
-# where its second column, Cutout, is empty. The doubts cite what is published at uoguelph-mlrg/Cutout (WRN,
-# Shake-shake), huyvnphan/PyTorch_CIFAR10 and weiaicunzai/pytorch-cifar100 (VGG16), edadaltocg (VGG16) and torchvision.
+# (data set, network) -> method -> cell. The table's third column is Cutout + BA on CIFAR and BA alone on ImageNet; its
+# second column, Cutout, is empty on ImageNet. The doubts cite uoguelph-mlrg/Cutout (WRN, Shake-shake),
+# huyvnphan/PyTorch_CIFAR10 and weiaicunzai/pytorch-cifar100 (VGG16), edadaltocg (VGG16) and torchvision.
 TABLE_1: dict[tuple[str, str], dict[str, Cell]] = {
     ('cifar10', 'resnet44'): {
         'baseline': Cell(6.92),
         'cutout': Cell(6.28),
         'cutout_ba': Cell(4.56, 40),
-        'sba': Cell(3.23, 40, 'nearly the 3.08 % of WRN-28-10 with Cutout, which has 55 times the parameters'),
+        'sba': Cell(3.23, 40, 'WRN-28-10 with Cutout, with 55 times the parameters, reaches 3.08 %'),
     },
     ('cifar10', 'vgg16'): {
         'baseline': Cell(16.25, doubt=_NO_NORM.format('6 %')),
         'cutout': Cell(6.17),
         'cutout_ba': Cell(4.69, 32),
-        'sba': Cell(2.73, 32, 'below Shake-shake, 2.86 %, and WRN-28-10 with Cutout, 3.08 %'),
+        'sba': Cell(2.73, 32, 'below the 2.86 % of Shake-shake and the 3.08 % of WRN-28-10 with Cutout'),
     },
     ('cifar10', 'alexnet'): {
         'baseline': Cell(23.88),
@@ -48,7 +48,7 @@ TABLE_1: dict[tuple[str, str], dict[str, Cell]] = {
         'baseline': Cell(38.67, doubt=_NO_NORM.format('27 %')),
         'cutout': Cell(27.00),
         'cutout_ba': Cell(24.69, 32),
-        'sba': Cell(22.19, 32, 'plain VGG16 with batch normalization is published at 25.06 to 27.3 %'),
+        'sba': Cell(22.19, 32, 'published results of VGG16 with batch normalization are 25.06 to 27.3 %'),
     },
     ('imagenet', 'resnet50'): {
         'baseline': Cell(23.73),
@@ -56,18 +56,18 @@ TABLE_1: dict[tuple[str, str], dict[str, Cell]] = {
         'sba': Cell(22.72, 4),
     },
     ('imagenet', 'vgg16'): {
-        'baseline': Cell(23.78, doubt='on one crop torchvision has 28.41 %, and 26.64 % with batch normalization'),
+        'baseline': Cell(23.78, doubt='torchvision has 28.41 % on a single crop, or 26.64 % with batch normalization'),
         'ba': Cell(21.29, 4),
-        'sba': Cell(19.37, 4, "torchvision's ResNet50 needs its recipe of 600 epochs for 19.14 %"),
+        'sba': Cell(19.37, 4, "torchvision's ResNet50 reaches 19.14 % with a recipe of 600 epochs"),
     },
     ('imagenet', 'alexnet'): {
         'baseline': Cell(41.69),
         'ba': Cell(37.73, 8),
-        'sba': Cell(34.40, 8, '7.3 points from noise at the last layers'),
+        'sba': Cell(34.40, 8, 'noise at the last layers would gain 7.3 points'),
     },
 }
 
-# Sec. 4.2, Fig. 2: the η of the highest accuracy
+# The η with the highest accuracy (Sec. 4.2, Fig. 2)
 BEST_ETA: dict[tuple[str, str], float] = {
     ('cifar10', 'alexnet'): 0.01,
     ('cifar10', 'resnet44'): 0.01,
@@ -77,23 +77,23 @@ BEST_ETA: dict[tuple[str, str], float] = {
 }
 
 CLAIMS = {
-    'eta': 'The paper finds η = 0.01 best for AlexNet and ResNet44 on CIFAR-10, 0.1 for its other networks, and no '
-    'significant difference between 0 and 10 (Sec. 4.2, Fig. 2).',
-    'layers': 'The paper has SBA converge faster than BA, and end at a higher accuracy, at every layer of VGG16 '
+    'eta': 'The paper finds η = 0.01 best for AlexNet and ResNet44 on CIFAR-10 and 0.1 best for its other networks. It '
+    'reports no significant difference between 0 and 10 (Sec. 4.2, Fig. 2).',
+    'layers': 'The paper reports that SBA converges faster than BA, and to a higher accuracy, at every layer of VGG16 '
     '(Sec. 4.3, Fig. 3).',
 }
 
 
 def cell(dataset: str, network: str, method: str) -> Cell | None:
-    """Look up a cell of Table 1.
+    """Return a cell of Table 1.
 
     Args:
-        dataset (str): Such as ``'cifar10'``.
-        network (str): Such as ``'resnet44'``.
+        dataset (str): For example ``'cifar10'``.
+        network (str): For example ``'resnet44'``.
         method (str): ``'baseline'``, ``'cutout'``, ``'cutout_ba'``, ``'ba'`` or ``'sba'``.
 
     Returns:
-        Cell | None: None where the table has nothing.
+        Cell | None: None if the table has no such cell.
 
     Example:
         >>> cell('cifar10', 'resnet44', 'sba').error, cell('cifar10', 'resnet8', 'sba')

@@ -1,27 +1,29 @@
-"""Which runs a study consists of: recipes in ``yamls/`` times settings times seeds."""
+"""The runs of a study: every combination of recipe, setting and seed."""
 
 import hashlib
 import json
+import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from composer_sba.errors import UserError
 from composer_sba.recipe.recipe import Recipe, component_arguments, load
-from composer_sba.recipe.registry import construct
+from composer_sba.recipe.registry import canonical, construct
+from composer_sba.study.display_names import scaled_duration
 from composer_sba.study.flops import flops_per_image
 from composer_sba.study.paper import TABLE_1
-from composer_sba.study.recipe_index import BASELINE, Regime, check_names, regimes
+from composer_sba.study.recipe_index import BASELINE, RecipeFamily, check_names, families
 
 ETAS = (0.0, 1e-3, 0.01, 0.1, 1.0, 10.0)
 TABLE_1_METHODS = (BASELINE, 'cutout', 'cutout_ba', 'ba', 'sba')
-STUDIES = ('table1', 'eta', 'layers', 'rivals', 'search')
+STUDIES = ('table1', 'eta', 'layers', 'methods', 'search')
 
-# What the search for SBA's best setting draws from, beside the layers, and how much a step of it may cost.
+# The values that `search` draws SBA's settings from, besides the layers
 SEARCH: dict[str, Sequence[float]] = {
     'fold': (1, 4, 16),
     'augment_prob': (0.25, 0.5, 1.0),
@@ -30,9 +32,9 @@ SEARCH: dict[str, Sequence[float]] = {
     'vicinity.sigma': (0.1, 0.3, 1.0),
     'vicinity.dropout': (0.1, 0.3, 0.5),
 }
-MAX_COST = 1.3  # times the baseline's
+MAX_COST = 1.3  # of a setting of `search`, as a multiple of the baseline's operations
 
-# Where and how a run is watched or kept has no part in what it is.
+# The keys that do not change the trained model: how a run is observed and stored. They are not part of its hash.
 _INCIDENTAL = (
     *('run_name', 'device', 'dist_timeout', 'loggers', 'autoresume', 'load_path', 'progress_bar', 'log_to_console'),
     *('console_log_interval', 'python_log_level', 'save_folder', 'save_filename', 'save_latest_filename'),
@@ -47,9 +49,9 @@ class Run:
 
     Args:
         study (str): One of ``STUDIES``.
-        network, dataset, method (str): As the names of the recipes have them.
-        setting (dict): What the study varies, such as ``{'eta': 0.1}``.
-        recipe (Recipe): All of it.
+        network, dataset, method (str): The parts of the recipe's file name.
+        setting (dict): The values that the study varies, for example ``{'eta': 0.1}``.
+        recipe (Recipe): The complete recipe.
     """
 
     study: str
@@ -61,17 +63,17 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What a line of output calls it."""
+        """The name of the run in lines of output."""
         setting = ''.join(f' {key}={value}' for key, value in self.setting.items())
         return f'{self.network} {self.dataset} {self.method}{setting} seed {self.recipe.seed}'
 
     def with_seed(self, seed: int) -> 'Run':
-        """The same run from another seed."""
+        """Return the same run with another seed."""
         return replace(self, recipe=replace(self.recipe, seed=seed))
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The recipe without what is incidental: all that decides which model comes out."""
+        """The part of the recipe that decides which model is trained."""
         facts = {key: value for key, value in self.recipe.to_dict().items() if key not in _INCIDENTAL}
         for section in ('train_dataset', 'eval_dataset'):
             facts[section] = {k: v for k, v in (facts[section] or {}).items() if k not in _INCIDENTAL_DATA}
@@ -79,7 +81,7 @@ class Run:
 
     @property
     def hash(self) -> str:
-        """Twelve hexadecimal digits that are equal for equal facts."""
+        """Twelve hexadecimal digits, equal for equal facts."""
         return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -96,102 +98,125 @@ def plan(
     overrides: Sequence[str] = (),
     scratch: Path = Path('runs/study'),
 ) -> list[Run]:
-    """List the runs of a study, all of the first seed first, so that a study that is cut short compares like with like.
+    """List the runs of a study, sorted by seed, which leaves complete comparisons if the study is interrupted.
 
     Args:
         study (str): ``'table1'``: the cells of the paper's Table 1. ``'eta'``: SBA for each η of Fig. 2 and the
-            baseline. ``'layers'``: SBA and latent BA at each layer, as in Fig. 3, and the baseline. ``'rivals'``: every
-            method that the network has a recipe for, those of ``methods/`` among them. ``'search'``: the baseline, and
-            SBA with settings drawn from ``SEARCH`` and all layers that cost no more than ``MAX_COST`` times as much.
+            baseline. ``'layers'``: SBA and latent BA at each layer, as in Fig. 3, and the baseline. ``'methods'``:
+            every method that has a recipe for the network or a file in ``methods/``. ``'search'``: the baseline, and
+            SBA at random settings from ``SEARCH`` and all layers that cost at most ``MAX_COST`` times as much.
         recipes (Path): The folder of the recipes.
-        networks (Sequence[str], optional): Which to keep, as their recipes are named. Default: ``()``, all.
-        datasets (Sequence[str], optional): The same of data sets.
-        methods (Sequence[str], optional): The same of methods.
-        seeds (int, optional): Number of seeds, from that of the recipe upwards. Default: ``3``.
-        trials (int, optional): Number of settings of a search. Default: ``20``.
-        epochs_scale (float, optional): Factor of every duration, by Composer's ``scale_schedule_ratio``. Default:
-            ``1.0``.
-        overrides (Sequence[str], optional): ``key.sub=value`` for every run; one for an algorithm
-            (``algorithms.sba.fold=4``) reaches the runs that have it. Default: ``()``.
-        scratch (Path, optional): Where a run keeps checkpoints, in a folder named by its hash, to be resumed from.
-            Default: ``runs/study``.
+        networks (Sequence[str], optional): The networks to keep, by the names of their recipes. Default: ``()``, all.
+        datasets (Sequence[str], optional): The data sets to keep. Default: ``()``, all.
+        methods (Sequence[str], optional): The methods to keep. Default: ``()``, all.
+        seeds (int, optional): The number of seeds, counted upwards from the recipe's seed. Default: ``3``.
+        trials (int, optional): The number of settings of ``'search'``. Default: ``20``.
+        epochs_scale (float, optional): A factor for every duration, applied through Composer's
+            ``scale_schedule_ratio``. Default: ``1.0``.
+        overrides (Sequence[str], optional): ``key.sub=value`` for every run. An override of an algorithm's argument
+            (``algorithms.sba.fold=4``) applies only to the runs that have the algorithm. Default: ``()``.
+        scratch (Path, optional): The folder of the checkpoints from which an interrupted run resumes. Each run has a
+            subfolder named by its hash. Default: ``runs/study``.
 
     Returns:
         list[Run]: In the order to run them.
 
     Raises:
-        UserError: If a name is unknown, or nothing is left.
+        UserError: If a name is unknown, no run is left, an override has no effect, two runs are the same, a recipe
+            loads a checkpoint or has no ``eval_dataset``, a duration is scaled to nothing, or a search has too few
+            settings.
     """
-    known = {method for regime in regimes(recipes) for method in regime.methods()}
+    known = {method for family in families(recipes) for method in family.methods()}
     check_names('methods', methods, known | {'latent_ba'})
-    if any(each.partition('=')[0] == 'load_path' for each in overrides):
-        raise UserError('load_path: a study trains from the beginning, and its records do not tell what was loaded')
     if seeds < 1:
         raise UserError(f'--seeds: expected at least 1, got {seeds}')
-    chosen = regimes(recipes, networks, datasets)
+    if not 0 < epochs_scale < math.inf:
+        raise UserError(f'--epochs-scale: must be positive and finite, got {epochs_scale}')
+    chosen = families(recipes, networks, datasets)
     if study == 'table1':
-        chosen = [regime for regime in chosen if regime.names[::-1] in TABLE_1]
+        chosen = [family for family in chosen if family.names[::-1] in TABLE_1]
     first = [
-        Run(study, *regime.names, method, setting, _load(files, [*overrides, *extra], epochs_scale))
-        for regime in chosen
-        for method, setting, files, extra in _variants(study, regime, methods, trials, overrides)
-        if not methods or method in methods
+        Run(study, *family.names, each.method, each.setting, _load(each, overrides, epochs_scale))
+        for family in chosen
+        for each in _variants(study, family, methods, trials, overrides)
+        if not methods or each.method in methods
     ]
-    runs = [_resumable(run.with_seed(run.recipe.seed + seed), scratch) for seed in range(seeds) for run in first]
-    if not runs:
+    if not first:
         raise UserError(f'{study}: no recipe in {recipes} fits --networks, --datasets and --methods')
+    runs = [_resumable(run.with_seed(run.recipe.seed + seed), scratch) for seed in range(seeds) for run in first]
+    _check_runs(runs, overrides)
     return runs
 
 
-_Variant = tuple[str, dict[str, Any], list[Path], list[str]]
+class _Variant(NamedTuple):
+    """A recipe of a study before the overrides of the command line are applied."""
+
+    method: str
+    setting: dict[str, Any]
+    files: list[Path]
+    varied: Sequence[str] = ()  # overrides with the values that the study varies
+    defaults: Sequence[str] = ()  # overrides that those of the command line may replace
 
 
 def _variants(
-    study: str, regime: Regime, methods: Sequence[str], trials: int, overrides: Sequence[str]
+    study: str, family: RecipeFamily, methods: Sequence[str], trials: int, overrides: Sequence[str]
 ) -> Iterator[_Variant]:
-    """Method, setting, files and further overrides."""
-    if study in ('table1', 'rivals'):
-        names = TABLE_1_METHODS if study == 'table1' else methods or regime.methods()
+    if study in ('table1', 'methods'):
+        names = TABLE_1_METHODS if study == 'table1' else dict.fromkeys(methods) or family.methods()
         for method in names:
-            files = regime.files(method)
-            if files is not None and (study == 'rivals' or files == [regime.own(method)]):
-                yield method, {}, files, []
+            files = family.files(method)
+            if files is not None and (study == 'methods' or files == [family.own(method)]):
+                yield _Variant(method, {}, files)
         return
-    yield BASELINE, {}, [regime.own(BASELINE)], []
-    sba = regime.files('sba')
+    yield _Variant(BASELINE, {}, [family.own(BASELINE)])
+    sba = family.files('sba')
     if sba is None:
         return
     if study == 'eta':
         for eta in ETAS:
-            yield 'sba', {'eta': eta}, sba, [f'algorithms.sba.eta={eta}']
+            yield _Variant('sba', {'eta': eta}, sba, [f'algorithms.sba.eta={eta}'])
         return
     if study == 'search':
         yield from _trials(sba, overrides, trials)
         return
     for layer in cut_layers(load(sba)):
-        # Dense bases end at 8,192 features, and identity has their law up to the clip
-        at = [f'algorithms.sba.layers={layer}', 'algorithms.sba.vicinity.basis=identity']
+        at = f'algorithms.sba.layers={layer}'
         latent_ba = ['algorithms.sba.target=hard', 'algorithms.sba.augment_prob=1.0', 'algorithms.sba.eta=1.0']
-        yield 'sba', {'layer': layer}, sba, at
-        yield 'latent_ba', {'layer': layer}, sba, [*at, *latent_ba]
+        yield _Variant('sba', {'layer': layer}, sba, [at], _NOT_DENSE)
+        yield _Variant('latent_ba', {'layer': layer}, sba, [at, *latent_ba], _NOT_DENSE)
+
+
+# Dense bases are limited to 8,192 features; identity has the same distribution up to the clip
+_NOT_DENSE = ('algorithms.sba.vicinity.basis=identity',)
 
 
 def _trials(sba: list[Path], overrides: Sequence[str], trials: int) -> Iterator[_Variant]:
-    """Settings drawn at random, each once: chance finds a good one sooner than a grid where few arguments matter."""
-    limit = MAX_COST * flops_per_image(replace(_load(sba, overrides), algorithms={}))
-    grid = {'layers': cut_layers(load(sba)), **SEARCH}
-    chance = random.Random(0)
-    drawn: list[dict[str, Any]] = []
-    for _ in range(1000 * trials):
-        setting = {key: chance.choice(values) for key, values in grid.items()}
-        extra = [f'algorithms.sba.{key}={value}' for key, value in setting.items()]
-        if len(drawn) < trials and setting not in drawn and flops_per_image(_load(sba, [*overrides, *extra])) <= limit:
-            drawn.append(setting)
-            yield 'sba', {key.removeprefix('vicinity.'): value for key, value in setting.items()}, sba, extra
+    """Draw each setting at random and once: a random search beats a grid if few arguments matter."""
+    recipe = load(sba)
+    dense = (recipe.algorithms.get('sba', {}).get('vicinity') or {}).get('basis') in ('normalized', 'orthogonal')
+    plain = _load(_Variant(BASELINE, {}, sba), overrides)
+    limit = MAX_COST * flops_per_image(replace(plain, algorithms={}))
+    grid = {'layers': cut_layers(recipe), **SEARCH}
+    stream = random.Random(0)
+    seen: set[tuple[Any, ...]] = set()
+    found = 0
+    while found < trials:
+        if len(seen) == math.prod(map(len, grid.values())):
+            raise UserError(f'--trials: only {found} settings cost at most {MAX_COST} times the baseline, got {trials}')
+        values = {key: stream.choice(choices) for key, choices in grid.items()}
+        if tuple(values.values()) in seen:
+            continue
+        seen.add(tuple(values.values()))
+        setting = {key.removeprefix('vicinity.'): value for key, value in values.items()}
+        varied = [f'algorithms.sba.{key}={value}' for key, value in values.items()]
+        variant = _Variant('sba', setting, sba, varied, _NOT_DENSE if dense else ())
+        if flops_per_image(_load(variant, overrides)) <= limit:
+            found += 1
+            yield variant
 
 
 def cut_layers(recipe: Recipe) -> list[str]:
-    """Name the stages of a recipe's network that have parameters, and the head.
+    """Return the names of the network's stages that have parameters, and the head.
 
     Example:
         >>> cut_layers(load('yamls/resnet44_cifar10_baseline.yaml'))
@@ -203,18 +228,52 @@ def cut_layers(recipe: Recipe) -> list[str]:
     return [*stages, 'head']
 
 
-def _load(files: Sequence[Path], overrides: Sequence[str], epochs_scale: float = 1.0) -> Recipe:
-    algorithms = load(files).algorithms
-    recipe = load(files, [text for text in overrides if _applies(text.partition('=')[0].split('.'), algorithms)])
+def _load(variant: _Variant, overrides: Sequence[str], epochs_scale: float = 1.0) -> Recipe:
+    varied = {_key(text) for text in variant.varied}
+    for text in overrides:
+        if _key(text) in varied:
+            raise UserError(f'--set {text}: the study varies this key itself')
+    algorithms = load(variant.files).algorithms
+    own = [text for text in overrides if _applies(text, algorithms)]
+    recipe = load(variant.files, [*variant.defaults, *own, *variant.varied])
     return replace(recipe, scale_schedule_ratio=recipe.scale_schedule_ratio * epochs_scale)
 
 
+def _applies(override: str, algorithms: Mapping[str, Any]) -> bool:
+    """Whether an override applies to a run with these algorithms: the argument of an algorithm needs the algorithm."""
+    section, *names = _key(override)
+    return section != 'algorithms' or len(names) < 2 or names[0] in algorithms
+
+
+def _key(override: str) -> tuple[str, ...]:
+    """Return the parts of an override's key, with an algorithm's name in its canonical spelling."""
+    section, *names = override.partition('=')[0].split('.')
+    if section == 'algorithms' and names:
+        names[0] = canonical('algorithms', names[0]) or names[0]
+    return section, *names
+
+
+def _check_runs(runs: Sequence[Run], overrides: Sequence[str]) -> None:
+    """Raise UserError for an override that applies to no run and for a run that its record would not identify."""
+    for text in overrides:
+        if not any(_applies(text, run.recipe.algorithms) for run in runs):
+            raise UserError(f"--set {text}: no run of this study has the algorithm '{_key(text)[1]}'")
+    by_hash: dict[str, Run] = {}
+    for run in runs:
+        if run.recipe.load_path is not None:
+            raise UserError(f'{run.name}: load_path: a study trains from scratch; its records do not name a checkpoint')
+        if run.recipe.eval_dataset is None:
+            raise UserError(f'{run.name}: eval_dataset: a study needs one, since its records hold evaluations')
+        if scaled_duration(run.recipe.to_dict()).value < 1:
+            ratio = run.recipe.scale_schedule_ratio
+            raise UserError(f'{run.name}: --epochs-scale: {run.recipe.max_duration} times {ratio:g} is less than 1')
+        twin = by_hash.setdefault(run.hash, run)
+        if twin is not run:
+            raise UserError(f'{twin.name} and {run.name} have the same recipe: leave one of them out')
+
+
 def _resumable(run: Run, scratch: Path) -> Run:
-    """The run with a folder of its own to go on from, should it be broken off."""
+    """Return the run with a folder of its own, from which it resumes after an interruption."""
     folder = str(scratch / run.hash)
     recipe = replace(run.recipe, run_name=run.hash, save_folder=folder, autoresume=True, save_overwrite=False)
     return replace(run, recipe=recipe)
-
-
-def _applies(key: Sequence[str], algorithms: dict[str, Any]) -> bool:
-    return key[0] != 'algorithms' or len(key) < 3 or key[1] in algorithms

@@ -1,4 +1,4 @@
-"""Which recipes there are: networks and data sets that have a baseline, and the methods laid over it."""
+"""The recipes of a folder, sorted by network, data set and method."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,15 +7,16 @@ from pathlib import Path
 from composer_sba.errors import UserError, nearest
 
 BASELINE = 'baseline'
+_SUFFIX = f'_{BASELINE}.yaml'
 
 
 @dataclass(frozen=True)
-class Regime:
-    """The recipes of one network on one data set: ``<network>_<dataset>_<method>.yaml``.
+class RecipeFamily:
+    """The recipes of one network on one data set: files named ``<network>_<dataset>_<method>.yaml``.
 
     Args:
-        folder (Path): Where they are.
-        stem (str): ``<network>_<dataset>``.
+        folder (Path): The folder of the recipes.
+        stem (str): ``<network>_<dataset>``. The data set's name has no underscore.
     """
 
     folder: Path
@@ -23,55 +24,71 @@ class Regime:
 
     @property
     def names(self) -> tuple[str, str]:
-        """Network and data set; the digits have one network and their name alone."""
+        """Network and data set. The recipes of the digits name only the data set, which is also the network's name."""
         network, _, dataset = self.stem.rpartition('_')
         return network or dataset, dataset
 
     def own(self, method: str) -> Path:
-        """The method's own recipe, which may not exist."""
+        """Return the path of the method's own recipe, which may not exist."""
         return self.folder / f'{self.stem}_{method}.yaml'
 
     def files(self, method: str) -> list[Path] | None:
-        """The method's own recipe, else its file in ``methods/`` over the baseline, else None."""
+        """Return the method's own recipe, or the baseline and the method's file in ``methods/``, or None."""
         if self.own(method).exists():
             return [self.own(method)]
         general = self.folder / 'methods' / f'{method}.yaml'
         return [self.own(BASELINE), general] if general.exists() else None
 
     def methods(self) -> list[str]:
-        """All that have a recipe of their own or a file in ``methods/``, the baseline first."""
-        own = [path.stem.removeprefix(f'{self.stem}_') for path in self.folder.glob(f'{self.stem}_*.yaml')]
-        general = [path.stem for path in (self.folder / 'methods').glob('*.yaml')]
+        """Return the methods that have a recipe of their own or a file in ``methods/``, the baseline first."""
+        prefixes = [f'{stem}_' for stem in _stems(self.folder)]
+        own = [
+            name.removeprefix(f'{self.stem}_').removesuffix('.yaml')
+            for name in _visible(self.folder, '.yaml')
+            # 'vgg16_cifar10_wide_sba' belongs to 'vgg16_cifar10_wide' if that has a baseline, not to 'vgg16_cifar10'
+            if max((prefix for prefix in prefixes if name.startswith(prefix)), key=len, default='') == f'{self.stem}_'
+        ]
+        general = [name.removesuffix('.yaml') for name in _visible(self.folder / 'methods', '.yaml')]
         return sorted({*own, *general}, key=lambda method: (method != BASELINE, method))
 
 
-def regimes(recipes: Path, networks: Sequence[str] = (), datasets: Sequence[str] = ()) -> list[Regime]:
-    """Find the networks and data sets that have recipes.
+def families(recipes: Path, networks: Sequence[str] = (), datasets: Sequence[str] = ()) -> list[RecipeFamily]:
+    """Find the networks and data sets that have a baseline recipe.
 
     Args:
         recipes (Path): The folder of the recipes.
-        networks (Sequence[str], optional): Which to keep. Default: ``()``, all.
-        datasets (Sequence[str], optional): The same of data sets.
+        networks (Sequence[str], optional): The networks to keep. Default: ``()``, all.
+        datasets (Sequence[str], optional): The data sets to keep. Default: ``()``, all.
 
     Returns:
-        list[Regime]: By name.
+        list[RecipeFamily]: Sorted by name.
 
     Raises:
-        UserError: If there is none of a name.
+        UserError: If the folder has no baseline recipe, or none for one of the names.
     """
-    stems = sorted(path.name.removesuffix('_baseline.yaml') for path in recipes.glob('*_baseline.yaml'))
-    found = [Regime(recipes, stem) for stem in stems]
-    check_names('networks', networks, {regime.names[0] for regime in found})
-    check_names('datasets', datasets, {regime.names[1] for regime in found})
+    found = [RecipeFamily(recipes, stem) for stem in _stems(recipes)]
+    if not found:
+        raise UserError(f'--recipes: {recipes} has no <network>_<dataset>{_SUFFIX}')
+    check_names('networks', networks, {family.names[0] for family in found})
+    check_names('datasets', datasets, {family.names[1] for family in found})
     return [
-        regime
-        for regime in found
-        if (not networks or regime.names[0] in networks) and (not datasets or regime.names[1] in datasets)
+        family
+        for family in found
+        if (not networks or family.names[0] in networks) and (not datasets or family.names[1] in datasets)
     ]
 
 
 def check_names(option: str, given: Sequence[str], known: set[str]) -> None:
-    """Raise UserError for a name that is not known."""
+    """Raise UserError for the first name that is not known."""
     for name in given:
         if name not in known:
             raise UserError(f"--{option}: unknown '{name}'{nearest(name, sorted(known))}")
+
+
+def _stems(folder: Path) -> list[str]:
+    return [name.removesuffix(_SUFFIX) for name in _visible(folder, _SUFFIX)]
+
+
+def _visible(folder: Path, suffix: str) -> list[str]:
+    """Return the names in a folder that end in ``suffix``; hidden files are copies that editors and systems leave."""
+    return sorted(path.name for path in folder.glob(f'*{suffix}') if not path.name.startswith('.'))

@@ -1,23 +1,24 @@
-"""Finished runs as lines of JSON, appended whole and read with every line checked."""
+"""Finished runs as lines of JSON: each is appended as a whole, and every line is checked when it is read."""
 
 import json
 import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from types import UnionType
+from typing import Any, TypedDict, cast, get_args, get_origin, get_type_hints
 
 from filelock import FileLock
 
 from composer_sba.errors import UserError
-from composer_sba.study.display_names import length
+from composer_sba.study.display_names import scaled_duration
 
 
 class Evaluation(TypedDict):
-    """One evaluation of a run. Losses are in nats, accuracy and calibration error fractions of 1."""
+    """One evaluation of a run. Losses are in nats; accuracy and calibration error are fractions of 1."""
 
     epoch: int
-    seconds: float  # of training since the run began, evaluations left out
+    seconds: float  # of training since the run began, without evaluation
     accuracy: float
     loss: float | None
     calibration_error: float | None
@@ -52,20 +53,21 @@ class Record(TypedDict):
     flops: float | None
 
 
-def read(path: Path) -> list[Record]:
+def read_records(path: Path) -> list[Record]:
     """Read the finished runs of a study.
 
     Args:
         path (Path): ``results/<study>.jsonl``. A file that does not exist holds no runs.
 
     Returns:
-        list[Record]: In the order of the file. A last line that was torn as it was written is warned of and left out.
+        list[Record]: The runs in the order of the file. If a kill has cut off the last line, it is left out with a
+        warning.
 
     Raises:
-        UserError: If any other line is not a record; the message names file, line and fault.
+        UserError: If any other line is not a record; the message names the file, the line and the problem.
 
     Example:
-        >>> read(Path('no/such.jsonl'))
+        >>> read_records(Path('no/such.jsonl'))
         []
     """
     if not path.exists():
@@ -74,30 +76,30 @@ def read(path: Path) -> list[Record]:
     if _is_json(rest):  # an editor may leave out the last newline
         lines.append(rest)
     elif rest:
-        warnings.warn(f'{path}, line {len(lines) + 1}: torn as it was written, left out', stacklevel=2)
+        warnings.warn(f'{path}, line {len(lines) + 1}: incomplete, left out', stacklevel=2)
     for number, line in enumerate(lines, start=1):
-        fault = _fault(line)
-        if fault:
-            raise UserError(f'{path}, line {number}: {fault}: correct the line or delete it')
+        problem = _problem(line)
+        if problem:
+            raise UserError(f'{path}, line {number}: {problem}: correct the line or delete it')
     return [cast(Record, json.loads(line)) for line in lines]
 
 
-def append(path: Path, record: Mapping[str, Any]) -> None:
-    """Append a run to the file of its study, whole or not at all, also while other processes append.
+def append_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Append a run to the file of its study, completely or not at all; other processes may append at the same time.
 
     Args:
-        path (Path): ``results/<study>.jsonl``, made with its folder if need be. The rest of a line that was torn as it
-            was written is cut off first.
-        record (Mapping[str, Any]): The run, as :class:`Record` has it.
+        path (Path): ``results/<study>.jsonl``. The file and its folder are created if necessary. An incomplete last
+            line is removed first.
+        record (Mapping[str, Any]): The run, with the keys of :class:`Record`.
 
     Raises:
-        UserError: If :func:`read` would refuse the record.
-        OSError: If the line cannot be written in full; the file then is as before.
+        UserError: If :func:`read_records` would refuse the record.
+        OSError: If the line cannot be written completely. The file is then unchanged.
     """
     line = json.dumps(record, ensure_ascii=False).encode() + b'\n'
-    fault = _fault(line)
-    if fault:
-        raise UserError(f'{path}: the record of a run {fault}')
+    problem = _problem(line)
+    if problem:
+        raise UserError(f'{path}: the record of a run {problem}')
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f'.{path.name}.lock')):
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -128,8 +130,8 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def _fault(line: bytes) -> str:
-    """What keeps a line from being a record; empty if nothing does."""
+def _problem(line: bytes) -> str:
+    """Return why a line is not a record, or ``''`` if it is one."""
     try:
         record = json.loads(line)
     except ValueError:
@@ -139,17 +141,28 @@ def _fault(line: bytes) -> str:
     missing = sorted(Record.__required_keys__ - record.keys())
     if missing:
         return f'lacks {", ".join(missing)}'
-    for key, kind in {'recipe': dict, 'setting': dict, 'seed': int, 'accuracy': float, 'train_seconds': float}.items():
-        if not isinstance(record[key], kind):
-            return f'has {key} {record[key]!r}, expected {kind.__name__}'
+    for key, hint in get_type_hints(Record).items():
+        if not _matches(record[key], hint):
+            return f'has {key} {record[key]!r}, expected {getattr(hint, "__name__", hint)}'
     try:
-        length(record['recipe'])
+        scaled_duration(record['recipe'])
     except (TypeError, ValueError):
         return f"has recipe.max_duration {record['recipe'].get('max_duration')!r}, expected a duration such as '30ep'"
-    try:
-        seconds = [evaluation['seconds'] for evaluation in record['epochs']]
-        if not seconds or sorted(seconds) != seconds:
-            return 'has epochs whose seconds are not training time since the run began'
-    except (KeyError, TypeError):
-        return 'has epochs that are not evaluations'
+    hints = get_type_hints(Evaluation)
+    for evaluation in record['epochs']:
+        if not isinstance(evaluation, dict) or not all(
+            key in evaluation and _matches(evaluation[key], hint) for key, hint in hints.items()
+        ):
+            return 'has epochs that are not evaluations'
+    seconds = [evaluation['seconds'] for evaluation in record['epochs']]
+    if not seconds or sorted(seconds) != seconds:
+        return 'has epochs whose seconds are not training time since the run began'
     return ''
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    """Whether a value read from JSON has the type of a field; the items of lists and mappings are not compared."""
+    alternatives = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    kinds = tuple(get_origin(each) or each for each in alternatives)
+    # JSON does not distinguish 1 from 1.0
+    return isinstance(value, (*kinds, int) if float in kinds else kinds) and not isinstance(value, bool)

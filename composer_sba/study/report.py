@@ -1,57 +1,62 @@
-"""The page of results: for each group of runs a table and its figures, between markers that prose may surround."""
+"""The page of results: a table and figures for each group of runs, between markers that prose may surround."""
 
+import warnings
 from collections.abc import Callable
+from itertools import chain, count
 from pathlib import Path
 
 from composer_sba.errors import UserError
 from composer_sba.study import figures, paper
 from composer_sba.study.groups import Group, group
-from composer_sba.study.records import Record, read
-from composer_sba.study.tables import COST_LEGEND, LEGEND, table
+from composer_sba.study.records import Record, read_records
+from composer_sba.study.tables import COST_LEGEND, LEGEND, group_table
 
 SECTIONS = {  # study -> title of its section
     'table1': 'Table 1 of the paper',
     'eta': 'The weight η (Fig. 2)',
     'layers': 'The cut layer (Fig. 3)',
-    'rivals': 'Other methods',
+    'methods': 'Other methods',
     'search': 'Search for settings',
 }
 _NOTES = {
     **paper.CLAIMS,
-    'search': 'The order is by the error that is shown, so the errors of the first settings are too low, and their '
-    'differences no evidence: only further runs with other seeds are.',
+    'search': 'The settings are sorted by the error that the table shows. This selection makes the errors of the first '
+    'ones too low, and their differences are no evidence. Further runs with other seeds would be.',
 }
 _HEAD = """# Results
 
-What stands between the markers `begin` and `end` in the source of this page is written by
-`python -m composer_sba.study report` from the runs in `results/`, one a line.
+`python -m composer_sba.study report` writes the text between the markers `begin` and `end` in the source of this page
+from the runs in `results/`, one line each.
 """
 
 
 def report(results: Path, page: Path) -> list[Path]:
-    """Write the results of all studies into a Markdown page, and their figures into ``figures/`` beside it.
+    """Write the results of all studies into a Markdown page and their figures into the folder ``figures/`` next to it.
 
     Args:
-        results (Path): The folder of ``table1.jsonl``, ``eta.jsonl``, ``layers.jsonl``, ``rivals.jsonl`` and
-            ``search.jsonl``, as far as they exist.
-        page (Path): The page, made if need be. What it has between ``<!-- rivals:begin -->`` and
-            ``<!-- rivals:end -->``, and so for each study, is replaced, the rest stays. A study that has runs but no
-            markers gets a section at the end.
+        results (Path): The folder of ``table1.jsonl``, ``eta.jsonl``, ``layers.jsonl``, ``methods.jsonl`` and
+            ``search.jsonl``. Files that do not exist are skipped.
+        page (Path): The page, created if necessary. The text between ``<!-- methods:begin -->`` and
+            ``<!-- methods:end -->``, and likewise for the other studies, is replaced; the rest stays. A study that has
+            runs but no markers gets a section at the end.
 
     Returns:
-        list[Path]: What was written: the page, then the figures. The same records give the same page, to the byte.
+        list[Path]: The files written: the page, then the figures. The same records give the same page, to the byte.
 
     Raises:
-        UserError: If a line is no record, runs do not fit together, a study has one marker without the other, or no
-            study has runs.
+        UserError: If a line is not a record, a file holds runs of another study, runs do not fit together, a study has
+            one marker without the other, or no study has runs.
     """
-    records = {study: read(results / f'{study}.jsonl') for study in SECTIONS}
+    records = {study: _runs(results / f'{study}.jsonl') for study in SECTIONS}
+    for path in sorted(results.glob('*.jsonl')):
+        if path.stem not in SECTIONS:
+            warnings.warn(f'{path}: left out, since no study is called {path.stem}', stacklevel=2)
     if not any(records.values()):
         raise UserError(f'{results} has no finished runs of {", ".join(SECTIONS)}: run a study first')
     groups = {study: group(runs) for study, runs in records.items()}
     text = page.read_text(encoding='utf-8') if page.exists() else _HEAD
     for study, title in SECTIONS.items():
-        text = _with_markers(page, text, study, title if groups[study] else None)
+        text = _with_markers(page, text, study, title if groups[study] else '')
     written = [page]
     for study, found in groups.items():
         begin, end = _markers(study)
@@ -64,22 +69,31 @@ def report(results: Path, page: Path) -> list[Path]:
     return written
 
 
+def _runs(path: Path) -> list[Record]:
+    runs = read_records(path)
+    for run in runs:
+        if run['study'] != path.stem:
+            problem = f"run {run['hash']} has the study '{run['study']}', expected '{path.stem}'"
+            raise UserError(f'{path}: {problem}: move its line or correct it')
+    return runs
+
+
 def _markers(study: str) -> tuple[str, str]:
     return f'<!-- {study}:begin -->', f'<!-- {study}:end -->'
 
 
-def _with_markers(page: Path, text: str, study: str, title: str | None) -> str:
-    """The page, with a section at its end for a study that has a title to give and no markers yet."""
+def _with_markers(page: Path, text: str, study: str, title: str) -> str:
+    """Return the page with a section at its end if the study has a title and no markers yet."""
     begin, end = _markers(study)
     if begin not in text and end not in text:
-        return text if title is None else f'{text.rstrip()}\n\n## {title}\n\n{begin}\n{end}\n'
+        return text if not title else f'{text.rstrip()}\n\n## {title}\n\n{begin}\n{end}\n'
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
         raise UserError(f'{page}: expected {begin} once and {end} once after it: correct these lines')
     return text
 
 
 def _body(groups: dict[Group, list[Record]], folder: Path) -> tuple[str, list[Path]]:
-    """What stands between the markers of a study, and the figures drawn for it."""
+    """Write the text between the markers of a study, and draw its figures."""
     study = next(iter(groups)).study
     parts = [
         LEGEND,
@@ -90,10 +104,11 @@ def _body(groups: dict[Group, list[Record]], folder: Path) -> tuple[str, list[Pa
     titles = [each.title for each in groups]
     stems: set[str] = set()
     for each, runs in groups.items():
-        alone = titles.count(each.title) == 1
-        parts += [f'### {each.title}' if alone else f'### {each.title}, {each.hardware}', table(each, runs)]
+        unique = titles.count(each.title) == 1
+        heading = f'### {each.title}' if unique else f'### {each.title}, {each.hardware}'
+        parts += [heading, group_table(each, runs)]
         stem = f'{study}-{each.network}-{each.dataset}-{each.train_samples}-{each.max_duration}'
-        stem = next(name for name in (stem, *(f'{stem}-{n}' for n in range(2, 99))) if name not in stems)
+        stem = next(name for name in chain([stem], (f'{stem}-{n}' for n in count(2))) if name not in stems)
         stems.add(stem)
         for kind, draw, caption in _figures(each, runs):
             path = folder / f'{stem}-{kind}.png'
@@ -104,22 +119,22 @@ def _body(groups: dict[Group, list[Record]], folder: Path) -> tuple[str, list[Pa
 
 
 def _figures(group: Group, runs: list[Record]) -> list[tuple[str, Callable[[Path], None], str]]:
-    """Kind, how to draw it, and caption of the figures that belong to a study."""
+    """Return the kind, the drawing function and the caption of each figure of a group."""
     varied = any(run['setting'] for run in runs)
     if group.study == 'search' or (group.study in ('eta', 'layers') and not varied):
         return []
     if group.study == 'eta':
         best = paper.BEST_ETA.get((group.dataset, group.network))
-        caption = 'Error against η: mean and sd over seeds, each seed a dot; grey, the baseline with its sd.'
+        caption = 'Error against η: mean and sd over seeds, with a dot for each seed. The baseline and its sd are grey.'
         return [('eta', lambda path: figures.error_against_eta(path, runs, best), caption)]
     if group.study == 'layers':
         caption = (
-            'Cost ratio and error against the cut layer: left, each seed a dot, the bar their median; right, mean and '
-            'sd over seeds, each seed a dot; grey, the baseline with its sd.'
+            'Cost ratio and error against the cut layer: left, a dot for each seed and a bar at their median; right, '
+            'mean and sd over seeds, with a dot for each seed. The baseline and its sd are grey.'
         )
         return [('layers', lambda path: figures.error_and_cost_against_layer(path, runs), caption)]
-    time = 'Error against training time: mean and sd over seeds; the thin lines are those of the baseline.'
-    curves = 'Learning curves: mean and sd over seeds, the least final error first; grey, the baseline.'
+    time = 'Error against training time: mean and sd over seeds. Thin lines mark the baseline.'
+    curves = 'Learning curves: mean and sd over seeds, sorted by final error. The baseline is grey.'
     return [
         ('time', lambda path: figures.error_against_time(path, runs), time),
         ('curves', lambda path: figures.learning_curves(path, runs), curves),

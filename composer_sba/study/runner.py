@@ -1,16 +1,16 @@
-"""The runs of a study, so many at a time, each in a process of its own, with a live display."""
+"""Training the runs of a study: several at a time, each in its own process, with a live display.
+
+:func:`run_all` runs in the process of the command, :func:`train_run` in the process of a run.
+"""
 
 import atexit
 import multiprocessing
 import os
-import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
-from importlib.metadata import version
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -30,28 +30,36 @@ from composer_sba.errors import AlreadyTrainedError, UserError
 from composer_sba.recipe.redact import redact
 from composer_sba.study.flops import flops_per_image
 from composer_sba.study.plan import Run
-from composer_sba.study.records import append, read
+from composer_sba.study.provenance import commit, hardware, versions
+from composer_sba.study.records import append_record, read_records
 from composer_sba.train import METRICS, Summary, train
 
 
 def run_all(runs: Sequence[Run], flops: Sequence[float], results: Path, jobs: int, scratch: Path) -> int:
-    """Train runs and append each one's record to the results as it is finished.
+    """Train runs and append the record of each to the results when it has finished.
 
-    A run that fails is reported with the end of what it printed, and the others go on.
+    A run that fails is reported with the last line of its output, and the others continue.
 
     Args:
         runs (Sequence[Run]): In the order to start them.
-        flops (Sequence[float]): What each costs, for the time left; unit: floating-point operations.
+        flops (Sequence[float]): The cost of each, for the estimate of the time left. Unit: floating-point operations.
         results (Path): The file of the study.
-        jobs (int): How many to train at a time, on one device.
-        scratch (Path): Where checkpoints and logs of unfinished runs go.
+        jobs (int): The number of runs to train at the same time, all on one device.
+        scratch (Path): The folder for checkpoints and logs of unfinished runs.
 
     Returns:
-        int: How many failed.
+        int: The number of runs that failed.
+
+    Raises:
+        OSError: If a folder or the file of the study cannot be written.
     """
-    scratch.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault('OMP_NUM_THREADS', str(max(len(os.sched_getaffinity(0)) // jobs, 1)))
-    shared = shared_facts(jobs)
+    for folder in (scratch, results.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    results.open('ab').close()  # a file that cannot be written should not cost a training first
+    given, *_ = os.environ.get('OMP_NUM_THREADS', '').split(',')  # further numbers are for nested regions
+    threads = (int(given) if given.isdecimal() else 0) or max(len(os.sched_getaffinity(0)) // jobs, 1)
+    os.environ['OMP_NUM_THREADS'] = str(threads)
+    shared = {'commit': commit(), 'jobs': jobs, 'versions': versions()}
     # A server process imports PyTorch and Composer once, and a fork of it trains each run
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['composer_sba.study.runner'])
@@ -63,17 +71,20 @@ def run_all(runs: Sequence[Run], flops: Sequence[float], results: Path, jobs: in
                 while waiting and len(pool.active) < jobs:
                     run, cost = waiting.pop(0)
                     receiver, sender = context.Pipe(duplex=False)
-                    process = context.Process(target=work, args=(run, results, shared, scratch, sender), name=run.name)
+                    arguments = (run, results, shared, scratch, Path.cwd(), threads, sender)
+                    process = context.Process(target=train_run, args=arguments, name=run.name)
                     process.start()
                     sender.close()  # the process has its own end; this one would keep the pipe open
-                    pool.add(receiver, _Active(run, cost, process, display.add_task(run.name, total=1.0)))
-                pool.listen(scratch)
+                    pool.active[receiver] = _ActiveRun(run, cost, process, display.add_task(run.name, total=1.0))
+                pool.wait(scratch)
         finally:
             pool.stop()
     return pool.failed
 
 
-class _Active:
+class _ActiveRun:
+    """A run in progress: its process, its line in the display, the share that is done and, in the end, its record."""
+
     def __init__(self, run: Run, cost: float, process: BaseProcess, task: TaskID) -> None:
         self.run, self.cost, self.process, self.task = run, cost, process, task
         self.share = 0.0
@@ -81,47 +92,44 @@ class _Active:
 
 
 class _Pool:
-    """The runs in progress and the lines about them."""
+    """The runs in progress and the display of their progress."""
 
     def __init__(self, display: Progress, total: float) -> None:
         self.display = display
-        self.active: dict[Connection, _Active] = {}
+        self.active: dict[Connection, _ActiveRun] = {}
         self.total = total
-        self.finished = 0.0  # operations of runs that are over
+        self.finished = 0.0  # operations of the runs that have ended
         self.failed = 0
         self.begun = time.monotonic()
         self.task = display.add_task('all', total=total)
 
-    def add(self, receiver: Connection, active: _Active) -> None:
-        self.active[receiver] = active
-
-    def listen(self, scratch: Path) -> None:
-        """Wait for news of any run."""
+    def wait(self, scratch: Path) -> None:
+        """Wait for a message of any run, and handle all that have arrived."""
         for receiver in wait(list(self.active)):
             assert isinstance(receiver, Connection)
             active = self.active[receiver]
             try:
-                news = receiver.recv()
-            except (EOFError, OSError):  # the process is over, one way or the other, maybe in the middle of its news
-                self._end(receiver, active, scratch)
+                message = receiver.recv()
+            except (EOFError, OSError):  # the process has ended, perhaps in the middle of a message
+                self._finish(receiver, active, scratch)
                 continue
-            if isinstance(news, float):
-                active.share = news
-                self.display.update(active.task, completed=news)
+            if isinstance(message, float):
+                active.share = message
+                self.display.update(active.task, completed=message)
             else:
-                active.record = news
+                active.record = message
         done = self.finished + sum(active.cost * active.share for active in self.active.values())
-        self.display.update(self.task, completed=done, description=f'all, {self._left(done)} left')
+        self.display.update(self.task, completed=done, description=f'all, {self._time_left(done)} left')
 
     def stop(self) -> None:
-        """Break off what is still running; its checkpoints are there to be resumed."""
+        """Terminate the runs in progress; they can resume from their checkpoints."""
         for active in self.active.values():
             active.process.terminate()
         for active in self.active.values():
             active.process.join(10)
             active.process.kill()
 
-    def _end(self, receiver: Connection, active: _Active, scratch: Path) -> None:
+    def _finish(self, receiver: Connection, active: _ActiveRun, scratch: Path) -> None:
         receiver.close()
         active.process.join()
         del self.active[receiver]
@@ -133,13 +141,14 @@ class _Pool:
         else:
             self.failed += 1
             log = scratch / f'{active.run.hash}.log'
-            said = [line for line in log.read_text().splitlines() if line.strip()] if log.exists() else []
-            last = said[-1] if said else 'it said nothing'
-            outcome = f'FAILED with code {active.process.exitcode}, see {log}: {last}'
-        self.display.console.print(f'{active.run.name}: {outcome}; {self._left(self.finished)} left', soft_wrap=True)
+            output = log.read_text(errors='replace') if log.exists() else ''
+            last = next((line for line in reversed(output.splitlines()) if line.strip()), 'no output')
+            outcome = f'FAILED with code {active.process.exitcode}, see {log}: {redact(last)}'
+        left = self._time_left(self.finished)
+        self.display.console.print(f'{active.run.name}: {outcome}; {left} left', soft_wrap=True)
 
-    def _left(self, done: float) -> str:
-        """The time left, if what is to come runs at the rate of what is done."""
+    def _time_left(self, done: float) -> str:
+        """Estimate the time left from the mean rate so far."""
         if not done:
             return '?'
         elapsed = time.monotonic() - self.begun
@@ -151,7 +160,43 @@ def _display() -> Progress:
     return Progress(*columns, console=Console(highlight=False, markup=False))
 
 
-PACKAGES = ('composer-sba', 'mosaicml', 'mosaicml-streaming', 'torch', 'torchvision')
+def train_run(
+    run: Run,
+    results: Path,
+    shared: Mapping[str, Any],
+    scratch: Path,
+    folder: Path,
+    threads: int,
+    messages: Connection,
+) -> None:
+    """Train a run and append its record. This is the main function of the process of a run.
+
+    Args:
+        run (Run): The run to train. Its checkpoints are in ``scratch/<hash>`` until the record is written.
+        results (Path): The file of the study.
+        shared (Mapping[str, Any]): The part of the record that all runs of a command share: commit, jobs and versions.
+        scratch (Path): The folder of the checkpoints and of ``<hash>.log``, which receives all output of the run.
+        folder (Path): The working folder of the command; a forked process starts in that of its server.
+        threads (int): The number of threads of PyTorch.
+        messages (Connection): Receives the share that is done, at most once a second, and the record at the end.
+    """
+    os.chdir(folder)
+    # This process needs its own tracker of shared memory; Streaming's blocks would pile up in the parent's
+    tracker: Any = resource_tracker._resource_tracker  # there is no public way
+    tracker._fd = tracker._pid = None
+    log = os.open(scratch / f'{run.hash}.log', os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    torch.set_num_threads(threads)
+    # The runs of a study that was killed continue until their next message, and this run may be among them
+    with FileLock(scratch / f'{run.hash}.lock'):
+        record = next((dict(each) for each in read_records(results) if each['hash'] == run.hash), None)
+        if record is None:
+            record = {**_train(run, scratch, messages.send), **shared}
+            append_record(results, record)
+        shutil.rmtree(scratch / run.hash, ignore_errors=True)
+    messages.send(record)
+    atexit._run_exitfuncs()  # a forked process skips them at its end, which would leave Streaming's shared memory
 
 
 class Curve(Summary):
@@ -177,56 +222,22 @@ class Curve(Summary):
             self._report(float(elapsed) if elapsed is not None else 0.0)
 
 
-def work(run: Run, results: Path, shared: Mapping[str, Any], scratch: Path, told: Connection) -> None:
-    """Train a run, append its record and leave; this is the main function of a process.
-
-    Args:
-        run (Run): What to train; its checkpoints go to ``scratch/<hash>`` until the record is written.
-        results (Path): The file of the study.
-        shared (Mapping[str, Any]): What the records of all runs of this study hold, as :func:`shared_facts` gives it.
-        scratch (Path): Where checkpoints and ``<hash>.log``, all that the run prints, go.
-        told (Connection): Gets the share that is done, now and then, and the record in the end.
-    """
-    # A tracker of shared memory of its own: Streaming's would otherwise pile up in the parent's until the study is over
-    tracker: Any = resource_tracker._resource_tracker  # there is no public way
-    tracker._fd = tracker._pid = None
-    log = os.open(scratch / f'{run.hash}.log', os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
-    # A study that was killed leaves its runs behind until they next tell it something, and this may be one of them
-    with FileLock(scratch / f'{run.hash}.lock'):
-        record = next((dict(each) for each in read(results) if each['hash'] == run.hash), None)
-        if record is None:
-            record = {**_train(run, Curve(told.send), scratch), **shared}
-            append(results, record)
-        shutil.rmtree(scratch / run.hash, ignore_errors=True)
-    told.send(record)
-    atexit._run_exitfuncs()  # a forked process leaves without them, and Streaming's shared memory would stay behind
-
-
-def _train(run: Run, curve: Curve, scratch: Path) -> dict[str, Any]:
+def _train(run: Run, scratch: Path, report: Callable[[float], None]) -> dict[str, Any]:
+    """Train a run and return its record, except for the part that all runs of a command share."""
     try:
-        trainer = _unless_trained(run, curve)
-        if trainer is None:  # it ended before it could write its record
-            shutil.rmtree(scratch / run.hash)
-            trainer = train(run.recipe, summary=curve)
+        try:
+            return _record(run, curve := Curve(report), train(run.recipe, summary=curve))
+        except AlreadyTrainedError:
+            pass  # a kill came between the last checkpoint and the record
+        shutil.rmtree(scratch / run.hash)
+        return _record(run, curve := Curve(report), train(run.recipe, summary=curve))
     except UserError as error:
         print(f'error: {redact(str(error))}', file=sys.stderr, flush=True)
         sys.exit(2)
-    return make_record(run, trainer, curve)
 
 
-def _unless_trained(run: Run, curve: Curve) -> Trainer | None:
-    try:
-        return train(run.recipe, summary=curve)
-    except AlreadyTrainedError:
-        return None
-
-
-def make_record(run: Run, trainer: Trainer, curve: Summary) -> dict[str, Any]:
-    """Sum up a finished run: what was trained, on what, and what came out."""
-    state, evaluations = trainer.state, curve.evaluations
+def _record(run: Run, summary: Summary, trainer: Trainer) -> dict[str, Any]:
+    state, evaluations = trainer.state, summary.evaluations
     images, epochs = int(state.timestamp.sample), int(state.timestamp.epoch)
     seconds = state.timestamp.total_wct.total_seconds()
     return {
@@ -245,38 +256,7 @@ def make_record(run: Run, trainer: Trainer, curve: Summary) -> dict[str, Any]:
         'epochs': [{k: v and round(v, 5) for k, v in evaluation.items()} for evaluation in evaluations],
         **{key: round(last_epochs_median({each['epoch']: each[key] for each in evaluations}), 5) for key in METRICS},
         'train_seconds': round(seconds, 2),
-        'wall_seconds': round(curve.wall_seconds, 2),
+        'wall_seconds': round(summary.wall_seconds, 2),
         'images_per_second': round(images / seconds, 1),
         'flops': flops_per_image(run.recipe) * images,
     }
-
-
-def shared_facts(jobs: int) -> dict[str, Any]:
-    """What is the same for all runs that one command trains, ``jobs`` at a time: code and versions, as it starts."""
-    versions = {package: version(package) for package in PACKAGES}
-    return {'commit': commit(), 'jobs': jobs, 'versions': {**versions, 'python': platform.python_version()}}
-
-
-def commit() -> str:
-    """The commit of the code, with a ``+`` if files that git knows differ from it; 'unknown' outside a checkout."""
-    git = ['git', '-C', str(Path(__file__).parent)]
-    try:
-        name = subprocess.run([*git, 'rev-parse', '--short=12', 'HEAD'], capture_output=True, text=True, check=True)
-        code = subprocess.run([*git, 'diff', '--quiet', 'HEAD', '--', ':/*.py', ':/*.yaml'], check=False)
-    except (OSError, subprocess.CalledProcessError):
-        return 'unknown'
-    return name.stdout.strip() + ('+' if code.returncode else '')
-
-
-def hardware(device: str) -> str:
-    """The device that a run is trained on, in words."""
-    if device == 'gpu':
-        return f'1 {torch.cuda.get_device_name()}'
-    cores = len(os.sched_getaffinity(0))
-    names = [line.partition(':')[2].strip() for line in _cpuinfo() if line.startswith('model name')]
-    return f'{names[0] if names else platform.machine()}, {torch.get_num_threads()} of {cores} cores'
-
-
-def _cpuinfo() -> list[str]:
-    path = Path('/proc/cpuinfo')
-    return path.read_text().splitlines() if path.exists() else []

@@ -1,4 +1,4 @@
-"""What runs of several seeds say: means with their spread, differences with an interval, ratios seed by seed."""
+"""Statistics over the seeds of a method: means, differences with an interval, and ratios of paired runs."""
 
 import math
 import statistics
@@ -10,12 +10,12 @@ from scipy.stats import ttest_ind
 
 from composer_sba.study.records import Record
 
-LEVEL = 0.95  # of the intervals
-TOLERANCE = 0.005  # how far below its final accuracy a run counts as converged, as a fraction
+LEVEL = 0.95  # of the confidence intervals
+TOLERANCE = 0.005  # a run has converged within this distance of its final accuracy; a fraction of 1
 
 
 class Spread(NamedTuple):
-    """Mean and sample standard deviation of ``n`` values; no standard deviation where n = 1."""
+    """Mean and sample standard deviation of ``n`` values; the standard deviation is None if n = 1."""
 
     mean: float
     sd: float | None
@@ -23,7 +23,7 @@ class Spread(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A difference of two means and its 95 % interval, where there is one."""
+    """A difference of two means and its 95 % confidence interval, if there is one."""
 
     mean: float
     low: float | None = None
@@ -31,18 +31,18 @@ class Difference(NamedTuple):
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether 0 lies outside the interval; False where there is none."""
+        """Whether 0 is outside the interval; False if there is no interval."""
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean and sample standard deviation.
+    """Compute the mean and the sample standard deviation.
 
     Args:
-        values (Sequence[float]): One for each seed, at least one.
+        values (Sequence[float]): One value for each seed, at least one.
 
     Returns:
-        Spread: In the values' unit.
+        Spread: In the unit of the values.
 
     Example:
         >>> spread([30.0, 32.0, 34.0])
@@ -53,20 +53,20 @@ def spread(values: Sequence[float]) -> Spread:
     mean = math.fsum(values) / len(values)
     if len(values) == 1:
         return Spread(mean, None, 1)
-    # A diverged run has no finite loss, which statistics.stdev does not take
+    # A diverged run has no finite loss, which statistics.stdev refuses
     return Spread(mean, statistics.stdev(values) if math.isfinite(mean) else math.nan, len(values))
 
 
 def difference(values: Sequence[float], baseline: Sequence[float]) -> Difference:
-    """Difference of the means with Welch's interval, which does not take the two variances to be equal.
+    """Compute the difference of two means with Welch's interval, which allows unequal variances.
 
     Args:
-        values (Sequence[float]): One for each seed.
-        baseline (Sequence[float]): What to subtract, one for each seed.
+        values (Sequence[float]): One value for each seed.
+        baseline (Sequence[float]): The values to subtract, one for each seed.
 
     Returns:
-        Difference: ``values`` minus ``baseline``, in their unit. No interval where a side has one value only, or
-        neither side varies: nothing then says how far chance goes.
+        Difference: ``values`` minus ``baseline``, in their unit. It has no interval if one side has a single value or
+        if neither side varies, since nothing then measures the effect of chance.
 
     Example:
         >>> tuple(round(number, 3) for number in difference([4.0, 6.0], [1.0, 2.0, 3.0]))
@@ -76,21 +76,21 @@ def difference(values: Sequence[float], baseline: Sequence[float]) -> Difference
     if min(len(values), len(baseline)) < 2 or spread(values).sd == spread(baseline).sd == 0:
         return Difference(mean)
     with warnings.catch_warnings():
-        # Seeds that agree to the last digit are what SciPy takes for a loss of digits
+        # SciPy warns of lost digits if the seeds of one side agree
         warnings.filterwarnings('ignore', message='Precision loss occurred', category=RuntimeWarning)
         interval = ttest_ind(values, baseline, equal_var=False).confidence_interval(LEVEL)
     return Difference(mean, float(interval.low), float(interval.high))
 
 
 def paired_ratio(values: Mapping[int, float], baseline: Mapping[int, float]) -> float | None:
-    """Median over the seeds of the ratio of a run to the baseline's run of the same seed.
+    """Compute the median, over the seeds, of a run's value divided by that of the baseline's run of the same seed.
 
     Args:
         values (Mapping[int, float]): Seed -> value.
-        baseline (Mapping[int, float]): Seed -> what to divide by.
+        baseline (Mapping[int, float]): Seed -> divisor.
 
     Returns:
-        float | None: None if no seed has both.
+        float | None: None if the two sides have no seed in common.
 
     Example:
         >>> paired_ratio({1: 20.0, 2: 33.0, 3: 9.0}, {1: 10.0, 2: 30.0})
@@ -101,43 +101,46 @@ def paired_ratio(values: Mapping[int, float], baseline: Mapping[int, float]) -> 
 
 
 def time_to(run: Record, accuracy: float) -> float | None:
-    """Training time until an evaluation first shows an accuracy.
+    """Return the training time until an evaluation first reaches an accuracy.
 
     Args:
         run (Record): The run.
-        accuracy (float): As a fraction.
+        accuracy (float): A fraction of 1.
 
     Returns:
-        float | None: Seconds, evaluations left out; None if no evaluation showed it.
+        float | None: Unit: seconds, without evaluation. None if no evaluation reaches the accuracy.
     """
     return next((each['seconds'] for each in run['epochs'] if each['accuracy'] >= accuracy), None)
 
 
 def cost_ratios(ba: Sequence[Record], sba: Sequence[Record]) -> dict[int, float]:
-    """Fig. 3's cost ratio t1/t2: how many times longer BA takes to its converged accuracy than SBA to the same one.
+    """Compute the cost ratio t1/t2 of Fig. 3: the time BA takes to converge divided by the time SBA takes to match it.
 
-    BA counts as converged when an evaluation first shows its final accuracy, the median over its last five epochs,
-    less ``TOLERANCE``. t1 is the training time until then, t2 that until SBA first shows the same accuracy.
+    BA has converged when an evaluation first reaches its final accuracy (the median over its last five epochs) less
+    ``TOLERANCE``. t1 is the training time until then. t2 is the training time until SBA first reaches that accuracy.
 
     Args:
         ba (Sequence[Record]): Runs of BA.
         sba (Sequence[Record]): Runs of SBA.
 
     Returns:
-        dict[int, float]: Seed -> ratio, for the seeds that both have; 0 where SBA never reached that accuracy, its t2
-        being infinite.
+        dict[int, float]: Seed -> ratio, for the seeds that both have. The ratio is 0 if SBA never reaches the accuracy,
+        which makes t2 infinite.
     """
-    of_seed = {run['seed']: run for run in ba}
+    ba_of_seed = {run['seed']: run for run in ba}
     ratios = {}
     for run in sba:
-        if run['seed'] in of_seed:
-            target = of_seed[run['seed']]['accuracy'] - TOLERANCE
-            t1, t2 = time_to(of_seed[run['seed']], target), time_to(run, target)
-            if t1 is not None:  # the evaluations of a record may not be all there were
+        if run['seed'] in ba_of_seed:
+            target = ba_of_seed[run['seed']]['accuracy'] - TOLERANCE
+            t1, t2 = time_to(ba_of_seed[run['seed']], target), time_to(run, target)
+            if t1 is not None:  # a record may hold fewer evaluations than the run made
                 ratios[run['seed']] = t1 / t2 if t2 else 0.0
     return ratios
 
 
 def median_ratio(ratios: Sequence[float]) -> float:
-    """Median of :func:`cost_ratios`, in which 0 stands for never: the lower of two middle ones where one is never."""
+    """Return the median of :func:`cost_ratios`, in which 0 stands for never.
+
+    If one of them is 0, an even number of ratios gives the lower of the two middle ones instead of their mean.
+    """
     return (statistics.median if all(ratios) else statistics.median_low)(ratios)

@@ -1,4 +1,8 @@
-"""What one step costs: plain, with SBA and with its relatives, taken in turn, beside what the arithmetic asks for."""
+"""The cost of a training step: plain, with SBA and with related methods, compared with the cost in operations.
+
+:class:`Steps` runs each kind of step on one network, :func:`measure` times them in turn, and :func:`benchmark` writes
+the report of ``study step``.
+"""
 
 import statistics
 import time
@@ -6,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +29,37 @@ from composer_sba.errors import TooWideError, UserError
 from composer_sba.latent.expander import LatentExpander
 from composer_sba.recipe.recipe import Recipe, component_arguments, load
 from composer_sba.recipe.registry import construct
-from composer_sba.study.display_names import name
+from composer_sba.study.display_names import display_name
 from composer_sba.study.plan import cut_layers
-from composer_sba.study.recipe_index import Regime, regimes
-from composer_sba.study.runner import hardware, shared_facts
+from composer_sba.study.provenance import hardware, software
+from composer_sba.study.recipe_index import families
 from composer_sba.vicinity import Basis, Vicinity
 
-KINDS = ('plain', 'unarmed', 'sba', 'latent_ba', 'naive', 'ba')
-PARTS = {  # what an operator of a profile, or the first around it that fits any of these, belongs to
+STEP_KINDS = ('plain', 'unarmed', 'sba', 'latent_ba', 'naive', 'ba')
+# Part of a step -> substrings of the operators that belong to it. An operator without a match belongs to the part of
+# the innermost operator around it that has one.
+PROFILE_PARTS = {
     'noise and Σ': ('Expansion', 'composer_sba::'),
     'rows': ('aten::cat', 'CatBackward'),
     'batch norm': ('batch_norm', 'BatchNorm', 'var_mean', 'VarMean', 'addcmul', 'Addcmul'),
     'tail and trunk': ('convolution', 'addmm', 'aten::mm', 'aten::bmm', 'pool'),
     'loss': ('softmax', 'nll_loss', 'kl_div'),
 }
+DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+_BA_FOLD = 4  # beyond it, BA would take most of the benchmark's time only to show that it costs M
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What a kind of step costs beside a plain one.
+class StepCost:
+    """The cost of a kind of step relative to a plain one.
 
     Args:
-        kind (str): One of ``KINDS``.
+        kind (str): One of ``STEP_KINDS``.
         ratio (float): Time ÷ plain, the median over rounds.
-        low, high (float): Its quartiles.
-        ideal (float): Operations ÷ plain, as they were executed.
-        memory (float): Peak memory of the step ÷ plain, what the process held before it left out.
-        seconds (float): Its time, the median over rounds.
+        low, high (float): The quartiles of that ratio.
+        ideal (float): Executed operations ÷ plain.
+        memory (float): Peak memory of the step ÷ plain, without the memory that is held between steps.
+        seconds (float): The time of a step, the median over rounds.
     """
 
     kind: str
@@ -64,23 +72,23 @@ class Cost:
 
 
 class Steps:
-    """The steps of one network on one batch of random images, each kind on the same weights.
+    """Training steps of one network on one batch of random images; all kinds share the weights.
 
-    ``plain``: cross-entropy. ``unarmed``: the same with SBA's hooks in, as at λ(t) = 0. ``sba``: Eq. 11.
-    ``latent_ba``: the hard loss of Eq. 9. ``naive``: SBA whose virtual rows get a forward pass of their own from the
-    input on. ``ba``: Hoffer et al.'s, M copies of the input.
+    ``plain``: cross-entropy. ``unarmed``: the same with SBA's hooks attached, as at λ(t) = 0. ``sba``: Eq. 11.
+    ``latent_ba``: the hard loss of Eq. 9. ``naive``: SBA with two forward passes, one for the raw rows and one that
+    predicts for the virtual rows from the input on. ``ba``: Hoffer et al.'s BA, with M copies of the input.
 
     Args:
-        network (torch.nn.Module): On its device.
+        network (torch.nn.Module): The network, on its device.
         images (torch.Tensor): Shape ``(N, 3, H, W)``.
         labels (torch.Tensor): Shape ``(N,)``.
         layer (str): The cut layer.
-        fold (int): M.
-        vicinity (Vicinity, optional): The law of the virtual rows. Default: ``Vicinity()``.
-        dtype (torch.dtype, optional): That of autocast; float32 for none. Default: ``torch.float32``.
-        compiled (bool, optional): Whether ``torch.compile`` takes the network. Default: ``False``.
-        checkpointing (bool, optional): Whether each stage's activations are computed again in the backward pass.
-            Default: ``False``.
+        fold (int): M, virtual samples per raw sample.
+        vicinity (Vicinity, optional): The distribution of the virtual samples. Default: ``Vicinity()``.
+        dtype (torch.dtype, optional): The dtype of autocast; float32 means no autocast. Default: ``torch.float32``.
+        compiled (bool, optional): Whether to use ``torch.compile``. Default: ``False``.
+        checkpointing (bool, optional): Whether the backward pass recomputes the activations of each stage. Default:
+            ``False``.
     """
 
     def __init__(
@@ -106,21 +114,21 @@ class Steps:
         self.compiled = compiled
         self.dtype = dtype
         self.optimizer = torch.optim.SGD(network.parameters(), lr=1e-6, momentum=0.9)
-        self.count = 0
+        self.index = 0
 
     def run(self, kind: str) -> None:
-        """Train for one step of a kind; hooks come and go where they would cost a plain step its time."""
-        self.count += 1
+        """Train for one step of a kind. The hooks must be as :meth:`hooked` sets them."""
+        self.index += 1
         self.optimizer.zero_grad()
         with torch.autocast(self.images.device.type, self.dtype, enabled=self.dtype != torch.float32):
             loss = self._loss(kind)
         loss.backward()
-        self.expander.disarm()  # not before activation checkpointing has computed again what it has to
+        self.expander.disarm()  # after the backward pass, in which activation checkpointing runs the hooks again
         self.optimizer.step()
 
     @contextmanager
     def hooked(self, kind: str) -> Iterator[None]:
-        """Have the hooks that a kind of step needs; under compilation all kinds share a graph that has them."""
+        """Attach the hooks that a kind of step needs; a compiled network keeps them, since all kinds share a graph."""
         if self.compiled:
             yield
             return
@@ -138,7 +146,7 @@ class Steps:
             images = self.images.repeat_interleave(self.fold, 0)
             return F.cross_entropy(self.forward(images), self.labels.repeat_interleave(self.fold))
         own = self.forward(self.images) if kind == 'naive' else None
-        self.expander.arm(self.count)
+        self.expander.arm(self.index)
         logits, virtual = self.expander.split(self.forward(self.images))
         logits = logits if own is None else own
         if kind == 'latent_ba':
@@ -146,77 +154,75 @@ class Steps:
         return F.cross_entropy(logits, self.labels) + 0.1 * sbaf.soft_label_kl(logits, virtual)
 
 
-def measure(steps: Steps, kinds: Sequence[str], rounds: int) -> list[Cost]:
-    """Time kinds of steps in turn, so that each ratio compares neighbours in time.
+def measure(steps: Steps, kinds: Sequence[str], rounds: int) -> list[StepCost]:
+    """Time kinds of steps in turn, which compares each step with a plain one of about the same time.
 
     Args:
         steps (Steps): The network and its batch.
-        kinds (Sequence[str]): Of ``KINDS``; ``'plain'`` is taken in any case.
-        rounds (int): How often, after one round to warm up.
+        kinds (Sequence[str]): Some of ``STEP_KINDS``. ``'plain'`` is always measured.
+        rounds (int): The number of rounds after one round of warm-up.
 
     Returns:
-        list[Cost]: One for each kind but ``'plain'``, in the order of ``kinds``.
+        list[StepCost]: One for each kind except ``'plain'``, in the order of ``kinds``.
     """
-    kinds = ['plain', *(kind for kind in kinds if kind != 'plain')]
+    kinds = ['plain', *(kind for kind in dict.fromkeys(kinds) if kind != 'plain')]
     operations = {kind: _operations(steps, kind) for kind in kinds}
     memory = {kind: _memory(steps, kind) for kind in kinds}
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for turn in range(rounds + 1):
-        for kind in kinds if turn % 2 else kinds[::-1]:  # no kind always follows the same one
+        for kind in kinds if turn % 2 else kinds[::-1]:  # vary which kind precedes which
             with steps.hooked(kind):
                 begun = time.perf_counter()
                 steps.run(kind)
-                _wait(steps)
+                _synchronize(steps)
                 seconds[kind].append(time.perf_counter() - begun)
     costs = []
     for kind in kinds[1:]:
         ratios = [own / plain for own, plain in zip(seconds[kind][1:], seconds['plain'][1:], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
         ideal = operations[kind] / operations['plain']
-        taken = statistics.median(seconds[kind][1:])
-        costs.append(Cost(kind, middle, low, high, ideal, memory[kind] / memory['plain'], taken))
+        median = statistics.median(seconds[kind][1:])
+        costs.append(StepCost(kind, middle, low, high, ideal, memory[kind] / memory['plain'], median))
     return costs
 
 
-def profiled(steps: Steps, kind: str, rounds: int) -> dict[str, float]:
-    """Where the time beyond a plain step goes.
+def profile_difference(steps: Steps, kind: str, rounds: int) -> dict[str, float]:
+    """Profile a kind of step and a plain one, and return the difference of each part.
 
     Args:
         steps (Steps): The network and its batch.
         kind (str): The kind of step.
-        rounds (int): Steps to average over.
+        rounds (int): The number of steps to average over.
 
     Returns:
-        dict[str, float]: Part of a step -> milliseconds more than in a plain step.
+        dict[str, float]: Part of a step -> time beyond that of a plain step. Unit: milliseconds.
     """
     parts: dict[str, dict[str, float]] = {}
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if steps.images.is_cuda else [])]
     for each in ('plain', kind):
-        with steps.hooked(each), profile(activities=_activities(steps)) as record:
+        with steps.hooked(each), profile(activities=activities) as record:
             for _ in range(rounds):
                 steps.run(each)
-            _wait(steps)
-        parts[each] = _by_part(record, steps, rounds)
+            _synchronize(steps)
+        parts[each] = _milliseconds_by_part(record, steps, rounds)
     return {part: parts[kind][part] - parts['plain'][part] for part in parts[kind]}
 
 
-def _by_part(record: profile, steps: Steps, rounds: int) -> dict[str, float]:
-    parts: dict[str, float] = dict.fromkeys([*PARTS, 'other'], 0.0)
+def _milliseconds_by_part(record: profile, steps: Steps, rounds: int) -> dict[str, float]:
+    parts: dict[str, float] = dict.fromkeys([*PROFILE_PARTS, 'other'], 0.0)
     for event in record.events():
         own = event.self_device_time_total if steps.images.is_cuda else event.self_cpu_time_total
         around, part = event, None
         while around is not None and part is None:
-            part = next((name for name, words in PARTS.items() if any(word in around.name for word in words)), None)
+            matches = (part for part, texts in PROFILE_PARTS.items() if any(text in around.name for text in texts))
+            part = next(matches, None)
             around = around.cpu_parent
         parts[part or 'other'] += own / 1000 / rounds
     return parts
 
 
-def _activities(steps: Steps) -> list[ProfilerActivity]:
-    return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if steps.images.is_cuda else [])]
-
-
 def _operations(steps: Steps, kind: str) -> float:
-    # Counted without compilation, which hides the operators
+    # A compiled network hides its operators from the counter
     forward, steps.forward = steps.forward, steps.network
     with steps.hooked(kind), FlopCounterMode(display=False) as counter:
         steps.run(kind)
@@ -225,7 +231,7 @@ def _operations(steps: Steps, kind: str) -> float:
 
 
 def _memory(steps: Steps, kind: str) -> float:
-    """Peak of a step above what is held between steps, in bytes."""
+    """Return the peak memory of a step beyond what is held between steps. Unit: bytes."""
     with steps.hooked(kind):
         steps.run(kind)
         steps.optimizer.zero_grad()
@@ -236,25 +242,21 @@ def _memory(steps: Steps, kind: str) -> float:
             return float(torch.cuda.max_memory_allocated() - held)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
             steps.run(kind)
-    # The events themselves: what the profiler sums up over operators has no peak
+    # The profiler's own sums over operators have no peak
     assert record.profiler is not None and record.profiler.kineto_results is not None
     changes = [event for event in record.profiler.kineto_results.events() if event.name() == '[memory]']
     changes.sort(key=lambda event: event.start_ns())
     return float(max(accumulate(event.nbytes() for event in changes)))
 
 
-def _wait(steps: Steps) -> None:
+def _synchronize(steps: Steps) -> None:
     if steps.images.is_cuda:
         torch.cuda.synchronize()
 
 
-DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
-_BA_FOLD = 4  # beyond it Hoffer et al.'s BA would take most of the benchmark's time to show that it costs M
-
-
 @dataclass(frozen=True)
 class Options:
-    """What the command line of ``study step`` says."""
+    """The options of ``study step``; an empty one means its default."""
 
     networks: Sequence[str] = ()
     datasets: Sequence[str] = ()
@@ -275,50 +277,60 @@ def benchmark(recipes: Path, folder: Path, options: Options) -> Path:
     """Time the steps of every network that has a recipe for SBA, and write the report.
 
     Args:
-        recipes (Path): The folder of the recipes, which give network, size of images, batch and the paper's M.
-        folder (Path): Where the report goes, as ``step-<date>-<device>.md``; a second one of a day gets a number.
+        recipes (Path): The folder of the recipes, which give the network, the size of images, the batch and M.
+        folder (Path): The folder of the report ``step-<date>-<device>.md``. Further reports of a day get a number.
         options (Options): What to time.
 
     Returns:
         Path: The report.
 
     Raises:
-        UserError: If a network, data set or layer is unknown, or nothing could be timed.
+        UserError: If a network, data set or layer is unknown, if there is no such device, or if nothing could be timed.
+        OSError: If the folder cannot be created.
     """
+    if options.device == 'gpu' and not torch.cuda.is_available():
+        raise UserError('--device gpu: PyTorch finds no GPU on this machine')
+    folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be created should not cost a benchmark first
     console = Console(highlight=False)
     device = get_device(options.device)
     rows, profiles, left_out = [], [], []
-    for regime in regimes(recipes, options.networks, options.datasets):
-        if not regime.own('sba').exists():
+    for family in families(recipes, options.networks, options.datasets):
+        if not family.own('sba').exists():
             continue
-        recipe = load(regime.own('sba'))
-        for cut in options.cuts or _default_cuts(recipe):
+        recipe = load(family.own('sba'))
+        title = ', '.join(dict.fromkeys(map(display_name, family.names)))
+        for cut in options.cuts or ['head', *cut_layers(recipe)[-3:-2]]:  # the head and the last stage but one
             try:
                 for fold in options.folds or sorted({1, 4, recipe.algorithms['sba'].get('fold', 4)}):
                     steps = _steps(recipe, cut, fold, device, options)
                     costs = measure(steps, options.kinds or _default_kinds(fold), options.rounds)
-                    rows += [_row(regime, len(steps.images), cut, fold, cost) for cost in costs]
-                    console.print(f'{" ".join(regime.names)} {cut} M={fold}: {_brief(costs)}', soft_wrap=True)
+                    rows += [[title, *_cells(steps, cut, cost)] for cost in costs]
+                    brief = ', '.join(f'{cost.kind} {cost.ratio:.3f} (ideal {cost.ideal:.3f})' for cost in costs)
+                    console.print(f'{" ".join(family.names)} {cut} M={fold}: {brief}', soft_wrap=True)
                     steps.expander.remove()
-                parts = profiled(_steps(recipe, cut, fold, device, options), 'sba', min(options.rounds, 5))
-                profiles.append([_title(regime), cut, str(fold), *(f'{value:.2f}' for value in parts.values())])
-            except TooWideError as error:  # the other layers need not suffer
-                left_out.append(f'Left out: {_title(regime)}, {cut}: {error}')
+                parts = profile_difference(_steps(recipe, cut, fold, device, options), 'sba', min(options.rounds, 5))
+                profiles.append([title, cut, str(fold), *(f'{value:.2f}' for value in parts.values())])
+            except TooWideError as error:  # the other layers can still be timed
+                left_out.append(f'Left out: {title}, {cut}: {error}')
                 console.print(left_out[-1], soft_wrap=True)
     if not rows:
         raise UserError('\n'.join(left_out) or 'No network has a recipe for SBA among these.')
-    text = _HEAD.format(
+    text = _REPORT.format(
         date=datetime.now(timezone.utc).date(),
         hardware=hardware(device.name),
-        facts=_facts(),
+        software=software(),
         rounds=options.rounds,
         settings=f'{options.dtype}{", torch.compile" if options.compiled else ""}'
         f'{", channels_last" if options.channels_last else ""}'
         f'{", activation checkpointing" if options.checkpointing else ""}, basis {options.basis or "as in the recipe"}',
         table=_markdown(_COLUMNS, rows),
-        profile=_markdown(['network', 'cut', 'M', *PARTS, 'other'], profiles),
+        profile=_markdown(['network', 'cut', 'M', *PROFILE_PARTS, 'other'], profiles),
     )
-    return _write(folder, device.name, '\n'.join([text, *left_out]))
+    stem = f'step-{datetime.now(timezone.utc).date()}-{device.name}'
+    paths = (folder / f'{stem if number == 1 else f"{stem}-{number}"}.md' for number in count(1))
+    path = next(path for path in paths if not path.exists())
+    path.write_text('\n'.join([text, *left_out]), encoding='utf-8')
+    return path
 
 
 _COLUMNS = [
@@ -334,20 +346,20 @@ _COLUMNS = [
     'measured ÷ ideal',
     'memory ÷ plain',
 ]
-_HEAD = """# Cost of a step, {date}
+_REPORT = """# Cost of a step, {date}
 
-{hardware}; {settings}; {facts}; n = {rounds} rounds.
+{hardware}; {settings}; {software}; n = {rounds} rounds.
 
-Every kind of step is taken in turn, so that ratios compare neighbours in time: median over rounds [quartiles]. Ideal
-is the ratio of the operations (convolutions, matrix products, Σ) that were executed. Memory is the peak of a step above
-what is held between steps. A plain step has no hooks; an unarmed one has SBA's, as at λ(t) = 0. Naive SBA predicts for
-the virtual rows in a forward pass of their own, from the input on. An SBA step is one with λ(t) = 1.
+The kinds of step take turns, which compares each with a plain step of about the same time. Ratios are medians over
+rounds [quartiles]. Ideal is the ratio of the executed operations (convolutions, matrix products, Σ). Memory is the peak
+of a step beyond what is held between steps. A plain step has no hooks. An unarmed step has SBA's hooks, as at λ(t) = 0.
+An SBA step has λ(t) = 1. Naive SBA uses a second forward pass, from the input on, for the virtual rows.
 
 {table}
 
-## Where the time beyond a plain step goes
+## Time beyond a plain step
 
-Milliseconds of an SBA step less those of a plain one, by operator, under the profiler, which adds its own.
+Milliseconds of an SBA step minus those of a plain step, by operator, under the profiler, which adds time of its own.
 
 {profile}
 """
@@ -356,9 +368,9 @@ Milliseconds of an SBA step less those of a plain one, by operator, under the pr
 def _steps(recipe: Recipe, cut: str, fold: int, device: Any, options: Options) -> Steps:
     torch.manual_seed(recipe.seed)
     network = construct('model', recipe.model['name'], component_arguments(recipe.model))
-    config = DatasetConfig(**recipe.train_dataset)
+    size = image_size(DatasetConfig(**recipe.train_dataset))
     rows = options.batch or recipe.global_train_batch_size
-    images = torch.randn(rows, 3, image_size(config), image_size(config))
+    images = torch.randn(rows, 3, size, size)
     labels = torch.randint(recipe.model['num_classes'], (rows,))
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     network = device.module_to_device(network.to(memory_format=layout))
@@ -378,50 +390,17 @@ def _steps(recipe: Recipe, cut: str, fold: int, device: Any, options: Options) -
     )
 
 
-def _default_cuts(recipe: Recipe) -> list[str]:
-    """The head, and the stage that has one more stage above it."""
-    layers = cut_layers(recipe)
-    return ['head', *layers[-3:-2]]
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return '\n'.join(f'| {" | ".join(line)} |' for line in (columns, ['---'] * len(columns), *rows))
 
 
 def _default_kinds(fold: int) -> list[str]:
-    left_out = {'plain'}
-    if fold > _BA_FOLD:
-        left_out.add('ba')
-    return [kind for kind in KINDS if kind not in left_out]
+    left_out = {'plain', 'ba'} if fold > _BA_FOLD else {'plain'}
+    return [kind for kind in STEP_KINDS if kind not in left_out]
 
 
-def _row(regime: Regime, batch: int, cut: str, fold: int, cost: Cost) -> list[str]:
-    pixels = image_size(DatasetConfig(regime.names[1]))
-    own = f'{1000 * cost.seconds:.1f}'
-    times = f'{cost.ratio:.3f} [{cost.low:.3f}, {cost.high:.3f}]'
-    ratios = [own, times, f'{cost.ideal:.4f}', f'{cost.ratio / cost.ideal:.3f}', f'{cost.memory:.2f}']
-    return [_title(regime), str(pixels), str(batch), cut, str(fold), cost.kind.replace('_', ' '), *ratios]
-
-
-def _title(regime: Regime) -> str:
-    return ', '.join(dict.fromkeys(name(each) for each in regime.names))
-
-
-def _brief(costs: Sequence[Cost]) -> str:
-    return ', '.join(f'{cost.kind} {cost.ratio:.3f} (ideal {cost.ideal:.3f})' for cost in costs)
-
-
-def _facts() -> str:
-    shared = shared_facts(1)
-    versions = ', '.join(f'{package} {version}' for package, version in shared['versions'].items())
-    return f'{versions}; commit {shared["commit"]}'
-
-
-def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines: Iterator[Sequence[str]] = iter([columns, ['---'] * len(columns), *rows])
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
-
-
-def _write(folder: Path, device: str, text: str) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = f'step-{datetime.now(timezone.utc).date()}-{device}'
-    taken = len(list(folder.glob(f'{stem}*.md')))
-    path = folder / f'{stem}{f"-{taken + 1}" if taken else ""}.md'
-    path.write_text(text, encoding='utf-8')
-    return path
+def _cells(steps: Steps, cut: str, cost: StepCost) -> list[str]:
+    size = [str(steps.images.shape[-1]), str(len(steps.images)), cut, str(steps.fold)]
+    times = [f'{1000 * cost.seconds:.1f}', f'{cost.ratio:.3f} [{cost.low:.3f}, {cost.high:.3f}]']
+    ratios = [f'{cost.ideal:.4f}', f'{cost.ratio / cost.ideal:.3f}', f'{cost.memory:.2f}']
+    return [*size, cost.kind.replace('_', ' '), *times, *ratios]

@@ -1,12 +1,12 @@
-"""Colours, markers and style of the figures.
+"""Colours, markers and Matplotlib settings of the figures.
 
-The colours are Okabe and Ito's, which the colour-blind can tell apart. In all figures each stands for a kind of method,
-and a marker for the method.
+The colours are Okabe and Ito's, which colour-blind readers can distinguish. Each colour stands for a kind of method in
+all figures, and each marker for one method of that kind.
 """
 
-WORDS, GREY, PALER, PALE = '#262626', '#4d4d4d', '#8c8c8c', '#c8c8c8'
+INK, GREY, MID_GREY, LIGHT_GREY = '#262626', '#4d4d4d', '#8c8c8c', '#c8c8c8'
 ORANGE, SKY, GREEN, BLUE, RED, PINK = '#E69F00', '#56B4E9', '#009E73', '#0072B2', '#D55E00', '#CC79A7'
-LOOKS = {  # method -> colour of its kind, marker
+METHOD_STYLES = {  # method -> colour, marker
     'baseline': (GREY, 'o'),
     'longer': (GREY, 'D'),
     'twice': (GREY, 's'),
@@ -28,9 +28,9 @@ LOOKS = {  # method -> colour of its kind, marker
     'sam': (SKY, 'o'),
     'ema': (SKY, 'D'),
 }
-OTHER = ('#000000', '^')
-STYLE = {
-    'font.family': 'DejaVu Sans',  # comes with matplotlib, so that every machine draws the same
+OTHER_STYLE = ('#000000', '^')
+RC_PARAMS = {
+    'font.family': 'DejaVu Sans',  # comes with Matplotlib, which makes figures equal on every machine
     'font.size': 9.5,
     'axes.titlesize': 9.5,
     'axes.titlelocation': 'left',
@@ -40,10 +40,10 @@ STYLE = {
     'axes.edgecolor': GREY,
     'xtick.color': GREY,
     'ytick.color': GREY,
-    'axes.labelcolor': WORDS,
-    'xtick.labelcolor': WORDS,
-    'ytick.labelcolor': WORDS,
-    'text.color': WORDS,
+    'axes.labelcolor': INK,
+    'xtick.labelcolor': INK,
+    'ytick.labelcolor': INK,
+    'text.color': INK,
     'lines.markersize': 5.5,
     'lines.linewidth': 1.3,
 }

@@ -1,87 +1,86 @@
-"""A group of runs as a table in Markdown, with the line that says where its numbers come from."""
+"""The Markdown table of a group of runs, with a line about the origin of its numbers."""
 
 from collections.abc import Callable, Iterable, Sequence
 
 from composer_sba.study import paper
-from composer_sba.study.display_names import name
+from composer_sba.study.display_names import display_name
 from composer_sba.study.groups import Group, rows
+from composer_sba.study.recipe_index import BASELINE
 from composer_sba.study.records import Record
 from composer_sba.study.stats import TOLERANCE, cost_ratios, difference, median_ratio, paired_ratio, spread
 
-BASELINE = 'baseline'
 LEGEND = (
-    'Error, NLL and calibration error of a run are medians over the evaluations of its last five epochs; below, mean ± '
-    "standard deviation over n seeds. Differences have Welch's 95 % interval, and are bold where it excludes 0, as one "
-    'in twenty does by chance alone. Ratios of training time, evaluations left out, and of FLOP are medians over pairs '
-    'of equal seed.'
+    'Error, NLL and calibration error of a run are medians over the evaluations of its last five epochs. The table '
+    "gives mean ± standard deviation over n seeds. Differences have Welch's 95 % interval and are bold if it excludes "
+    '0, which happens by chance in one of twenty. Ratios of training time (without evaluation) and of FLOP are medians '
+    'over pairs of runs with the same seed.'
 )
 COST_LEGEND = (
-    f't1 is the training time of latent BA until an evaluation first shows its final accuracy less {100 * TOLERANCE:g} '
-    'points, t2 that of SBA until one shows the same accuracy: median over seeds [least, greatest]. Where SBA never '
-    'does, t2 is infinite.'
+    f't1 is the training time until an evaluation of latent BA first reaches its final accuracy less '
+    f'{100 * TOLERANCE:g} points. t2 is the training time until an evaluation of SBA reaches the same accuracy. The '
+    'table gives the median over seeds [least, greatest]. t2 is infinite if SBA never reaches that accuracy.'
 )
 
 _Row = Sequence[Record]
 
 
-def table(group: Group, runs: _Row) -> str:
-    """Write the table of a group and what it rests on.
+def group_table(group: Group, runs: _Row) -> str:
+    """Write the table of a group and the origin of its numbers.
 
     Args:
-        group (Group): What the runs have in common.
+        group (Group): The facts that the runs share.
         runs (Sequence[Record]): The runs.
 
     Returns:
-        str: Markdown: the table, the doubts about cells of the paper that it shows, hardware, versions, dates, commits
-        and seeds. Columns in which nothing would stand are left out.
+        str: Markdown: the table, the doubts about the cells of the paper that it shows, hardware, versions, dates,
+        commits and seeds. Empty columns are left out.
     """
-    titles, ordered = zip(*_ordered(group, rows(runs).items()), strict=True)
+    labels, ordered = zip(*_ordered(group, rows(runs)), strict=True)
     baseline: _Row = next((row for row in ordered if row[0]['method'] == BASELINE), [])
 
     def column(cell: Callable[[_Row], str]) -> list[str]:
         return [cell(row) for row in ordered]
 
     columns = {
-        'method': list(titles),
+        'method': list(labels),
         'error, %': column(lambda row: _mean(errors(row), 2)),
         'n': column(lambda row: str(len(row))),
         'difference from the baseline, points': column(lambda row: _difference(row, baseline)),
-        't1 / t2': column(lambda row: _cost(row, runs)),
+        't1 / t2': column(lambda row: _cost_ratio(row, runs)),
         'NLL, nats': column(lambda row: _mean([run['loss'] for run in row], 3)),
         'calibration error, %': column(lambda row: _mean(_percent(run['calibration_error'] for run in row), 1)),
         'time ÷ baseline': column(lambda row: _ratio(row, baseline, lambda run: run['train_seconds'])),
         'FLOP ÷ baseline': column(lambda row: _ratio(row, baseline, lambda run: run['flops'])),
-        "paper's error, %": column(_paper),
+        "paper's error, %": column(_paper_error),
     }
     shown = {heading: cells for heading, cells in columns.items() if any(cells)}
     lines = [list(shown), ['---', *['---:'] * (len(shown) - 1)], *zip(*shown.values(), strict=True)]
     parts = ['\n'.join(f'| {" | ".join(line)} |' for line in lines)]
     if not baseline:
-        parts.append('No run of the baseline: nothing to compare with.')
+        parts.append('The baseline has no run, which leaves nothing to compare with.')
     cells = [(row[0]['method'], _paper_cell(row)) for row in ordered]
-    parts += [f'† {name(method)} in the paper: {cell.doubt}.' for method, cell in cells if cell and cell.doubt]
-    return '\n\n'.join([*parts, _provenance(runs)])
+    parts += [f'† {display_name(method)} in the paper: {cell.doubt}.' for method, cell in cells if cell and cell.doubt]
+    return '\n\n'.join([*parts, _origin(runs)])
 
 
 def errors(row: _Row) -> list[float]:
-    """The error of each run, in per cent."""
+    """Return the error of each run. Unit: per cent."""
     return [100 - 100 * run['accuracy'] for run in row]
 
 
-def _ordered(group: Group, items: Iterable[tuple[str, list[Record]]]) -> list[tuple[str, list[Record]]]:
-    """The baseline first, then by what the study varies, else by error."""
-    listed = list(items)
-    layers = list(dict.fromkeys(row[0]['setting'].get('layer') for _, row in listed))
+def _ordered(group: Group, labelled: dict[str, list[Record]]) -> list[tuple[str, list[Record]]]:
+    """Sort rows: the baseline first, then by the setting that the study varies, or else by error."""
+    layers = list(dict.fromkeys(row[0]['setting'].get('layer') for row in labelled.values()))
 
-    def place(item: tuple[str, list[Record]]) -> tuple[float, ...]:
+    def key(item: tuple[str, list[Record]]) -> tuple[float, ...]:
         first = item[1][0]
-        by = {
+        by_study = {
             'eta': (float(first['setting'].get('eta', 0)),),
             'layers': (layers.index(first['setting'].get('layer')), first['method'] == 'sba'),
         }
-        return (first['method'] != BASELINE, *by.get(group.study, (spread(errors(item[1])).mean,)))
+        return (first['method'] != BASELINE, *by_study.get(group.study, (spread(errors(item[1])).mean,)))
 
-    return sorted(listed, key=place)
+    return sorted(labelled.items(), key=key)
 
 
 def _percent(values: Iterable[float | None]) -> list[float | None]:
@@ -90,7 +89,7 @@ def _percent(values: Iterable[float | None]) -> list[float | None]:
 
 def _mean(values: Sequence[float | None], digits: int) -> str:
     given = [value for value in values if value is not None]
-    if len(given) < len(values):  # a mean over some of the n seeds would pass for one over all
+    if len(given) < len(values):  # the mean over some seeds would look like the mean over all n
         return ''
     mean, sd, _ = spread(given)
     return f'{mean:.{digits}f}' if sd is None else f'{mean:.{digits}f} ± {sd:.{digits}f}'
@@ -116,7 +115,7 @@ def _ratio(row: _Row, baseline: _Row, cost: Callable[[Record], float | None]) ->
     return '' if ratio is None else f'{ratio:.2f}'
 
 
-def _cost(row: _Row, runs: _Row) -> str:
+def _cost_ratio(row: _Row, runs: _Row) -> str:
     if row[0]['method'] != 'sba' or 'layer' not in row[0]['setting']:
         return ''
     ba = [run for run in runs if run['method'] == 'latent_ba' and run['setting'] == row[0]['setting']]
@@ -133,36 +132,36 @@ def _cost(row: _Row, runs: _Row) -> str:
 
 def _paper_cell(row: _Row) -> paper.Cell | None:
     first = row[0]
-    if first['study'] not in ('table1', 'rivals'):  # the other figures are of networks that the records may not be of
+    if first['study'] not in ('table1', 'methods'):  # the other studies vary settings that Table 1 does not have
         return None
     return paper.cell(first['dataset'], first['network'], first['method'])
 
 
-def _paper(row: _Row) -> str:
+def _paper_error(row: _Row) -> str:
     cell = _paper_cell(row)
     if cell is None:
         return ''
     return f'{cell.error:.2f}{f" (M = {cell.fold})" if cell.fold else ""}{" †" if cell.doubt else ""}'
 
 
-def _provenance(runs: _Row) -> str:
-    """What the numbers rest on; where runs differ, all that occurs."""
-    jobs = _any(f'{run["jobs"]}' for run in runs)
+def _origin(runs: _Row) -> str:
+    """Describe where the numbers come from; if the runs differ, list every value that occurs."""
+    jobs = _listed(f'{run["jobs"]}' for run in runs)
     packages = dict.fromkeys(package for run in runs for package in run['versions'])
     versions = ', '.join(
-        f'{package} {_any(run["versions"].get(package, "unknown") for run in runs)}' for package in packages
+        f'{package} {_listed(run["versions"].get(package, "unknown") for run in runs)}' for package in packages
     )
     dates = sorted(run['date'][:10] for run in runs)
     dated = dates[0] if dates[0] == dates[-1] else f'{dates[0]} to {dates[-1]}'
-    commits = _any(run['commit'] for run in runs)
+    commits = _listed(run['commit'] for run in runs)
     seeds = sorted({run['seed'] for run in runs})
     contiguous = len(seeds) > 2 and seeds == list(range(seeds[0], seeds[-1] + 1))
-    seeded = f'{seeds[0]} to {seeds[-1]}' if contiguous else _any(map(str, seeds))
-    devices = _any(run['device'] for run in runs)
+    seeded = f'{seeds[0]} to {seeds[-1]}' if contiguous else _listed(map(str, seeds))
+    devices = _listed(run['device'] for run in runs)
     counted = f'{len(runs)} run{"s" if len(runs) > 1 else ""}, seed{"s" if len(seeds) > 1 else ""} {seeded}'
     measured = f'Measured on {runs[0]["hardware"]} ({devices}), {jobs} at a time'
     return f'{measured}; {versions}; {dated}; commit {commits}; {counted}.'
 
 
-def _any(values: Iterable[str]) -> str:
+def _listed(values: Iterable[str]) -> str:
     return ' and '.join(dict.fromkeys(values))

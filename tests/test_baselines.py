@@ -1,6 +1,6 @@
-"""BatchAugmentation, Cutout and MajorityVote against their definitions, and in Composer's Trainer.
+"""BatchAugmentation, Cutout and MajorityVote compared with their definitions, alone and in Composer's Trainer.
 
-Run: pytest tests/test_rivals.py
+Run: pytest tests/test_baselines.py
 """
 
 import pytest
@@ -32,7 +32,7 @@ class Images(Dataset):
 
 
 class Net(nn.Sequential):
-    """Keeps the number of rows of every forward pass."""
+    """A network that records the number of rows of every forward pass."""
 
     def __init__(self):
         super().__init__(nn.Flatten(), nn.Linear(192, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
@@ -50,7 +50,7 @@ def make_trainer(algorithms, **data):
     return Trainer(model=model, optimizers=optimizer, algorithms=algorithms, **data, **options)
 
 
-def test_copies_have_draws_of_their_own_and_share_their_label():
+def test_copies_are_drawn_independently_and_share_a_label():
     images = torch.stack([Copies(lambda x: x + torch.rand(()), fold=3)(torch.zeros(2)) for _ in range(4)])
     assert images.shape == (4, 3, 2)
     assert len(images[..., 0].unique()) == 12
@@ -114,7 +114,7 @@ def test_cutout_erases_one_square_clipped_at_the_border():
     assert corner == pytest.approx(16 / 256, abs=0.03), 'in the corner, four by four'
 
 
-def test_cutout_belongs_to_training_images():
+def test_cutout_of_no_pixels_is_refused():
     with pytest.raises(DatasetError, match='cutout: expected a number of pixels >= 1, got 0'):
         build_dataloader(DatasetConfig('digits', cutout=0), 4)
 
@@ -165,7 +165,7 @@ def test_majority_vote_without_noise_changes_no_decision_and_serves_prediction()
     assert torch.allclose(voted.exp().sum(-1), torch.ones(10))
 
 
-def test_majority_vote_leaves_training_alone():
+def test_majority_vote_does_not_change_training():
     def final(algorithms):
         torch.manual_seed(0)
         trainer = make_trainer(algorithms, train_dataloader=DataLoader(Images(lambda x: x), 8))

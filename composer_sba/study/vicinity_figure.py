@@ -1,7 +1,8 @@
-"""The vicinity drawn: a latent space of two features, its raw and virtual points, and what a network makes of it.
+"""The figure of the vicinal distribution: raw and virtual points in two dimensions, and the decisions of two networks.
 
-Two crescents of points, the classes, and a network whose cut is its input, so that the latent space is the plane they
-lie in. The network is trained twice from the same start and on the same batches, plain and with SBA.
+The data are two interleaved crescents, one for each class. The cut layer is the input of the network, which makes the
+plane of the points the latent space. The network is trained twice from the same start and on the same batches: plain
+and with SBA.
 """
 
 from pathlib import Path
@@ -15,26 +16,26 @@ from torch import nn
 
 from composer_sba import functional as sbaf
 from composer_sba.latent.expander import LatentExpander
-from composer_sba.study.figures import write
-from composer_sba.study.style import BLUE, GREY, RED, WORDS
+from composer_sba.study.figures import write_figure
+from composer_sba.study.style import BLUE, GREY, INK, RED
 from composer_sba.vicinity import Vicinity
 
 STEPS = 1000
 ETA, FOLD = 1.0, 8
 VICINITY = Vicinity(sigma=0.15, dropout=0.1)
 SEED = 0
-_MAP = LinearSegmentedColormap.from_list('classes', [BLUE, 'white', RED])
+_COLOUR_MAP = LinearSegmentedColormap.from_list('classes', [BLUE, 'white', RED])
 
 
 def draw_vicinity(path: Path, steps: int = STEPS) -> list[str]:
-    """Train and draw: points of one augmented batch, and what the two networks say of every place in the plane.
+    """Train both networks and draw the points of one augmented batch and the decision regions.
 
     Args:
         path (Path): The PNG to write.
-        steps (int, optional): Of each training. Default: ``1000``.
+        steps (int, optional): The steps of each training. Default: ``1000``.
 
     Returns:
-        list[str]: A line on each network, with its error and NLL on 10,000 fresh points.
+        list[str]: One line for each network, with its error and NLL on 10,000 fresh points.
     """
     train, labels = crescents(60, seed=SEED)
     test, test_labels = crescents(10_000, seed=SEED + 1)
@@ -49,30 +50,31 @@ def draw_vicinity(path: Path, steps: int = STEPS) -> list[str]:
     def draw(figure: Figure) -> None:
         first, *others = figure.subplots(1, 3, sharex=True, sharey=True)
         first.set_title('raw and virtual points')
-        gaussian = VICINITY.num_gaussian(FOLD)
+        num_gaussian = VICINITY.num_gaussian(FOLD)
         virtual = VICINITY.sample(train, FOLD, torch.Generator().manual_seed(SEED))
-        for points, marker, name in ((virtual[:gaussian], '.', 'Gaussian'), (virtual[gaussian:], 'x', 'dropout')):
+        kinds = ((virtual[:num_gaussian], '.', 'Gaussian'), (virtual[num_gaussian:], 'x', 'dropout'))
+        for points, marker, name in kinds:
             flat = points.flatten(0, 1).T
             first.plot(*flat, marker, color=GREY, alpha=0.6, markersize=3, markeredgewidth=0.6, label=name, zorder=1)
-        _points(first, train, labels)
+        _draw_points(first, train, labels)
         first.legend(loc='lower left', frameon=False, handletextpad=0, fontsize=8)
         for axes, (name, network) in zip(others, networks.items(), strict=True):
-            axes.set_title(f'decided {name}' if name == 'with SBA' else f'decided by a {name} network')
-            _regions(axes, network)
-            _points(axes, train, labels)
+            axes.set_title(f'decisions, {name}')
+            _draw_regions(axes, network)
+            _draw_points(axes, train, labels)
         for axes in (first, *others):
             axes.set(xlim=(-2.6, 2.6), ylim=(-2.2, 2.2), xticks=[], yticks=[], aspect='equal')
 
-    write(path, (9, 2.9), draw)
+    write_figure(path, (9, 2.9), draw)
     return lines
 
 
 def crescents(points: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw points of two interleaved half circles, with noise; their mean is about zero.
+    """Draw points of two interleaved half circles with noise; their mean is close to zero.
 
     Args:
-        points (int): How many, half of them of either class.
-        seed (int): Of their generator.
+        points (int): The number of points N, half of them in each class.
+        seed (int): The seed of their generator.
 
     Returns:
         tuple: Points, shape ``(N, 2)``, and classes, shape ``(N,)``.
@@ -86,7 +88,7 @@ def crescents(points: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def fit(points: torch.Tensor, labels: torch.Tensor, eta: float, steps: int) -> nn.Sequential:
-    """Train a network of two hidden layers on all points at every step, each of them augmented if η > 0."""
+    """Train a network with two hidden layers on all points at every step, with SBA if η > 0."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         network = nn.Sequential(nn.Linear(2, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 2))
@@ -107,15 +109,15 @@ def fit(points: torch.Tensor, labels: torch.Tensor, eta: float, steps: int) -> n
     return network
 
 
-def _points(axes: Axes, points: torch.Tensor, labels: torch.Tensor) -> None:
+def _draw_points(axes: Axes, points: torch.Tensor, labels: torch.Tensor) -> None:
     for label, colour, marker in ((0, BLUE, 'o'), (1, RED, 's')):
         axes.plot(*points[labels == label].T, marker, color=colour, markersize=4.5, markeredgecolor='white', zorder=2)
 
 
-def _regions(axes: Axes, network: nn.Module) -> None:
+def _draw_regions(axes: Axes, network: nn.Module) -> None:
     x, y = torch.linspace(-2.6, 2.6, 261), torch.linspace(-2.2, 2.2, 221)
     grid = torch.cartesian_prod(y, x).flip(1)
     with torch.no_grad():
         certainty = network(grid).softmax(1)[:, 1].reshape(len(y), len(x))
-    axes.contourf(x, y, certainty, levels=[k / 10 for k in range(11)], cmap=_MAP, alpha=0.55, zorder=0)
-    axes.contour(x, y, certainty, levels=[0.5], colors=WORDS, linewidths=1, zorder=1)
+    axes.contourf(x, y, certainty, levels=[k / 10 for k in range(11)], cmap=_COLOUR_MAP, alpha=0.55, zorder=0)
+    axes.contour(x, y, certainty, levels=[0.5], colors=INK, linewidths=1, zorder=1)

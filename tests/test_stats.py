@@ -1,6 +1,6 @@
-"""Means, intervals and ratios against hand computations.
+"""Means, intervals and ratios compared with hand computations.
 
-Run: pytest tests/test_statistics.py
+Run: pytest tests/test_stats.py
 """
 
 import math
@@ -18,7 +18,7 @@ def test_welch_by_hand():
     a, b = np.var(values, ddof=1) / 4, np.var(baseline, ddof=1) / 2
     freedom = (a + b) ** 2 / (a**2 / 3 + b**2 / 1)
     t = (found.high - found.mean) / math.sqrt(a + b)
-    # 95 % of Student's t with so many degrees of freedom must lie within ±t: its density, summed
+    # Student's t with these degrees of freedom must have 95 % of its probability within ±t: integrate its density
     grid = np.linspace(-t, t, 200_001)
     density = math.gamma((freedom + 1) / 2) / math.sqrt(freedom * math.pi) / math.gamma(freedom / 2)
     share = np.trapezoid(density * (1 + grid**2 / freedom) ** (-(freedom + 1) / 2), grid)
@@ -31,7 +31,7 @@ def test_no_interval_without_spread():
     assert spread([30.0]) == (30.0, None, 1)
     assert difference([30.0], [31.0, 33.0]) == (-2.0, None, None)
     assert difference([30.0, 30.0], [31.0, 31.0]) == (-1.0, None, None)
-    assert difference([0.83, 0.83, 0.83], [1.2, 0.9, 1.3]).excludes_zero is False  # one side alone does not vary
+    assert difference([0.83, 0.83, 0.83], [1.2, 0.9, 1.3]).excludes_zero is False  # only one side varies
     assert not difference([30.0], [31.0, 33.0]).excludes_zero
 
 
@@ -48,5 +48,5 @@ def test_time_to_accuracy_and_cost_ratio():
     assert time_to(sba[2], 0.595) is None
     assert cost_ratios(ba, sba) == {1: 2.0, 2: 2.0, 3: 0.0}
     assert cost_ratios(ba[:1], sba[1:]) == {}
-    assert median_ratio([2.0, 0.0]) == 0.0  # half of the seeds never get there: neither does the median
+    assert median_ratio([2.0, 0.0]) == 0.0  # half of the seeds never reach it
     assert median_ratio([2.0, 3.0]) == 2.5
