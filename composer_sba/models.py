@@ -1,7 +1,7 @@
-"""Networks by recipe name, each a plain ``nn.Module``, and the metrics that make one a ``ComposerClassifier``.
+"""Networks that a recipe can name, as plain ``nn.Module`` objects, and the metrics of a ``ComposerClassifier``.
 
-The 224-pixel networks are torchvision's, with random weights. The 32-pixel ones, and the one for 8-pixel digits, are
-chains of named stages: the output of each is a cut layer, which :class:`.SBA` takes by its name in the last column.
+The 224-pixel networks are torchvision's, with random weights. The others are chains of named stages. The output of each
+stage is a cut layer: give its name in the last column to :class:`.SBA`.
 
 =================  =======  ========  ==============================================================
 name               pixels   M params  stages
@@ -17,7 +17,7 @@ name               pixels   M params  stages
 ``digits_net``     8        0.09      conv1, conv2, conv3, pool, head
 =================  =======  ========  ==============================================================
 
-Parameters are counted with 1,000 classes at 224 pixels and with 10 below. Shapes: N images, K = ``num_classes``.
+Parameters are counted with 1,000 classes at 224 pixels and with 10 at fewer. Shapes: N images, K = ``num_classes``.
 """
 
 from collections import OrderedDict
@@ -29,18 +29,18 @@ import torchvision
 from composer.metrics import CrossEntropy
 from composer.models import ComposerClassifier
 from torch import nn
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from composer_sba.errors import UserError
 
 
 def classifier(network: nn.Module, num_classes: int) -> ComposerClassifier:
-    """Wrap a network for Composer's Trainer, with cross-entropy loss and the metrics of every table of ours.
+    """Wrap a network for Composer's Trainer, with cross-entropy loss and the metrics of this package's tables.
 
     Evaluation measures ``MulticlassAccuracy`` (top-1, micro average), ``CrossEntropy`` (nats) and
-    ``MulticlassCalibrationError`` (expected calibration error in 15 bins, `Guo et al., 2017
-    <https://arxiv.org/abs/1706.04599>`_). Training measures accuracy alone: Composer logs the loss anyway.
+    ``MulticlassCalibrationError`` (expected calibration error of the softmax in 15 bins, `Guo et al., 2017
+    <https://arxiv.org/abs/1706.04599>`_). Training measures only accuracy, because Composer logs the loss anyway.
 
     Args:
         network (torch.nn.Module): Maps images to logits of shape ``(N, K)``.
@@ -58,17 +58,16 @@ def classifier(network: nn.Module, num_classes: int) -> ComposerClassifier:
         >>> sorted(model.get_metrics(is_train=False))
         ['CrossEntropy', 'MulticlassAccuracy', 'MulticlassCalibrationError']
     """
+    metrics: dict[str, Metric | MetricCollection] = {
+        'MulticlassAccuracy': MulticlassAccuracy(num_classes, average='micro'),
+        'CrossEntropy': CrossEntropy(),
+        'MulticlassCalibrationError': _CalibrationError(num_classes, n_bins=15),
+    }
     return ComposerClassifier(
         network,
         num_classes,
         train_metrics=MulticlassAccuracy(num_classes, average='micro'),
-        val_metrics=MetricCollection(
-            [
-                MulticlassAccuracy(num_classes, average='micro'),
-                CrossEntropy(),
-                MulticlassCalibrationError(num_classes, n_bins=15),
-            ]
-        ),
+        val_metrics=MetricCollection(metrics),
     )
 
 
@@ -126,10 +125,10 @@ def resnet50(num_classes: int = 1000, zero_init_residual: bool = False) -> nn.Mo
 def resnet_cifar(num_classes: int = 10, depth: int = 44) -> nn.Sequential:
     """Build the ResNet for 32-pixel images of `He et al., 2016 <https://arxiv.org/abs/1512.03385>`_, Sec. 4.2.
 
-    Three stages of ``(depth - 2) / 6`` blocks with 16, 32 and 64 channels. Shortcuts hold no parameters (option A),
-    which gives the counts of their Table 6; `Hoffer et al., 2020 <https://arxiv.org/abs/1901.09335>`_ have 1x1
-    convolutions with batch normalization there, 2,752 parameters more. The start is Hoffer et al.'s: every block the
-    identity (last scale zero) and the head N(0, 0.01).
+    It has three stages of ``(depth - 2) / 6`` blocks with 16, 32 and 64 channels. Shortcuts have no parameters (option
+    A), as in the counts of their Table 6. `Hoffer et al., 2020 <https://arxiv.org/abs/1901.09335>`_ use 1x1
+    convolutions with batch normalization instead, with 2,752 more parameters. The initialization is Hoffer et al.'s:
+    every block is the identity (its last scale is zero), and the head is N(0, 0.01).
 
     Args:
         num_classes (int, optional): K. Default: ``10``.
@@ -147,7 +146,8 @@ def resnet_cifar(num_classes: int = 10, depth: int = 44) -> nn.Sequential:
     """
     blocks, remainder = divmod(depth - 2, 6)
     if blocks < 1 or remainder:
-        raise UserError(f'resnet_cifar: depth must be 6n + 2 with n >= 1 (20, 32, 44, 56, 110, ...), got {depth!r}')
+        problem = f'resnet_cifar: depth must be 6n + 2 with n >= 1 (20, 32, 44, 56, 110, ...), got {depth!r}'
+        raise UserError(problem, 'depth')
     return _chain(
         stem=nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
         stage1=nn.Sequential(*(_ResidualBlock(16, 16) for _ in range(blocks))),
@@ -163,8 +163,8 @@ def vgg16_cifar(num_classes: int = 10, tail: int = 512, batch_norm: bool = True)
 
     Args:
         num_classes (int, optional): K. Default: ``10``.
-        tail (int, optional): ``512``: one Linear, 512-K. ``4096``: 512-4096-4096-K with dropout of 0.5 after either
-            hidden layer, as in the code of `Hoffer et al., 2020 <https://arxiv.org/abs/1901.09335>`_. Unit: features.
+        tail (int, optional): ``512``: one Linear, 512-K. ``4096``: 512-4096-4096-K with a dropout of 0.5 after both
+            hidden layers, as in the code of `Hoffer et al., 2020 <https://arxiv.org/abs/1901.09335>`_. Unit: features.
             Default: ``512``.
         batch_norm (bool, optional): Normalize after every convolution. Default: ``True``.
 
@@ -179,7 +179,7 @@ def vgg16_cifar(num_classes: int = 10, tail: int = 512, batch_norm: bool = True)
         torch.Size([2, 10])
     """
     if tail not in (512, 4096):
-        raise UserError(f'vgg16_cifar: tail must be 512 (512-K) or 4096 (512-4096-4096-K), got {tail!r}')
+        raise UserError(f'vgg16_cifar: tail must be 512 (512-K) or 4096 (512-4096-4096-K), got {tail!r}', 'tail')
     channels = [(3, 64, 64), (64, 128, 128), (128, 256, 256, 256), (256, 512, 512, 512), (512, 512, 512, 512)]
     stages: dict[str, nn.Module] = {}
     for number, widths in enumerate(channels, start=1):
@@ -195,8 +195,9 @@ def vgg16_cifar(num_classes: int = 10, tail: int = 512, batch_norm: bool = True)
 def alexnet_cifar(num_classes: int = 10, batch_norm: bool = False) -> nn.Sequential:
     """Build AlexNet for 32-pixel images: five convolutions and one Linear, 256-K.
 
-    The form of `pytorch-classification <https://github.com/bearpaw/pytorch-classification>`_ (22.78 % error on
-    CIFAR-10, 56.13 % on CIFAR-100), whose error is nearest to the baseline of the SBA paper: it leaves its own out.
+    This is the network of `pytorch-classification <https://github.com/bearpaw/pytorch-classification>`_ (22.78 % error
+    on CIFAR-10, 56.13 % on CIFAR-100). The SBA paper does not describe its AlexNet; this one's error is nearest to the
+    paper's baseline.
 
     Args:
         num_classes (int, optional): K. Default: ``10``.
@@ -221,14 +222,14 @@ def alexnet_cifar(num_classes: int = 10, batch_norm: bool = False) -> nn.Sequent
 
 
 def digits_net(num_classes: int = 10, *, dropout: float = 0.0) -> nn.Sequential:
-    """Build a small batch-normalized network for scikit-learn's 8-pixel digits, ``(N, 3, 8, 8)``: the demo's.
+    """Build the demo's network: small, batch-normalized, for scikit-learn's 8-pixel digits, ``(N, 3, 8, 8)``.
 
     Args:
         num_classes (int, optional): K. Default: ``10``.
-        dropout (float, optional): Rate before the last layer; none at 0. Default: ``0.0``.
+        dropout (float, optional): Dropout rate before the last layer; 0 adds no dropout layer. Default: ``0.0``.
 
     Returns:
-        torch.nn.Sequential: With layers conv1, conv2, conv3, pool and head.
+        torch.nn.Sequential: With the stages conv1, conv2, conv3, pool and head.
 
     Example:
         >>> digits_net()(torch.zeros(2, 3, 8, 8)).shape
@@ -249,8 +250,15 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+class _CalibrationError(MulticlassCalibrationError):
+    """The calibration error of logits. torchmetrics takes those of a batch for probabilities if all are in [0, 1]."""
+
+    def update(self, preds: torch.Tensor, target: torch.Tensor) -> None:
+        super().update(preds.float().softmax(1), target)
+
+
 class _ResidualBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut without parameters; more channels out than in halve the image's sides."""
+    """Two 3x3 convolutions and a shortcut without parameters. New channels come with half the height and width."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -268,22 +276,22 @@ class _ResidualBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x
-        if self.new_channels:  # zeros for the channels that the input lacks
+        if self.new_channels:  # the shortcut pads the additional channels with zeros
             shortcut = nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.new_channels))
         return nn.functional.relu(shortcut + self.branch(x))
 
 
 def _conv(in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, *, batch_norm: bool) -> nn.Sequential:
-    """Convolution, normalization if asked for, ReLU. The bias, idle under normalization, is in the published counts."""
+    """Build convolution, batch norm (optional) and ReLU. The published counts include a bias even before batch norm."""
     convolution = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2)
     norm = [nn.BatchNorm2d(out_channels)] if batch_norm else []
     return nn.Sequential(convolution, *norm, nn.ReLU())
 
 
 def _chain(**stages: nn.Module) -> nn.Sequential:
-    """Stages by name, with He et al.'s normal weights by fan-in for convolutions and N(0, 0.01) for Linears.
+    """Chain stages under their names. Convolutions start from He et al.'s normal weights by fan-in, Linears N(0, 0.01).
 
-    Fan-in keeps activations at scale in the networks without normalization, where fan-out shrinks them.
+    In the networks without normalization, fan-in keeps the scale of activations, whereas fan-out shrinks it.
     """
     network = nn.Sequential(OrderedDict(stages))
     for module in network.modules():

@@ -1,6 +1,6 @@
-"""``composer train.py -f FILE [-f FILE ...] [key.sub=value ...]``: read a recipe, train what it says, sum up.
+"""The command ``composer train.py -f FILE [-f FILE ...] [key.sub=value ...]``: read a recipe, train, print a summary.
 
-Exit codes: 0 trained, 2 a mistake in the recipe or its data (one line on stderr says which), 130 interrupted.
+Exit codes: 0 trained, 2 a mistake in the recipe or its data (described in one line on stderr), 130 interrupted.
 """
 
 import argparse
@@ -26,11 +26,17 @@ from rich.table import Table
 
 from composer_sba.errors import AlreadyTrainedError, UserError, one_line
 from composer_sba.recipe.build import build_components, build_trainer
-from composer_sba.recipe.explain import refusal
+from composer_sba.recipe.explain import explained
 from composer_sba.recipe.recipe import Recipe, load, save, to_yaml
 from composer_sba.recipe.redact import redact
 
 RECIPE_FILE = 'recipe.yaml'
+TRAIN_LOSS = 'loss/train/total'
+METRICS = {  # an evaluation's value -> Composer's name, title, factor, unit
+    'accuracy': ('MulticlassAccuracy', 'accuracy', 100.0, '%'),
+    'loss': ('CrossEntropy', 'cross-entropy', 1.0, 'nats'),
+    'calibration_error': ('MulticlassCalibrationError', 'calibration error', 100.0, '%'),
+}
 
 
 def main(argv: Sequence[str] | None = None, prog: str = 'composer train.py') -> int:
@@ -38,7 +44,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'composer train.py') -> 
 
     Args:
         argv (Sequence[str], optional): The arguments after the program's name. Default: ``None``, those of the process.
-        prog (str, optional): What the help calls the program.
+        prog (str, optional): The program's name in the help.
 
     Returns:
         int: The exit code.
@@ -55,7 +61,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'composer train.py') -> 
     except UserError as error:
         if arguments.traceback:
             raise
-        # Every rank says it: the launcher may end rank 0 before it speaks, and shows what the others said.
+        # Every rank prints it: the launcher may end rank 0 first, and then shows what the others printed
         print(f'error: {redact(one_line(error))}', file=sys.stderr)
         return 2
     except (SystemExit, RuntimeError) as error:
@@ -78,12 +84,12 @@ def train(recipe: Recipe, *destinations: LoggerDestination, summary: 'Summary | 
         Trainer: Composer's, closed, with the trained model in its state.
 
     Raises:
-        UserError: If something in the recipe or its data cannot be used.
+        UserError: If the recipe or its data cannot be used.
     """
     folder = _folder(recipe)
     summary = summary or Summary()
-    with warnings.catch_warnings(), _nothing_half_made(folder, RECIPE_FILE):
-        # Composer, of the last batch of every epoch, which is as short as the data makes it
+    with warnings.catch_warnings(), _without_empty_folders(folder):
+        # Composer warns of the last batch of an epoch, which is shorter than a microbatch in most data sets
         warnings.filterwarnings('ignore', message='Cannot split tensor of length', category=UserWarning)
         trainer = build_trainer(recipe, summary, *destinations)
         try:
@@ -91,29 +97,28 @@ def train(recipe: Recipe, *destinations: LoggerDestination, summary: 'Summary | 
         finally:
             trainer.close()
     if dist.get_global_rank() == 0:
-        Console().print(summary.table(trainer.state, _places(recipe, folder)))
+        Console().print(summary.table(trainer.state, _written_files(recipe, folder)))
     return trainer
 
 
 @contextmanager
-def _nothing_half_made(folder: str | None, *files: str) -> Iterator[None]:
-    """Should a mistake end a run before it has saved anything, take away the folders that it has made.
+def _without_empty_folders(folder: str | None) -> Iterator[None]:
+    """Remove the folders that a run has created if a mistake ends it before its first checkpoint.
 
     Args:
-        folder (str, optional): The run's folder; one in an object store is left alone.
-        *files (str): What the run puts there before its first checkpoint.
+        folder (str, optional): The run's folder. A folder in an object store is left alone.
     """
     path = Path(str(folder))
-    ours = folder is not None and '://' not in folder and dist.get_global_rank() == 0
-    made = [each for each in (path, *path.parents) if ours and not os.path.exists(each)]
-    before = set(os.listdir(path)) if ours and os.path.isdir(path) else set()
+    is_ours = folder is not None and '://' not in folder and dist.get_global_rank() == 0
+    created = [each for each in (path, *path.parents) if is_ours and not os.path.exists(each)]
+    before = set(os.listdir(path)) if is_ours and os.path.isdir(path) else set()
     try:
         yield
     except UserError:
-        if ours and os.path.isdir(path) and set(os.listdir(path)) <= {*before, *files}:
-            for name in {*files} - before:
-                (path / name).unlink(missing_ok=True)
-            for each in made:
+        if is_ours and os.path.isdir(path) and set(os.listdir(path)) <= {*before, RECIPE_FILE}:
+            if RECIPE_FILE not in before:
+                (path / RECIPE_FILE).unlink(missing_ok=True)
+            for each in created:
                 if any(each.iterdir()):
                     break
                 each.rmdir()
@@ -121,55 +126,54 @@ def _nothing_half_made(folder: str | None, *files: str) -> Iterator[None]:
 
 
 def _fit(trainer: Trainer, recipe: Recipe, folder: str | None) -> None:
-    if trainer.state.max_duration is not None and trainer.state.timestamp >= trainer.state.max_duration:
-        problem = f'{folder} has {trainer.state.max_duration} behind it; raise it, or give another run_name'
+    state = trainer.state
+    if state.max_duration is not None and state.timestamp >= state.max_duration:
+        problem = f'the run in {folder} has reached {state.max_duration}; raise it, or choose another run_name'
         raise AlreadyTrainedError(*recipe.sources.error('max_duration', problem).args)
     if folder is not None and dist.get_global_rank() == 0:
-        _save_recipe(recipe, folder)
-    trainer.logger.log_hyperparameters(redact(recipe.to_dict()))
+        try:
+            _save_recipe(recipe, folder)
+        except OSError as error:
+            raise recipe.sources.error('save_folder', f'cannot be written: {one_line(error)}') from error
     for logger in trainer.logger.destinations:
         if isinstance(logger, ProgressBarLogger):
-            # It would print every hyperparameter before its first bar, burying what a reader looks for
+            # Otherwise it prints every hyperparameter before its first bar
             logger.hparams_already_logged_to_console = True
-    begins_at = trainer.state.timestamp.batch
-    try:
+    first = state.timestamp.batch
+    with explained(recipe.sources, lambda: state.timestamp.batch > first):
+        trainer.logger.log_hyperparameters(redact(recipe.to_dict()))
         trainer.fit()
-    except Exception as error:
-        refused = refusal(recipe, error, begun=trainer.state.timestamp.batch > begins_at)
-        if refused is None or refused is error:
-            raise
-        raise refused from error
 
 
 def _is_interrupt(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is at the root: Composer makes it a SystemExit, and dying DataLoader workers bury that one."""
+    """Return whether Ctrl-C is the cause: Composer makes it a SystemExit, which dying DataLoader workers hide."""
     if isinstance(error, SystemExit):
         return error.code == 128 + signal.SIGINT
     return error is not None and _is_interrupt(error.__context__)
 
 
 def _parser(prog: str = 'composer train.py') -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description='Train what a recipe says.')
+    parser = argparse.ArgumentParser(prog=prog, description='Train what a recipe describes.')
     parser.add_argument(
         *('-f', '--file'),
         required=True,
         action='append',
-        help='the recipe: a YAML file, or the name of one that comes with the package (digits_sba.yaml). Given again: '
-        'a file merged over it (methods/sba.yaml)',
+        help='the recipe: a YAML file, or the name of one that comes with the package (digits_sba.yaml). Repeat the '
+        'option to merge further files over it (methods/sba.yaml)',
     )
     parser.add_argument('--dry-run', action='store_true', help='check and print the resolved recipe, train nothing')
-    parser.add_argument('--traceback', action='store_true', help='show where a refusal came from')
-    parser.add_argument('overrides', nargs='*', metavar='key.sub=value', help='what to change in the recipe')
+    parser.add_argument('--traceback', action='store_true', help='show the traceback of an error')
+    parser.add_argument('overrides', nargs='*', metavar='key.sub=value', help='changes to the recipe')
     return parser
 
 
 def _folder(recipe: Recipe) -> str | None:
-    """The run's folder; refused where it holds the recipe of another run, which this one would replace."""
+    """Return the run's folder. Raise RecipeError if it holds another run, which this one would overwrite."""
     if recipe.save_folder is None:
         return None
     folder = format_name_with_dist(recipe.save_folder, str(recipe.run_name))
     if os.path.exists(f'{folder}/{RECIPE_FILE}') and not (recipe.save_overwrite or recipe.autoresume):
-        problem = f'{folder} holds a run: give another run_name, or autoresume=true to resume, or save_overwrite=true'
+        problem = f'{folder} holds a run: choose another run_name, or set autoresume=true or save_overwrite=true'
         raise recipe.sources.error('save_folder', problem)
     return folder
 
@@ -177,7 +181,6 @@ def _folder(recipe: Recipe) -> str | None:
 def _save_recipe(recipe: Recipe, folder: str) -> None:
     store = maybe_create_object_store_from_uri(folder)
     if store is None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
         save(recipe, Path(folder) / RECIPE_FILE)
         return
     with TemporaryDirectory() as scratch:
@@ -186,19 +189,11 @@ def _save_recipe(recipe: Recipe, folder: str) -> None:
         store.upload_object(f'{path}/{RECIPE_FILE}', f'{scratch}/{RECIPE_FILE}')
 
 
-def _places(recipe: Recipe, folder: str | None) -> Iterator[tuple[str, str]]:
+def _written_files(recipe: Recipe, folder: str | None) -> Iterator[tuple[str, str]]:
     if folder is not None:
         latest = recipe.save_latest_filename or recipe.save_filename
         yield 'checkpoint', f'{folder}/{latest.replace("{rank}", "0")}'
         yield 'recipe', f'{folder}/{RECIPE_FILE}'
-
-
-TRAIN_LOSS = 'loss/train/total'
-METRICS = {  # an evaluation's value -> Composer's name, title, factor, unit
-    'accuracy': ('MulticlassAccuracy', 'accuracy', 100.0, '%'),
-    'loss': ('CrossEntropy', 'cross-entropy', 1.0, 'nats'),
-    'calibration_error': ('MulticlassCalibrationError', 'calibration error', 100.0, '%'),
-}
 
 
 class Summary(LoggerDestination):
@@ -269,21 +264,21 @@ class Summary(LoggerDestination):
         self._sums, self._counts = dict(state.get('sums', {})), dict(state.get('counts', {}))
         self.evaluations, self._earlier_seconds = list(state.get('epochs', [])), state.get('wall_seconds', 0.0)
 
-    def table(self, state: State, places: Iterable[tuple[str, str]] = ()) -> Table:
-        """Lay out the summary.
+    def table(self, state: State, rows: Iterable[tuple[str, str]] = ()) -> Table:
+        """Return the summary as a table.
 
         Args:
-            state (State): Composer's, when training has ended.
-            places (Iterable[tuple[str, str]]): Further rows, such as where the checkpoint lies.
+            state (State): Composer's, after training.
+            rows (Iterable[tuple[str, str]]): Further rows, each a title and a text, such as the checkpoint's path.
 
         Returns:
-            Table: To be printed by a ``rich.console.Console``.
+            Table: For a ``rich.console.Console`` to print.
         """
         title = f'{state.run_name}: {int(state.timestamp.batch)} steps'
         table = Table(title=title, title_justify='left', show_header=False)
         table.add_column(style='bold', no_wrap=True)
         table.add_column(overflow='fold')
-        for title, text in [*self._rows(state), *places]:
+        for title, text in [*self._rows(state), *rows]:
             table.add_row(title, text)
         return table
 
@@ -298,7 +293,7 @@ class Summary(LoggerDestination):
             yield 'SBA augmented', f'{100 * share:.1f} % of steps'
         if kl is not None:
             yield 'SBA KL', f'{kl:.4g} nats (mean over augmented steps)'
-        seconds = state.timestamp.total_wct.total_seconds()  # Composer's training clock stands still in evaluation
+        seconds = state.timestamp.total_wct.total_seconds()  # Composer stops this clock during evaluation
         if seconds > 0:
             yield 'training speed', f'{int(state.timestamp.sample) / seconds:,.0f} images/s'
         yield 'wall time', str(timedelta(seconds=round(self.wall_seconds)))

@@ -226,7 +226,55 @@ def test_metrics_of_an_evaluation_equal_torchmetrics(digits: tuple[torch.Tensor,
     trainer.close()
 
 
-def test_training_measures_accuracy_alone() -> None:
+class Given(nn.Module):
+    """A network whose logits are its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.zero = nn.Parameter(torch.zeros(()))
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits + self.zero
+
+
+def evaluate(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    model = classifier(Given(), logits.shape[1])
+    metrics = model.get_metrics(is_train=False)
+    for metric in metrics.values():
+        model.update_metric((logits, labels), model.eval_forward((logits, labels)), metric)
+    return {name: metric.compute().item() for name, metric in metrics.items()}
+
+
+@pytest.mark.parametrize(
+    'row',
+    [
+        [0.0] * 10,  # a head that starts at zero
+        [0.1, 0.9],
+        [0.25, 0.75],  # sums to 1
+        [0.0, 1.0],
+        [1.0, 1.0, 1.0],
+        [-0.4, 0.4],
+        [5.0, -5.0, 0.0],
+        [90.0, -90.0],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize('shift', [0.0, -0.5, 100.0])
+def test_metrics_are_those_of_the_softmax(row: list[float], shift: float) -> None:
+    """A constant added to all logits of a row changes no prediction, and so no metric, whatever their range."""
+    logits = (torch.tensor([row]) + shift).repeat(1000, 1)
+    probabilities = logits.double().softmax(1)
+    labels = torch.multinomial(probabilities, 1)[:, 0]
+    accuracy = (logits.argmax(1) == labels).double().mean().item()
+    expected = {
+        'MulticlassAccuracy': accuracy,
+        'CrossEntropy': -probabilities.log()[range(1000), labels].mean().item(),
+        'MulticlassCalibrationError': abs(probabilities[0].max().item() - accuracy),
+    }
+    assert evaluate(logits, labels) == pytest.approx(expected, abs=1e-5)
+
+
+def test_training_measures_only_accuracy() -> None:
     assert list(classifier(MODELS['digits_net'](10), 10).get_metrics(is_train=True)) == ['MulticlassAccuracy']
 
 

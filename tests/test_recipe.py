@@ -1,11 +1,12 @@
-"""Recipes: what YAML and overrides say is compared with the Recipe that is read, and each mistake with its one line.
+"""Recipes: YAML and overrides are compared with the Recipe that is read, and each mistake with its one line.
 
-Every file in yamls/ is read and all but its data built, on the meta device. No test here needs data on disk.
+Every file in yamls/ is read, and everything but its data is built on the meta device. No test here needs data on disk.
 
     pytest tests/test_recipe.py
 """
 
 import inspect
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def test_every_yaml_is_read_and_built(path: Path) -> None:
 
 @pytest.mark.parametrize('path', sorted((YAMLS / 'methods').glob('*.yaml')), ids=lambda path: path.stem)
 @pytest.mark.filterwarnings('ignore:SAM has known issues')
-def test_every_method_goes_over_a_baseline(path: Path) -> None:
+def test_every_method_merges_over_a_baseline(path: Path) -> None:
     baseline = YAMLS / 'resnet44_cifar10_baseline.yaml'
     recipe = load([baseline, path])
     with torch.device('meta'):
@@ -82,7 +83,7 @@ def test_every_method_goes_over_a_baseline(path: Path) -> None:
     assert f'-f yamls/methods/{path.name}' in path.read_text()
 
 
-def test_options_are_trainers_own() -> None:
+def test_options_and_defaults_are_those_of_trainer() -> None:
     parameters = inspect.signature(Trainer.__init__).parameters
     ours = {'max_duration', 'run_name', 'seed', 'eval_interval', 'progress_bar'}
     for option in fields(TrainerOptions):
@@ -104,12 +105,12 @@ def test_another_component_inherits_no_argument(recipe: Path) -> None:
     assert read.scheduler == {'name': 'linear'}
 
 
-def test_null_takes_away(recipe: Path) -> None:
+def test_null_removes_an_entry(recipe: Path) -> None:
     read = load(recipe, ['algorithms.SBA=null', 'scheduler=null', 'save_folder=null'])
     assert (read.algorithms, read.scheduler, read.save_folder) == ({}, None, None)
 
 
-def test_names_of_one_component_meet(recipe: Path) -> None:
+def test_two_names_of_one_component_merge(recipe: Path) -> None:
     recipe.write_text('extends: base.yaml\nalgorithms: {mix_up: {alpha: 0.1}}\n')
     assert load(recipe, ['algorithms.MixUp.interpolate_loss=true']).algorithms['mixup'] == {
         'alpha': 0.1,
@@ -121,6 +122,39 @@ def test_interpolation_and_run_name(recipe: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv('WHERE', 'there')
     assert load(recipe).save_folder == 'runs/mine'
     assert load(recipe, ['save_folder=${oc.env:WHERE}/${seed}']).save_folder == 'there/17'
+
+
+@pytest.mark.parametrize(
+    ('override', 'key', 'expected'),
+    [
+        ('save_folder=~/runs', 'save_folder', 'HOME/runs'),
+        ('load_path=~/old/latest-rank0.pt', 'load_path', 'HOME/old/latest-rank0.pt'),
+        ('train_dataset.local=~/data/digits', 'train_dataset.local', 'HOME/data/digits'),
+        ('train_dataset={name: digits, remote: ~/data}', 'train_dataset.remote', 'HOME/data'),
+        ('loggers.file.filename=~/log.txt', 'loggers.file.filename', 'HOME/log.txt'),
+        ('callbacks.checkpoint_saver.folder="~/{run_name}"', 'callbacks.checkpoint_saver.folder', 'HOME/{run_name}'),
+        ('load_ignore_keys=["~/a", "b~/c"]', 'load_ignore_keys', ['HOME/a', 'b~/c']),
+        ('save_folder=${oc.env:WHERE}/${run_name}', 'save_folder', 'HOME/there/mine'),
+        ('run_name=~tilde', 'run_name', '~tilde'),
+        ('save_folder="s3://bucket/~/runs"', 'save_folder', 's3://bucket/~/runs'),
+        ('load_path=~', 'load_path', None),  # YAML's null
+    ],
+)
+def test_a_path_in_the_home_folder(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, override: str, key: str, expected: Any
+) -> None:
+    monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+    monkeypatch.setenv('WHERE', '~/there')
+    found: Any = load(recipe, [override]).to_dict()
+    for part in key.split('.'):
+        found = found[part]
+    assert found == json.loads(json.dumps(expected).replace('HOME', str(tmp_path / 'home')))
+
+
+def test_recipes_in_the_home_folder(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('HOME', str(recipe.parent))
+    recipe.write_text('extends: ~/base.yaml\nseed: 3\n')
+    assert load('~/mine.yaml').seed == 3
 
 
 def test_saved_recipe_is_read_back_equal(recipe: Path, tmp_path: Path) -> None:
@@ -197,6 +231,15 @@ def test_norm_and_bias_are_exempt_from_decay(recipe: Path) -> None:
         ('precision=bf16', "precision: expected 'fp32' or 'amp_fp16' or 'amp_bf16' or 'amp_fp8' or null, got 'bf16'"),
         ('algorithms.sba.augment_prob=1.5', 'algorithms.sba.augment_prob: Expected augment_prob'),
         ('algorithms.sba.augment_prob={name: lin}', 'algorithms.sba.augment_prob.name: unknown scheduler'),
+        (
+            'algorithms.sba.augmentprob={name: linear}',
+            "algorithms.sba.augmentprob: unknown key; did you mean 'augment_prob'?",
+        ),
+        ('algorithms.sba.fold={name: linear}', "algorithms.sba.fold: expected int, got {'name': 'linear'}"),
+        ('algorithms.sba.layers=[]', 'algorithms.sba.layers: Expected layers'),
+        ('algorithms.sba.target=medium', "algorithms.sba.target: expected 'soft' or 'hard', got 'medium'"),
+        ('algorithms.manifold_mixup.alpha=-1', 'algorithms.manifold_mixup.alpha: Expected alpha'),
+        ('model={name: resnet_cifar, num_classes: 10, depth: 45}', 'model.depth: resnet_cifar: depth must be'),
         ('algorithms.sba.vicinity.tau=-1', 'algorithms.sba.vicinity.tau: Expected tau'),
         ('algorithms.sba.fold=0', 'algorithms.sba.fold: Expected fold'),
         ('optimizer.lr=-1', 'optimizer: Invalid learning rate: -1'),
@@ -209,12 +252,20 @@ def test_norm_and_bias_are_exempt_from_decay(recipe: Path) -> None:
         ),
         ('global_train_batch_size=0', 'global_train_batch_size: expected at least 1, got 0'),
         ('train_subset_num_batches=0', 'train_subset_num_batches: expected -1 for all, or at least 1, got 0'),
-        ('max_duration=0ba', "max_duration: expected more than nothing, got '0ba'"),
+        ('max_duration=0ba', "max_duration: must be positive, got '0ba'"),
         ('model.num_classes=0', 'model.num_classes: expected 2 to 1000000, got 0'),
+        ('scale_schedule_ratio=0.001', "scale_schedule_ratio: 0.001 shortens max_duration '5ep' to 0"),
+        ('scale_schedule_ratio=-1', 'scale_schedule_ratio: expected a positive number, got -1'),
+        ('dist_timeout=.inf', 'dist_timeout: expected a number of seconds, at most 1000000000, got inf'),
+        ('seed=-1', 'seed: expected 0 to 4294967295, got -1'),
+        ('save_folder=~nobody-of-this-name/runs', "save_folder: '~nobody-of-this-name/runs' is in no home folder"),
         ('optimizer.momentum=.nan', 'optimizer.momentum: expected a number, got nan'),
         ('seed=18446744073709551616', 'seed: expected an integer of at most 64 bits, got 18446744073709551616'),
         ('compile_config.mdoe=x', "compile_config.mdoe: unknown key; did you mean 'mode'?"),
-        ('algorithms.ema=null', 'algorithms.ema: null takes an entry away, and there is none; {} gives defaults'),
+        (
+            'algorithms.ema=null',
+            'algorithms.ema: null removes an inherited entry, but none is inherited; write {} for the defaults',
+        ),
         ('algorithms={mixup: {}, mix_up: {}}', "algorithms: 'mixup' is named twice"),
         ('seed', "expected key=value or key.sub=value, got 'seed'"),
         ('seed=[1,', "seed: expected YAML after =, got 'seed=[1,'"),
@@ -222,14 +273,14 @@ def test_norm_and_bias_are_exempt_from_decay(recipe: Path) -> None:
         ('save_folder=${nowhere}', "save_folder: Interpolation key 'nowhere' not found"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(recipe: Path, override: str, line: str) -> None:
+def test_a_mistake_is_described_in_one_line(recipe: Path, override: str, line: str) -> None:
     with pytest.raises(UserError) as caught:
         built(recipe, override)
     assert str(caught.value).startswith(f'command line: {line}')
     assert '\n' not in str(caught.value)
 
 
-def test_a_mistake_is_told_of_the_file_that_has_it(recipe: Path) -> None:
+def test_a_mistake_names_the_file_that_has_it(recipe: Path) -> None:
     (recipe.parent / 'base.yaml').write_text(BASE + 'sede: 1\n')
     with pytest.raises(UserError, match=r"/base.yaml: sede: unknown key; did you mean 'seed'\?$"):
         load(recipe)
@@ -249,7 +300,7 @@ def test_a_mistake_is_told_of_the_file_that_has_it(recipe: Path) -> None:
         ('seed: 1\n', 'mine.yaml: max_duration: is required'),
     ],
 )
-def test_a_bad_file_is_told_in_one_line(recipe: Path, tmp_path: Path, text: str, line: str) -> None:
+def test_a_bad_file_is_described_in_one_line(recipe: Path, tmp_path: Path, text: str, line: str) -> None:
     recipe.write_text(text)
     with pytest.raises(UserError) as caught:
         load(recipe)

@@ -1,15 +1,16 @@
-"""A recipe -> Composer's Trainer, and what refuses to be built -> one line that names its key."""
+"""Composer's Trainer, built from a recipe."""
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from composer import Trainer
 from composer.callbacks import CheckpointSaver
-from composer.core import DataSpec, Event, State, TimeUnit
+from composer.core import Algorithm, DataSpec, Event, State, TimeUnit
+from composer.devices import Device
 from composer.loggers import LoggerDestination
 from composer.utils import create_interval_scheduler, dist, format_name_with_dist, get_device
 from composer.utils.reproducibility import seed_all
@@ -17,10 +18,18 @@ from torch import nn
 
 from composer_sba.algorithms.seed_each_batch import SeedEachBatch, sort_seed_first
 from composer_sba.data.loader import DatasetConfig, build_dataspec, dataset_classes
-from composer_sba.errors import DatasetError, one_line
+from composer_sba.errors import RecipeError
 from composer_sba.models import classifier
-from composer_sba.recipe.checkpoints import RestOfEpoch, damage, mend, only_data, take_over
-from composer_sba.recipe.explain import argument_key, option_refusal, refusal
+from composer_sba.recipe.checkpoints import (
+    RestOfEpoch,
+    adopt_checkpoints,
+    find_damage,
+    loading_problem,
+    only_data,
+    repair_latest,
+    report_unwritten,
+)
+from composer_sba.recipe.explain import argument_key, explain, explained, mark, marked, problem_of
 from composer_sba.recipe.merge import NAMED
 from composer_sba.recipe.recipe import DECAY_ALL, Recipe, component_arguments
 from composer_sba.recipe.registry import construct
@@ -28,30 +37,31 @@ from composer_sba.sba import sort_sba_last
 
 
 def build_trainer(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
-    """Build Composer's Trainer as a recipe says.
+    """Build Composer's Trainer from a recipe.
 
     Args:
         recipe (Recipe): From :func:`composer_sba.recipe.load`.
-        *destinations (LoggerDestination): Loggers beside the recipe's own.
+        *destinations (LoggerDestination): Loggers in addition to the recipe's own.
 
     Returns:
-        Trainer: Ready to ``fit()``.
+        Trainer: Ready to ``fit()``. When a component of the recipe raises an exception, this carries the component's
+        key for :func:`composer_sba.recipe.explain.explained`.
 
     Raises:
-        UserError: If a component refuses its arguments, data is missing, the batch size does not divide, or the model
-            and the data differ in classes.
+        UserError: If a component refuses its arguments, data is missing, the batch size is not a multiple of the number
+            of devices, or the model and the data differ in classes.
     """
     world = dist.get_world_size()
     if recipe.global_train_batch_size % world:
         problem = f'expected a multiple of the {world} devices, got {recipe.global_train_batch_size}'
         raise recipe.sources.error('global_train_batch_size', problem)
     rows = recipe.global_train_batch_size // world
-    try:
-        dist.initialize_dist(get_device(recipe.device), recipe.dist_timeout)
+    with explained(recipe.sources):
+        dist.initialize_dist(_device(recipe), recipe.dist_timeout)
         if dist.get_global_rank() == 0:
-            _look_at_checkpoints(recipe)
+            _prepare_folder(recipe)
         dist.barrier()
-        # Model and data are drawn from the seed too, alike on all ranks; Trainer then seeds each rank apart.
+        # The seed also determines the model and the data, equally on all ranks. Trainer then seeds each rank apart.
         seed_all(recipe.seed)
         parts = build_components(recipe)
         parts['loggers'] += destinations
@@ -60,29 +70,18 @@ def build_trainer(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
             parts['callbacks'].append(RestOfEpoch())
         parts['train_dataloader'] = _data(recipe, 'train_dataset', rows)
         parts['eval_dataloader'] = _data(recipe, 'eval_dataset', recipe.device_eval_batch_size or rows)
-        with only_data():  # it loads a checkpoint
-            trainer = Trainer(
-                **parts,
-                **(recipe.trainer_options() | {'eval_interval': _eval_interval(recipe)} | _progress(recipe)),
-                parallelism_config=recipe.parallelism,
-                algorithm_passes=[sort_sba_last, sort_seed_first],
-            )
-        folder = _resumed_folder(recipe)
-        for saver in trainer.state.callbacks if dist.get_global_rank() == 0 else ():
-            if folder is not None and isinstance(saver, CheckpointSaver):
-                take_over(saver, folder)
+        trainer = _trainer(recipe, parts)
+        savers = [each for each in trainer.state.callbacks if isinstance(each, CheckpointSaver)]
+        folder = _local_folder(recipe)
+        for saver in savers:
+            report_unwritten(saver, recipe.sources)
+            if recipe.autoresume and folder is not None and dist.get_global_rank() == 0:
+                adopt_checkpoints(saver, folder)
         return trainer
-    except Exception as error:
-        refused = refusal(recipe, error)
-        if refused is None and isinstance(error, ValueError | OSError | OverflowError):
-            refused = option_refusal(recipe, error)  # how Composer words what it cannot run as asked
-        if refused is None or refused is error:
-            raise
-        raise refused from error
 
 
 def build_components(recipe: Recipe) -> dict[str, Any]:
-    """Build all that needs no data: model, optimizer, scheduler, algorithms, callbacks and loggers.
+    """Build what needs no data: model, optimizer, scheduler, algorithms, callbacks and loggers.
 
     Args:
         recipe (Recipe): From :func:`composer_sba.recipe.load`.
@@ -91,16 +90,17 @@ def build_components(recipe: Recipe) -> dict[str, Any]:
         dict[str, Any]: Keyword arguments of ``Trainer``.
 
     Raises:
-        RecipeError: If one refuses its arguments or needs a library that is not installed.
+        RecipeError: If a component refuses its arguments or needs a library that is not installed.
     """
-    model = classifier(_component(recipe, 'model'), recipe.model['num_classes'])
+    model = classifier(_single(recipe, 'model'), recipe.model['num_classes'])
     groups = parameter_groups(model, recipe.optimizer.get(DECAY_ALL, True))
     parts: dict[str, Any] = {
         section: [_build(recipe, section, name, arguments) for name, arguments in getattr(recipe, section).items()]
         for section in NAMED
     }
-    parts['optimizers'] = _component(recipe, 'optimizer', groups)
-    parts['schedulers'] = _component(recipe, 'scheduler') if recipe.scheduler is not None else None
+    parts['optimizers'] = _single(recipe, 'optimizer', groups)
+    if recipe.scheduler is not None:
+        parts['schedulers'] = marked(_single(recipe, 'scheduler').__call__, 'scheduler', recipe.scheduler)
     return {'model': model, **parts}
 
 
@@ -109,9 +109,9 @@ def parameter_groups(model: nn.Module, decay_norm_and_bias: bool) -> list[dict[s
 
     Args:
         model (torch.nn.Module): The model.
-        decay_norm_and_bias (bool): False puts the parameters of at most one dimension, which are the scales and shifts
-            of normalization layers and all biases, into a group whose ``weight_decay`` is 0, as Hoffer et al. (2020) do
-            for ResNets.
+        decay_norm_and_bias (bool): False puts the parameters of at most one dimension into a group whose
+            ``weight_decay`` is 0: the scales and shifts of normalization layers, and all biases. Hoffer et al. (2020)
+            do so for ResNets.
 
     Returns:
         list[dict[str, Any]]: Parameter groups for a ``torch.optim.Optimizer``.
@@ -123,27 +123,75 @@ def parameter_groups(model: nn.Module, decay_norm_and_bias: bool) -> list[dict[s
     return [{'params': [p for p in parameters if p.ndim > 1]}, {'params': exempt, 'weight_decay': 0.0}]
 
 
-def _resumed_folder(recipe: Recipe) -> Path | None:
-    """Where a run that resumes by itself keeps its checkpoints, unless in an object store."""
-    if not recipe.autoresume or recipe.save_folder is None or '://' in recipe.save_folder:
+def _trainer(recipe: Recipe, parts: Mapping[str, Any]) -> Trainer:
+    last_event = None
+
+    def note_event(algorithms: Sequence[Algorithm], event: Event) -> Sequence[Algorithm]:
+        nonlocal last_event
+        last_event = event
+        return algorithms
+
+    try:
+        with only_data():
+            return Trainer(
+                **parts,
+                **(recipe.trainer_options() | {'eval_interval': _eval_interval(recipe)} | _progress(recipe)),
+                parallelism_config=recipe.parallelism,
+                algorithm_passes=[sort_sba_last, sort_seed_first, note_event],
+            )
+    except Exception as error:
+        if explain(recipe.sources, error) is not None:
+            raise
+        latest = _latest(recipe)
+        resumed = latest is not None and (recipe.load_path is None or os.path.exists(latest))
+        key, path = ('save_folder', latest) if resumed else ('load_path', recipe.load_path)
+        if last_event == Event.BEFORE_LOAD and path is not None:
+            raise recipe.sources.error(key, loading_problem(path, error)) from error
+        if isinstance(error, ValueError | OSError | OverflowError):  # Composer refuses a combination of options
+            raise RecipeError(f"{recipe.sources.file}: Composer's Trainer: {problem_of(error)}") from error
+        raise
+
+
+def _device(recipe: Recipe) -> Device:
+    try:
+        device = get_device(recipe.device)
+    except Exception as error:  # of a type that depends on what is missing
+        raise recipe.sources.error('device', problem_of(error)) from error
+    if device.name == 'cpu' and recipe.precision not in (None, 'fp32'):
+        raise recipe.sources.error('precision', f'expected fp32, which is all that a CPU has, got {recipe.precision}')
+    return device
+
+
+def _local_folder(recipe: Recipe) -> Path | None:
+    """Return the run's folder; None if it has none, or one in an object store."""
+    if recipe.save_folder is None or '://' in recipe.save_folder:
         return None
     return Path(format_name_with_dist(recipe.save_folder, str(recipe.run_name)))
 
 
-def _look_at_checkpoints(recipe: Recipe) -> None:
-    """Put in order what a killed run has left, and refuse a checkpoint that is damaged, unless in an object store."""
-    found = {}
-    folder = _resumed_folder(recipe)
-    if folder is not None and recipe.save_latest_filename is not None:
-        latest = folder / format_name_with_dist(recipe.save_latest_filename, str(recipe.run_name))
-        mend(latest)
-        found['save_folder'] = latest
-    if recipe.load_path is not None:
-        found['load_path'] = Path(recipe.load_path)
-    for key, path in found.items():
-        problem = damage(path) if os.path.isfile(path) else None
-        if problem is not None:
-            raise recipe.sources.error(key, f'expected a whole checkpoint of such a run, got {problem} in {path}')
+def _latest(recipe: Recipe) -> str | None:
+    """Return the checkpoint from which ``autoresume`` resumes, whether or not it exists."""
+    if not recipe.autoresume or recipe.save_latest_filename is None:
+        return None
+    return format_name_with_dist(f'{recipe.save_folder}/{recipe.save_latest_filename}', str(recipe.run_name))
+
+
+def _prepare_folder(recipe: Recipe) -> None:
+    """Create the run's folder, repair what a killed run has left there, and refuse damaged checkpoints."""
+    checkpoints = {'load_path': recipe.load_path}
+    folder = _local_folder(recipe)
+    if folder is not None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoints['save_folder'] = latest = _latest(recipe)
+            if latest is not None:
+                repair_latest(Path(latest))
+        except OSError as error:
+            raise recipe.sources.error('save_folder', f'cannot be written: {problem_of(error)}') from error
+    for key, path in checkpoints.items():
+        damage = find_damage(Path(path)) if path is not None and os.path.isfile(path) else None
+        if damage is not None:
+            raise recipe.sources.error(key, f'cannot load the checkpoint {path}: {damage}; it is corrupt')
 
 
 def _progress(recipe: Recipe) -> dict[str, Any]:
@@ -151,13 +199,13 @@ def _progress(recipe: Recipe) -> dict[str, Any]:
         return {}
     if sys.stderr.isatty():
         return {'progress_bar': True}
-    # A file would get a line of the bar with every batch.
+    # In a file, the bar would write a line for every batch
     each_epoch = {} if recipe.log_to_console else {'log_to_console': True, 'console_log_interval': '1ep'}
     return {'progress_bar': False, **each_epoch}
 
 
 def _eval_interval(recipe: Recipe) -> Any:
-    """What Trainer takes: the recipe's interval, or a function of state and event that adds the last epochs."""
+    """Return the recipe's interval, or a function of state and event that adds the last epochs."""
     if not recipe.eval_last_epochs:
         return recipe.eval_interval
     periodically = create_interval_scheduler(
@@ -173,17 +221,20 @@ def _eval_interval(recipe: Recipe) -> Any:
     return due
 
 
-def _component(recipe: Recipe, section: str, *supplied: Any) -> Any:
+def _single(recipe: Recipe, section: str, *supplied: Any) -> Any:
     entry = getattr(recipe, section)
     return _build(recipe, section, entry['name'], component_arguments(entry), *supplied)
 
 
 def _build(recipe: Recipe, section: str, name: str, arguments: Mapping[str, Any], *supplied: Any) -> Any:
+    entry = f'{section}.{name}' if section in NAMED else section
     try:
-        return construct(section, name, arguments, *supplied)
-    except Exception as error:  # a constructor may raise anything over an argument that it did not expect
-        at = section if section not in NAMED else f'{section}.{name}'
-        raise recipe.sources.error(argument_key(at, arguments, error), one_line(error)) from error
+        component = construct(section, name, arguments, *supplied)
+    except Exception as error:  # a constructor may raise anything over an argument that it does not expect
+        raise recipe.sources.error(argument_key(entry, arguments, error), problem_of(error)) from error
+    if section in NAMED:
+        mark(component, entry, arguments)
+    return component
 
 
 def _data(recipe: Recipe, section: str, rows: int) -> DataSpec | None:
@@ -192,10 +243,11 @@ def _data(recipe: Recipe, section: str, rows: int) -> DataSpec | None:
     config = DatasetConfig(**getattr(recipe, section))
     try:
         classes = dataset_classes(config)
-        if classes != recipe.model['num_classes']:
-            problem = f'expected {classes}, as {section} {config.name} has, got {recipe.model["num_classes"]}'
-            raise recipe.sources.error('model.num_classes', problem)
-        device = get_device(recipe.device).tensor_to_device(torch.empty(0)).device  # of this rank
-        return build_dataspec(config, rows, seed=recipe.seed, device=device)
-    except DatasetError as error:
-        raise recipe.sources.error(section, one_line(error)) from error
+        if classes == recipe.model['num_classes']:
+            device = get_device(recipe.device).tensor_to_device(torch.empty(0)).device  # of this rank
+            return build_dataspec(config, rows, seed=recipe.seed, device=device)
+    except (ValueError, OSError, OverflowError) as error:
+        key = argument_key(section, getattr(recipe, section), error)
+        raise recipe.sources.error(key, problem_of(error)) from error
+    problem = f'expected {classes}, as {section} {config.name} has, got {recipe.model["num_classes"]}'
+    raise recipe.sources.error('model.num_classes', problem)

@@ -1,5 +1,6 @@
-"""Checkpoints are data: what is loaded from one may not run code."""
+"""Checkpoints: loaded as data that runs no code, checked for damage, and repaired after a run was killed."""
 
+import functools
 import logging
 import os
 import pickle
@@ -19,29 +20,35 @@ from composer.core import Callback, State, Time
 from composer.loggers import Logger
 from torch.torch_version import TorchVersion
 
-UNSAFE = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'  # PyTorch's own: who sets it to 1 trusts the checkpoint
-_ONLY_DATA = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'  # PyTorch's own too, stronger than what a caller asks for
+from composer_sba.errors import one_line
+from composer_sba.recipe.merge import Sources
+
+_TRUSTED = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'  # PyTorch's variable: a user who sets it to 1 trusts the checkpoint
+_ONLY_DATA = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'  # PyTorch's variable too; it overrules the argument of torch.load
 
 _MADE_BY = {'_reconstruct': np.zeros(1).__reduce__()[0], 'scalar': np.float64(0).__reduce__()[0]}
 _DTYPES = [type(np.dtype(code)) for code in ('?', 'u1', 'u4', 'u8', 'i4', 'i8', 'f4', 'f8', 'U1')]
-# Plain values that a Composer checkpoint holds beside tensors: clocks, versions and the state of NumPy's generator
-_PLAIN: list[Any] = [timedelta, TorchVersion, np.ndarray, np.dtype, *_DTYPES]
+# What a Composer checkpoint holds besides tensors: clocks, versions and the state of NumPy's generator
+_CLASSES: list[Any] = [timedelta, TorchVersion, np.ndarray, np.dtype, *_DTYPES]
 _RENAMED: list[Any] = [
     (make, f'{module}.multiarray.{name}')
     for name, make in _MADE_BY.items()
     for module in ('numpy.core', 'numpy._core')  # before NumPy 2, and since
 ]
 
-# Which of them zipfile raises depends on the bit that is wrong: in a magic number, a length, a name, an offset, the
-# flag of encryption or the method of compression. UnicodeDecodeError is a ValueError.
-_OF_DAMAGE = (zipfile.BadZipFile, EOFError, OSError, ValueError, RuntimeError, zlib.error)
+# What zipfile raises depends on the bit that is wrong: in a magic number, a length, a name, an offset, the flag of
+# encryption or the method of compression. UnicodeDecodeError is a ValueError.
+_DAMAGED = (zipfile.BadZipFile, EOFError, OSError, ValueError, RuntimeError, zlib.error)
+
+_CHECKPOINT = re.compile(r'ep(\d+)-ba(\d+)-rank0\.pt')
+_UNFINISHED = 'unfinished.pt'
 
 
 @contextmanager
 def only_data() -> Iterator[None]:
-    """Let ``torch.load`` take tensors and plain values alone, where Composer has it unpickle anything too.
+    """Restrict ``torch.load`` to tensors and plain values. Composer lets it unpickle, and so run, anything.
 
-    ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1`` in the environment leaves everything as Composer has it.
+    ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1`` in the environment lifts the restriction.
 
     Example:
         >>> import tempfile
@@ -51,13 +58,13 @@ def only_data() -> Iterator[None]:
         Traceback (most recent call last):
         _pickle.UnpicklingError: ...
     """
-    if os.environ.get(UNSAFE, '0').lower() in ('1', 'y', 'yes', 'true'):
+    if os.environ.get(_TRUSTED, '0').lower() in ('1', 'y', 'yes', 'true'):
         yield
         return
     before = os.environ.get(_ONLY_DATA)
     os.environ[_ONLY_DATA] = '1'
     try:
-        with torch.serialization.safe_globals([*_PLAIN, *_RENAMED]):
+        with torch.serialization.safe_globals([*_CLASSES, *_RENAMED]):
             yield
     finally:
         del os.environ[_ONLY_DATA]
@@ -65,76 +72,78 @@ def only_data() -> Iterator[None]:
             os.environ[_ONLY_DATA] = before
 
 
-def holds_code(error: BaseException) -> str | None:
-    """What a checkpoint holds beside data, if it was refused for that."""
-    found = re.search(r'GLOBAL ([\w.]+)', str(error)) if isinstance(error, pickle.UnpicklingError) else None
-    return found.group(1) if found else None
+def loading_problem(path: str, error: BaseException) -> str:
+    """Describe why a checkpoint cannot be loaded, for an error message."""
+    problem = f'cannot load the checkpoint {path}: '
+    code = _code_in(error)
+    if code is not None:
+        trust = f'if you trust its author, set {_TRUSTED}=1 in the environment'
+        return f'{problem}it holds {code}, which could run code; {trust}'
+    if isinstance(error, FileNotFoundError):
+        return problem + one_line(error)
+    return f'{problem}{one_line(error)}; it is corrupt or belongs to a different model'
 
 
-def damage(path: Path) -> str | None:
-    """What is damaged in a checkpoint, by the checksums in it, which ``torch.load`` does not look at.
+def find_damage(path: Path) -> str | None:
+    """Compare a checkpoint with the checksums in it, which ``torch.load`` ignores.
 
     Args:
-        path (Path): A file that ``torch.save`` has written; what is none, or has no checksums, is taken as it is.
+        path (Path): A file that ``torch.save`` has written. Other files, and those without checksums, pass.
 
     Returns:
-        str | None: Words for a message, None for a whole checkpoint.
+        str | None: What is damaged, for an error message; None for an intact checkpoint.
     """
     try:
         if not zipfile.is_zipfile(path):
             return None
         with zipfile.ZipFile(path) as archive:
             name = archive.testzip()
-    except _OF_DAMAGE as error:
-        return str(error) or f'a file that ends too early ({type(error).__name__})'
-    return None if name is None else f'a wrong checksum of {name}'
+    except _DAMAGED as error:
+        return str(error) or f'the file ends too early ({type(error).__name__})'
+    return None if name is None else f'the checksum of {name} is wrong'
 
 
-_CHECKPOINT = re.compile(r'ep(\d+)-ba(\d+)-rank0\.pt')
-_ASIDE = 'unfinished.pt'
+def repair_latest(latest: Path) -> None:
+    """Rename the checkpoint that a killed run was writing, and restore the link to the latest complete one.
 
+    Composer writes a checkpoint under its own name and then renews the link. It takes a file beyond the latest
+    checkpoint for another run's and refuses to resume. Without a link it starts from the beginning.
 
-def mend(latest: Path) -> None:
-    """Set aside the checkpoint that a killed run was writing, and make good the link to the latest one.
-
-    A checkpoint is written under its own name, and only then becomes the latest. Composer takes a file from beyond the
-    latest checkpoint for another run's, and refuses to go on; if there is no latest one, it begins anew.
-
-    What was written before the link was renewed is left alone: that is another run's, or somebody has pointed it back
-    on purpose. So are several beyond it, for a kill leaves one.
+    Checkpoints older than the link are left alone: they are another run's, or a user has set the link back. So are
+    several beyond the link, because a kill leaves only one.
 
     Args:
-        latest (Path): The link, in a run's folder of unsharded checkpoints of Composer's default names; neither need
-            exist.
+        latest (Path): The link, in a run's folder of unsharded checkpoints with Composer's default names. The link and
+            the folder may be missing.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = Path(folder, 'ep0-ba5-rank0.pt').write_bytes(b'PK')
-        ...     mend(Path(folder, 'latest-rank0.pt'))
+        ...     repair_latest(Path(folder, 'latest-rank0.pt'))
         ...     [path.name for path in Path(folder).iterdir()]
         ['unfinished.pt']
     """
-    found = {path: _place(path) for path in latest.parent.glob('ep*.pt') if _place(path)}
+    found = {path: _progress(path) for path in latest.parent.glob('ep*.pt') if _progress(path)}
     if latest.exists():
-        reached, renewed = _place(latest.resolve()), latest.lstat().st_mtime_ns
-        beyond = [path for path, place in found.items() if place > reached and path.stat().st_mtime_ns > renewed]
+        reached, renewed = _progress(latest.resolve()), latest.lstat().st_mtime_ns
+        beyond = [path for path, progress in found.items() if progress > reached and path.stat().st_mtime_ns > renewed]
         if reached and len(beyond) == 1:
             _set_aside(beyond[0])
         return
     for path in sorted(found, key=lambda each: each.stat().st_mtime_ns, reverse=True):
-        if _is_whole(path):
-            latest.unlink(missing_ok=True)  # one that leads nowhere
+        if _is_complete(path):
+            latest.unlink(missing_ok=True)  # a link to a missing file
             latest.symlink_to(path.name)
             return
         _set_aside(path)
 
 
-def take_over(saver: CheckpointSaver, folder: Path) -> None:
-    """Let a resumed run delete in their turn the checkpoints that it saved before it was killed.
+def adopt_checkpoints(saver: CheckpointSaver, folder: Path) -> None:
+    """Let a resumed run delete the checkpoints that it saved before it was killed, when their turn comes.
 
-    Of ``save_num_checkpoints_to_keep`` Composer counts those that the process itself has saved, so that each kill would
-    leave as many for ever. Which ones are the run's own, its checkpoint says.
+    For ``save_num_checkpoints_to_keep`` Composer counts only the checkpoints that the current process has saved, which
+    would leave some behind at every kill. The checkpoint itself records which ones the run has saved.
 
     Args:
         saver (CheckpointSaver): Composer's, with the state of the checkpoint that was loaded.
@@ -146,46 +155,78 @@ def take_over(saver: CheckpointSaver, folder: Path) -> None:
     saver.saved_checkpoints = list(own)
 
 
-class RestOfEpoch(Callback):
-    """Ends the epoch that a run is resumed in after as many batches as ``train_subset_num_batches`` says.
+def report_unwritten(saver: CheckpointSaver, sources: Sources) -> None:
+    """Make a saver raise a RecipeError of one line if a checkpoint cannot be written, for example on a full disk.
 
-    Composer counts them from the resumed batch on, where the data itself goes on: the epoch would be too long. Runs on
-    FIT_START and on BEFORE_DATALOADER, between which Composer looks once. State saved: none.
+    Args:
+        saver (CheckpointSaver): Composer's, which is changed in place.
+        sources (Sources): Those of the recipe that is run.
+    """
+    run_event = saver.run_event
+
+    @functools.wraps(run_event)
+    def reporting(*args: Any, **kwargs: Any) -> None:
+        try:
+            run_event(*args, **kwargs)
+        except (OSError, RuntimeError) as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):  # torch.save raises a RuntimeError after it
+                cause = cause.__context__
+            reason = one_line(cause or error)
+            problem = f'a checkpoint cannot be written ({reason}): fix that and start again with autoresume=true'
+            raise sources.error('save_folder', problem) from error
+
+    vars(saver)['run_event'] = reporting
+
+
+class RestOfEpoch(Callback):
+    """A callback that ends the epoch in which a run resumes after ``train_subset_num_batches`` batches.
+
+    Composer counts them from the resumed batch, where the data goes on, which makes this epoch too long. Runs on
+    FIT_START and on BEFORE_DATALOADER; Composer reads the length once in between. State saved: none.
     """
 
     def __init__(self) -> None:
         self._length: Time[int] | None = None
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Leave the rest of the epoch."""
+        """Shorten the epoch by the batches that it has had."""
         done = state.timestamp.batch_in_epoch.value
         if done and state.dataloader_len is not None and 'train' in state.dataset_resumption:
             self._length = state.dataloader_len
             state.dataloader_len = self._length.value - done
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
-        """Say the length of the epoch again, for schedulers and the epochs to come."""
+        """Restore the length of an epoch for schedulers and the following epochs."""
         if self._length is not None:
             state.dataloader_len, self._length = self._length.value, None
 
 
-def _place(path: Path) -> tuple[int, ...]:
-    """Epoch and batch of a checkpoint, nothing for other files."""
+def _code_in(error: BaseException) -> str | None:
+    """Return what a checkpoint holds besides data, if it was refused for that."""
+    found = re.search(r'GLOBAL ([\w.]+)', str(error)) if isinstance(error, pickle.UnpicklingError) else None
+    return found.group(1) if found else None
+
+
+def _progress(path: Path) -> tuple[int, ...]:
+    """Return the epoch and the batch of a checkpoint; nothing for other files."""
     match = _CHECKPOINT.fullmatch(path.name)
     return tuple(map(int, match.groups())) if match else ()
 
 
-def _is_whole(path: Path) -> bool:
+def _is_complete(path: Path) -> bool:
     try:
         with only_data():
             torch.load(path, map_location='meta', mmap=True)
     except pickle.UnpicklingError as error:
-        return holds_code(error) is not None  # whole, and to be refused when it is loaded
+        return _code_in(error) is not None  # complete; refused when it is loaded
     except (RuntimeError, EOFError):
         return False
     return True
 
 
 def _set_aside(path: Path) -> None:
-    logging.getLogger(__name__).warning('The run was killed as it wrote %s, which is now %s.', path, _ASIDE)
-    path.replace(path.with_name(_ASIDE))
+    logging.getLogger(__name__).warning(
+        'The run was killed while it wrote %s. The file is now called %s.', path, _UNFINISHED
+    )
+    path.replace(path.with_name(_UNFINISHED))

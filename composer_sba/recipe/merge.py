@@ -1,13 +1,14 @@
-"""Where a recipe's keys come from: files, the files they extend and the command line, and how they merge.
+"""The layers of a recipe: files, the files that they extend and the command line.
 
-Each layer lies over the one before. Three rules merge them:
+Each layer is merged over the one before:
 
-- mappings merge key by key, everything else is replaced;
-- a mapping that names another component (``scheduler: {name: ...}``) replaces the mapping below it whole, so that no
-  argument of one component reaches another;
-- ``null`` in ``algorithms``, ``callbacks`` or ``loggers`` takes the entry below it away.
+- Mappings merge key by key. Any other value replaces the one below it.
+- A mapping that names another component (``scheduler: {name: ...}``) replaces the whole mapping below it, because the
+  arguments of one component mean nothing to another.
+- ``null`` in ``algorithms``, ``callbacks`` or ``loggers`` removes an inherited entry.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from yaml import MarkedYAMLError, YAMLError
 
 from composer_sba.errors import RecipeError, nearest, one_line
 from composer_sba.recipe import registry
-from composer_sba.recipe.signature import show
+from composer_sba.recipe.signature import as_yaml
 
 NAMED = ('algorithms', 'callbacks', 'loggers')  # sections that map names to arguments
 SINGLE = ('model', 'optimizer', 'scheduler')  # sections of one component, with its name under `name`
@@ -28,29 +29,29 @@ COMMAND_LINE = 'command line'
 
 @dataclass(frozen=True)
 class Sources:
-    """The layers of a recipe, lowest first, kept to tell in which of them a mistake was written.
+    """The layers of a recipe, lowest first. Error messages name the layer that holds the mistake.
 
     Args:
-        layers (tuple): Name of the file, or ``'command line'``, and the keys it gives.
+        layers (tuple): The name of each file, or ``'command line'``, with the keys that it gives.
     """
 
     layers: tuple[tuple[str, Mapping[str, Any]], ...] = ()
 
     def error(self, key: str, problem: str) -> RecipeError:
-        """Word a mistake in one line: the layer that last gave the key (else the recipe), the key, the problem."""
-        givers = [name for name, values in self.layers if _has(values, key.split('.'))]
-        return RecipeError(f'{[self.file, *givers][-1]}: {key}: {problem}')
+        """Return an error of one line: the last layer that gives the key (else the recipe's file), key and problem."""
+        names = [name for name, values in self.layers if _contains(values, key.split('.'))]
+        return RecipeError(f'{[self.file, *names][-1]}: {key}: {problem}')
 
     @property
     def file(self) -> str:
-        """The recipe's own file, the last of its files."""
+        """The recipe's own file, which is the last one."""
         return next((name for name, _ in reversed(self.layers) if name != COMMAND_LINE), 'recipe')
 
     def merged(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
         """Merge the layers over ``defaults`` by the rules above.
 
         Raises:
-            RecipeError: If ``null`` takes away what no layer below has.
+            RecipeError: If ``null`` removes an entry that no layer below has.
         """
         values = dict(defaults)
         for _, over in self.layers:
@@ -63,9 +64,10 @@ class Sources:
             below = merged.get(key)
             if value is None and at.removesuffix('.') in NAMED:
                 if key not in merged:
-                    raise self.error(f'{at}{key}', 'null takes an entry away, and there is none; {} gives defaults')
+                    problem = 'null removes an inherited entry, but none is inherited; write {} for the defaults'
+                    raise self.error(f'{at}{key}', problem)
                 del merged[key]
-            elif isinstance(below, dict) and isinstance(value, dict) and _same_component(below, value):
+            elif isinstance(below, dict) and isinstance(value, dict) and _is_same_component(below, value):
                 merged[key] = self._merge(below, value, f'{at}{key}.')
             else:
                 merged[key] = value
@@ -73,27 +75,29 @@ class Sources:
 
 
 def read(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Sources:
-    """Read files, the files they extend, and overrides; spell every component as the registry lists it.
+    """Read files, the files that they extend, and overrides.
+
+    Components get the names that the registry lists.
 
     Args:
-        paths (Sequence[str | Path]): YAML files, each over the one before; ``extends: FILE`` is relative to the file.
-            A file that is not there is looked for among the ``shipped()`` ones.
-        overrides (Sequence[str]): ``key.sub=value``, the value in YAML.
+        paths (Sequence[str | Path]): YAML files, each merged over the one before. ``extends: FILE`` is relative to the
+            file that has it. A file that does not exist is looked up among those that :func:`shipped` has.
+        overrides (Sequence[str]): ``key.sub=value``, where the value is YAML.
 
     Returns:
-        Sources: Root of the first ``extends`` chain first, overrides last.
+        Sources: The layers, from the root of the first ``extends`` chain to the overrides.
 
     Raises:
-        RecipeError: On a file that is missing or not YAML, a cycle, an override without a key and ``=``, or a component
-            nobody knows.
+        RecipeError: If a file is missing or is not YAML, if ``extends`` forms a cycle, if an override is not
+            ``key=value``, or if a component is unknown.
     """
-    files = [layer for path in paths for layer in _read_file(_found(Path(path), path))]
+    files = [layer for path in paths for layer in _read_file(_find(path))]
     layers = [*files, (COMMAND_LINE, _read_overrides(overrides))]
-    return Sources(tuple((name, _spelled(Sources(((name, values),)), values)) for name, values in layers))
+    return Sources(tuple((name, _with_listed_names(Sources(((name, each),)), each)) for name, each in layers))
 
 
 def shipped() -> Path:
-    """The folder of the recipes that come with the package: within it in a wheel, beside it in a checkout."""
+    """Return the folder of the recipes that come with the package, installed or in a checkout."""
     package = Path(__file__).parents[1]
     return package / 'yamls' if (package / 'yamls').is_dir() else package.parent / 'yamls'
 
@@ -104,32 +108,33 @@ def _read_file(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict
     try:
         values = OmegaConf.to_container(OmegaConf.load(path))
     except OSError as error:
-        cause = f'{above[-1]}: extends: ' if above else ''
-        # Of YAML that is but a number OmegaConf says it by an OSError of its own
+        extends = f'{above[-1]}: extends: ' if above else ''
+        # OmegaConf raises an OSError of its own, without strerror, for YAML that is a bare number
         problem = error.strerror or 'expected a mapping of keys, got another kind of YAML'
-        raise RecipeError(f'{cause}{path}: {problem}') from error
+        raise RecipeError(f'{extends}{path}: {problem}') from error
     except MarkedYAMLError as error:
         mark = error.problem_mark
         where = f'line {mark.line + 1}, column {mark.column + 1}: ' if mark else ''
         raise RecipeError(f'{path}: {where}not YAML: {error.problem}') from error
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError, RecursionError) as error:
-        # The last four are what PyYAML raises over dates, keys, tags and depths that it did not think of
+        # PyYAML raises the last four for some dates, keys, tags and depths
         raise RecipeError(f'{path}: not YAML: {one_line(error)}') from error
     if not isinstance(values, dict):
         raise RecipeError(f'{path}: expected a mapping of keys, got a {type(values).__name__}')
     base = values.pop('extends', None)
     if not isinstance(base, str | None) or '\0' in (base or ''):
-        raise RecipeError(f'{path}: extends: expected the name of a file, got {show(base)}')
-    lower = [] if base is None else _read_file(_found(path.parent / base, base), (*above, path))
+        raise RecipeError(f'{path}: extends: expected the name of a file, got {as_yaml(base)}')
+    lower = [] if base is None else _read_file(_find(base, path.parent), (*above, path))
     return [*lower, (str(path), {str(key): value for key, value in values.items()})]
 
 
-def _found(path: Path, name: str | Path) -> Path:
+def _find(name: str | Path, folder: Path = Path()) -> Path:
+    path = folder / os.path.expanduser(name)
     return path if path.exists() or not (shipped() / name).is_file() else shipped() / name
 
 
 def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """All overrides as one layer: ``optimizer.name=adam`` keeps the ``optimizer.betas`` beside it, in either order."""
+    """Read all overrides as one layer: ``optimizer.name=adam`` keeps ``optimizer.betas=...``, in either order."""
     together: Any = OmegaConf.create()
     for text in overrides:
         key, equals, _ = text.partition('=')
@@ -142,26 +147,26 @@ def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(together))
 
 
-def _spelled(source: Sources, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of one layer, its components under their listed names, so that layers that mean the same meet."""
-    spelled = dict(values)
+def _with_listed_names(source: Sources, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the components of a layer the names that the registry lists, which makes layers agree on their keys."""
+    renamed = dict(values)
     for section in NAMED:
         entries = values.get(section) or {}
         if not isinstance(entries, dict):
-            raise source.error(section, f'expected a mapping of names to arguments, got {show(entries)}')
-        names = [_listed(source, section, str(name), f'{section}.{name}') for name in entries]
+            raise source.error(section, f'expected a mapping of names to arguments, got {as_yaml(entries)}')
+        names = [_listed_name(source, section, str(name), f'{section}.{name}') for name in entries]
         if len(set(names)) < len(names):
             raise source.error(section, f"'{max(names, key=names.count)}' is named twice")
         if section in values:
-            spelled[section] = dict(zip(names, entries.values(), strict=True))
+            renamed[section] = dict(zip(names, entries.values(), strict=True))
     for section in SINGLE:
         entry = values.get(section)
         if isinstance(entry, dict) and 'name' in entry:
-            spelled[section] = entry | {'name': _listed(source, section, str(entry['name']), f'{section}.name')}
-    return spelled
+            renamed[section] = entry | {'name': _listed_name(source, section, str(entry['name']), f'{section}.name')}
+    return renamed
 
 
-def _listed(source: Sources, section: str, name: str, key: str) -> str:
+def _listed_name(source: Sources, section: str, name: str, key: str) -> str:
     listed = registry.canonical(section, name)
     if listed is None:
         kind = section.removesuffix('s')
@@ -169,9 +174,9 @@ def _listed(source: Sources, section: str, name: str, key: str) -> str:
     return listed
 
 
-def _same_component(below: Mapping[str, Any], over: Mapping[str, Any]) -> bool:
+def _is_same_component(below: Mapping[str, Any], over: Mapping[str, Any]) -> bool:
     return 'name' not in over or over['name'] == below.get('name')
 
 
-def _has(values: Any, key: list[str]) -> bool:
-    return not key or (isinstance(values, Mapping) and key[0] in values and _has(values[key[0]], key[1:]))
+def _contains(values: Any, key: list[str]) -> bool:
+    return not key or (isinstance(values, Mapping) and key[0] in values and _contains(values[key[0]], key[1:]))

@@ -1,6 +1,6 @@
-"""Names in a recipe -> what they build: Composer's components by introspection, our own beside them.
+"""The components that a recipe can name: Composer's, found by introspection, and this package's own.
 
-A recipe can name only what is listed here, so a YAML file stays data: no class path, no code.
+A recipe can name nothing else, which keeps a YAML file data: it holds no class path and no code.
 """
 
 import functools
@@ -8,7 +8,8 @@ import inspect
 import pkgutil
 import re
 import types
-from collections.abc import Iterator, Mapping
+import typing
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch.optim
@@ -18,9 +19,9 @@ from composer.loggers import LoggerDestination
 from composer.utils import MissingConditionalImportError
 
 from composer_sba.errors import nearest
-from composer_sba.recipe.signature import Build, faults
+from composer_sba.recipe.signature import Build, annotations, argument_errors
 
-# Imported on use, so that the registry depends on no component.
+# Imported when they are used: the registry depends on no component.
 _OWN = {
     'algorithms': (
         'composer_sba.sba:SBA',
@@ -46,14 +47,14 @@ _WORDS = re.compile(r'(?<=[a-z0-9])(?=[A-Z].)|(?<=[A-Z])(?=[A-Z][a-z])')
 
 @functools.cache
 def components(section: str) -> dict[str, Build]:
-    """What a section of a recipe can name.
+    """Return the components that a section of a recipe can name.
 
     Args:
         section (str): ``'model'``, ``'optimizer'``, ``'scheduler'``, ``'algorithms'``, ``'callbacks'`` or
             ``'loggers'``.
 
     Returns:
-        dict[str, Callable]: Name as a reader is shown it -> the class or function that builds it.
+        dict[str, Callable]: The class or function that builds a component, by its name.
 
     Example:
         >>> components('algorithms')['mixup'].__name__
@@ -63,29 +64,31 @@ def components(section: str) -> dict[str, Build]:
     if section == 'model':
         return {name: build for models in own for name, build in models.items()}
     module, base = _COMPOSER[section]
-    return {_spelling(cls): cls for cls in [*own, *_public(module, base)]}
+    return {_list_name(cls): cls for cls in [*own, *_public(module, base)]}
 
 
 def canonical(section: str, name: str) -> str | None:
-    """The listed spelling of a name; case, underscores and a trailing Logger, Scheduler or Callback do not matter.
+    """Return the name that :func:`components` lists for a name as a user writes it.
+
+    Case, underscores and a trailing Logger, Scheduler or Callback do not matter.
 
     Args:
         section (str): As in :func:`components`.
-        name (str): The name as a user wrote it.
+        name (str): The user's name.
 
     Returns:
-        str | None: The name as :func:`components` lists it, None if nothing answers to it.
+        str | None: The listed name; None if no component has it.
 
     Example:
         >>> canonical('algorithms', 'MixUp'), canonical('loggers', 'wandb_logger'), canonical('algorithms', 'mixpu')
         ('mixup', 'wandb', None)
     """
-    listed = {_plain(each): each for each in components(section)}
-    return listed.get(_plain(name)) or listed.get(_SUFFIX.sub('', _plain(name)))
+    listed = {_letters(each): each for each in components(section)}
+    return listed.get(_letters(name)) or listed.get(_SUFFIX.sub('', _letters(name)))
 
 
-def component_faults(section: str, name: str, arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What is wrong with a component's arguments, as :func:`composer_sba.recipe.signature.faults` tells it.
+def component_errors(section: str, name: str, arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Find what is wrong with a component's arguments.
 
     Args:
         section (str): As in :func:`components`.
@@ -93,19 +96,20 @@ def component_faults(section: str, name: str, arguments: Mapping[str, Any]) -> I
         arguments (Mapping[str, Any]): Its keyword arguments.
 
     Yields:
-        tuple[str, str]: Dotted key of the argument, and what is wrong with it.
+        tuple[str, str]: The dotted key of an argument, and what is wrong with it.
     """
-    plain = dict(arguments)
-    for key in [key for key, value in arguments.items() if section == 'algorithms' and _is_scheduler(value)]:
-        scheduler = plain.pop(key)
+    build = components(section)[name]
+    others = dict(arguments)
+    for key in _scheduled(build, arguments):
+        scheduler = others.pop(key)
         given = str(scheduler['name'])
-        known = canonical('scheduler', given)
-        if known is None:
+        listed = canonical('scheduler', given)
+        if listed is None:
             yield f'{key}.name', f"unknown scheduler '{given}'{nearest(given, components('scheduler'))}"
         else:
-            below = component_faults('scheduler', known, _without_name(scheduler))
+            below = component_errors('scheduler', listed, _without_name(scheduler))
             yield from ((f'{key}.{inner}', problem) for inner, problem in below)
-    yield from faults(components(section)[name], plain, supplied=['params'] if section == 'optimizer' else [])
+    yield from argument_errors(build, others, supplied=['params'] if section == 'optimizer' else [])
 
 
 def construct(section: str, name: str, arguments: Mapping[str, Any], *supplied: Any) -> Any:
@@ -114,45 +118,48 @@ def construct(section: str, name: str, arguments: Mapping[str, Any], *supplied: 
     Args:
         section (str): As in :func:`components`.
         name (str): As :func:`components` lists it.
-        arguments (Mapping[str, Any]): Its keyword arguments. In ``algorithms``, a mapping that has a ``name`` stands
-            for the Composer scheduler of that name.
-        *supplied (Any): Positional arguments that a recipe does not hold, such as an optimizer's parameter groups.
+        arguments (Mapping[str, Any]): Its keyword arguments. A mapping with a ``name`` builds the Composer scheduler of
+            that name if the argument may be a scheduler.
+        *supplied (Any): Positional arguments that a recipe does not give, such as an optimizer's parameter groups.
 
     Returns:
         Any: The component.
 
     Raises:
-        ValueError: From the component, on a value it refuses.
+        ValueError: If the component refuses a value.
         ImportError: If the component needs a library that is not installed; the message is one line.
     """
-    given = dict(arguments)
-    for key, value in arguments.items():
-        if section == 'algorithms' and _is_scheduler(value):
-            given[key] = construct('scheduler', str(canonical('scheduler', value['name'])), _without_name(value))
+    build, given = components(section)[name], dict(arguments)
+    for key in _scheduled(build, arguments):
+        listed = str(canonical('scheduler', str(given[key]['name'])))
+        given[key] = construct('scheduler', listed, _without_name(given[key]))
     try:
-        return components(section)[name](*supplied, **given)
+        return build(*supplied, **given)
     except MissingConditionalImportError as error:
         group = re.search(r'mosaicml\[([\w,]+)\]', str(error))
         package = f"'mosaicml[{group.group(1)}]'" if group else name
         raise ImportError(f'needs a library that is not installed: pip install {package}') from error
 
 
-def _is_scheduler(value: Any) -> bool:
-    return isinstance(value, Mapping) and 'name' in value
+def _scheduled(build: Build, arguments: Mapping[str, Any]) -> list[str]:
+    """Return the arguments that name a scheduler and whose annotation admits a function of time."""
+    named = [key for key, value in arguments.items() if isinstance(value, Mapping) and 'name' in value]
+    hints = {key: typing.get_args(annotations(build).get(key)) for key in named}
+    return [key for key in named if any(typing.get_origin(hint) is Callable for hint in hints[key])]
 
 
 def _without_name(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in arguments.items() if key != 'name'}
 
 
-def _plain(name: str) -> str:
+def _letters(name: str) -> str:
     return name.replace('_', '').replace('-', '').lower()
 
 
-def _spelling(cls: type) -> str:
-    """The name shown for a class: its module's where that spells the class (``mixup``), else snake_case."""
-    module = cls.__module__.rpartition('.')[2]
-    return _SUFFIX.sub('', module if _plain(module) == _plain(cls.__name__) else _WORDS.sub('_', cls.__name__).lower())
+def _list_name(cls: type) -> str:
+    """Return the name to list for a class: its module's if that has the same letters (``mixup``), else snake_case."""
+    module, name = cls.__module__.rpartition('.')[2], cls.__name__
+    return _SUFFIX.sub('', module if _letters(module) == _letters(name) else _WORDS.sub('_', name).lower())
 
 
 def _public(module: types.ModuleType, base: type) -> list[type]:

@@ -1,4 +1,4 @@
-"""What is wrong with the arguments of a class or function, told from its signature before it is called."""
+"""Arguments from a recipe, checked against the signature of the class or function that takes them."""
 
 import functools
 import inspect
@@ -18,25 +18,28 @@ from composer_sba.errors import nearest
 Build = Callable[..., Any]
 
 
-def faults(build: Build, arguments: Mapping[str, Any], supplied: Sequence[str] = ()) -> Iterator[tuple[str, str]]:
-    """Compare arguments read from YAML with a signature: unknown keys, wrong types, what is missing.
+def argument_errors(
+    build: Build, arguments: Mapping[str, Any], supplied: Sequence[str] = ()
+) -> Iterator[tuple[str, str]]:
+    """Find unknown keys, wrong types and missing arguments.
 
     Args:
         build (Callable): A class, a dataclass or a function.
-        arguments (Mapping[str, Any]): Its keyword arguments. A mapping for a dataclass is compared with its fields.
-        supplied (Sequence[str]): Parameters that are not the user's to give, such as an optimizer's ``params``.
+        arguments (Mapping[str, Any]): Its keyword arguments, read from YAML. A mapping for a dataclass is compared with
+            the dataclass's fields.
+        supplied (Sequence[str]): Parameters that a recipe does not give, such as an optimizer's ``params``.
 
     Yields:
-        tuple[str, str]: Dotted key of the argument, and what is wrong with it.
+        tuple[str, str]: The dotted key of an argument, and what is wrong with it.
 
     Example:
         >>> from composer.algorithms import MixUp
-        >>> list(faults(MixUp, {'alhpa': 0.2}))
+        >>> list(argument_errors(MixUp, {'alhpa': 0.2}))
         [('alhpa', "unknown key; did you mean 'alpha'?")]
-        >>> list(faults(MixUp, {'alpha': 'high'}))
+        >>> list(argument_errors(MixUp, {'alpha': 'high'}))
         [('alpha', "expected float, got 'high'")]
     """
-    hints = _hints(build)
+    hints = annotations(build)
     parameters = {key: p for key, p in inspect.signature(build).parameters.items() if key not in supplied}
     named = [key for key, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -47,16 +50,18 @@ def faults(build: Build, arguments: Mapping[str, Any], supplied: Sequence[str] =
         if key not in named and not takes_any:
             yield f'{key}', f'unknown key{nearest(f"{key}", named)}'
         elif nested is not None:
-            yield from ((f'{key}.{below}', problem) for below, problem in faults(nested, value))
+            yield from ((f'{key}.{below}', problem) for below, problem in argument_errors(nested, value))
         elif not fits(hint, value):
-            yield key, f'expected {spell(hint)}, got {show(value)}'
+            yield key, f'expected {describe(hint)}, got {as_yaml(value)}'
     for key in named:
         if parameters[key].default is inspect.Parameter.empty and key not in arguments:
-            yield key, f'is required ({spell(hints[key])})' if key in hints else 'is required'
+            yield key, f'is required ({describe(hints[key])})' if key in hints else 'is required'
 
 
 def fits(hint: Any, value: Any) -> bool:
-    """Whether a value read from YAML fits a type annotation; an annotation that means nothing to YAML fits all.
+    """Return whether a value read from YAML has the annotated type.
+
+    Every value fits an annotation that YAML cannot express.
 
     Example:
         >>> fits(int | Time, '5ep'), fits(int | Time, '5epp'), fits(float, 1), fits(int, True)
@@ -68,16 +73,16 @@ def fits(hint: Any, value: Any) -> bool:
     return any(_fits_one(option, value) for option in options)
 
 
-def show(value: Any) -> str:
-    """A value as YAML spells it: ``null`` and ``true`` rather than ``None`` and ``True``."""
+def as_yaml(value: Any) -> str:
+    """Return a value as YAML writes it: ``null`` and ``true`` rather than ``None`` and ``True``."""
     return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
-def spell(hint: Any) -> str:
-    """An annotation in a user's words.
+def describe(hint: Any) -> str:
+    """Describe a type annotation for an error message.
 
     Example:
-        >>> print(spell(int | str | Time | None))
+        >>> print(describe(int | str | Time | None))
         int or a time such as '5ep' or '100ba' or null
     """
     words = []
@@ -96,8 +101,18 @@ def spell(hint: Any) -> str:
         elif inspect.isclass(kind) and (is_dataclass(kind) or issubclass(kind, Mapping)):
             words.append('a mapping')
         elif inspect.isclass(kind) and issubclass(kind, Sequence):
-            words.append(f'a list, each {spell(typing.get_args(option)[0])}' if typing.get_args(option) else 'a list')
+            items = typing.get_args(option)
+            words.append(f'a list, each {describe(items[0])}' if items else 'a list')
     return ' or '.join(dict.fromkeys(words)) or 'something a recipe cannot hold'
+
+
+@functools.cache
+def annotations(build: Build) -> dict[str, Any]:
+    """Return the annotations of a component's arguments, or ``{}`` if only a type checker can resolve them."""
+    try:
+        return typing.get_type_hints(build.__init__ if inspect.isclass(build) else build)
+    except (NameError, TypeError):
+        return {}
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
@@ -132,12 +147,3 @@ def _is_time(text: str) -> bool:
         return not text.strip().lstrip('-').isdigit() and Time.from_timestring(text).value >= 0
     except (ValueError, TypeError):
         return False
-
-
-@functools.cache
-def _hints(build: Build) -> dict[str, Any]:
-    """The annotations of what a component is called with; none for what only a type checker could resolve."""
-    try:
-        return typing.get_type_hints(build.__init__ if inspect.isclass(build) else build)
-    except (NameError, TypeError):
-        return {}

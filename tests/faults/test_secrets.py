@@ -1,4 +1,4 @@
-"""What must not leave a run: secrets, in recipes, logs, messages and results.
+"""Secrets stay out of recipes, logs, messages and results.
 
 pytest tests/faults/test_secrets.py
 """
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from short_digits import RECIPE, SHORT, options
 
-from composer_sba.recipe.recipe import load
+from composer_sba.recipe.recipe import load, save
 from composer_sba.recipe.redact import redact
 from composer_sba.study.plan import Run
 from composer_sba.train import main
@@ -24,7 +24,7 @@ pytestmark = [
 SECRETS = {'AWS_SECRET_ACCESS_KEY': 'wJalrXUtnFEMIsecret', 'WANDB_API_KEY': '0123456789abcdefwandb'}
 
 
-def test_secrets_stay_out_of_all_that_a_run_writes(
+def test_secrets_stay_out_of_everything_that_a_run_writes(
     digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in SECRETS.items():
@@ -48,19 +48,8 @@ def test_secrets_stay_out_of_all_that_a_run_writes(
 
 def test_a_message_hides_the_password_of_a_remote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     remote = 'ftp://me:hunter2hunter2@localhost/data?token=hunter2hunter2'
-    assert (
-        main(
-            [
-                '-f',
-                RECIPE,
-                *SHORT,
-                'train_dataset.in_memory=false',
-                'save_folder=null',
-                f'train_dataset.remote={remote}',
-            ]
-        )
-        == 2
-    )
+    keys = ['train_dataset.in_memory=false', 'save_folder=null', f'train_dataset.remote={remote}']
+    assert main(['-f', RECIPE, *SHORT, *keys]) == 2
     line = capsys.readouterr().err
     assert 'ftp://me:<hidden>@localhost' in line and 'hunter2' not in line, line
 
@@ -72,8 +61,9 @@ def test_a_recipe_that_was_saved_without_its_secret_asks_for_it(
         f'extends: {RECIPE}\nloggers: {{slack: {{slack_logging_api_key: <hidden>}}}}\n'
     )
     assert main(['-f', 'recipe.yaml']) == 2
-    assert (
-        'loggers.slack.slack_logging_api_key: expected the secret in the place of <hidden>' in capsys.readouterr().err
+    line = capsys.readouterr().err
+    assert 'loggers.slack.slack_logging_api_key: holds <hidden> instead of the secret, which is never saved' in line, (
+        line
     )
 
 
@@ -91,6 +81,61 @@ def test_a_recipe_that_was_saved_without_its_secret_asks_for_it(
 )
 def test_keys_that_name_a_secret(values: dict[str, Any], hidden: set[str]) -> None:
     assert redact(values) == {key: '<hidden>' if key in hidden else value for key, value in values.items()}
+
+
+@pytest.mark.parametrize(
+    ('variable', 'value', 'is_secret'),
+    [
+        ('WANDB_API_KEY', 'a1b2c3d4e5', True),
+        ('OPENAI_APIKEY', 'sk-proj-a1b2c3D4', True),
+        ('AWS_SECRET_ACCESS_KEY', 'wJalrXUtnFEMIsecret', True),
+        ('AWS_ACCESS_KEY_ID', 'AKIAIOSFODNN7EXAMPLE', True),
+        ('KEY', 'a1b2c3d4e5', True),
+        ('apiKey', 'a1b2c3d4e5', True),
+        ('GITHUB_TOKEN', 'ghp_16C7e42F292c6912E7710c838347Ae178B4a', True),
+        ('PGPASSWORD', 'correcthorse', True),  # a password may be a word
+        ('DB_PASSPHRASE', 'correct horse battery', True),
+        ('MONKEY', 'a1b2c3d4e5', False),  # not the word KEY
+        ('TURKEY', 'a1b2c3d4e5', False),
+        ('TOKENIZER', 'a1b2c3d4e5', False),
+        ('KEYBOARD', 'a1b2c3d4e5', False),
+        ('SSH_KEY', '/home/me/.ssh/id_rsa', False),  # a path
+        ('DATA_KEY', '~/data/cifar100', False),
+        ('BUCKET_KEY', 's3://bucket/data/cifar10', False),
+        ('SORT_KEY', 'MulticlassAccuracy', False),  # words
+        ('PARTITION_KEY', 'resnet44_cifar10_baseline', False),
+        ('GOOGLE_APPLICATION_CREDENTIALS', '/etc/google/key.json', False),
+        ('API_KEY', 'a1b2c3d', False),  # short
+    ],
+)
+def test_variables_that_hold_a_secret(
+    variable: str, value: str, is_secret: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert redact({'local': f'{value}/train'}) == {'local': '<hidden>/train' if is_secret else f'{value}/train'}
+
+
+@pytest.mark.parametrize('variable', ['MONKEY', 'DATA_KEY', 'HOME'])
+def test_a_recipe_that_holds_the_value_of_a_variable_is_read_back(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / 'digits').mkdir()
+    monkeypatch.setenv(variable, str(tmp_path / 'digits'))
+    recipe = load(RECIPE, [f'train_dataset.local=${{oc.env:{variable}}}/mds'])
+    save(recipe, tmp_path / 'recipe.yaml')
+    assert load(tmp_path / 'recipe.yaml') == recipe
+
+
+@pytest.mark.parametrize(
+    ('parameter', 'is_secret'),
+    [
+        *(('sig', True), ('X-Amz-Signature', True), ('X-Amz-Security-Token', True), ('apiKey', True), ('key', True)),
+        *(('monkey', False), ('design', False), ('tokens', False), ('hotkey', False), ('partition', False)),
+    ],
+)
+def test_parameters_that_sign_a_url(parameter: str, is_secret: bool) -> None:
+    url = f's3://bucket/data?{parameter}='
+    assert redact(f'{url}abc') == url + ('<hidden>' if is_secret else 'abc')
 
 
 def test_results_of_a_study_hold_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
