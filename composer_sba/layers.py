@@ -1,6 +1,6 @@
-"""``python -m composer_sba.layers --model NAME``: list the layers of a network that SBA can cut, and what each costs.
+"""``python -m composer_sba.layers --model NAME``: list the layers of a network that SBA can cut, and their cost.
 
-Exit codes: 0 listed, 2 a mistake in what was asked for (one line on stderr says which).
+Exit codes: 0 if the layers are listed, 2 if an argument is wrong (one line on stderr names it).
 """
 
 import argparse
@@ -26,7 +26,7 @@ from composer_sba.latent.cut_survey import Cut, survey
 from composer_sba.models import MODELS
 
 PIXELS = {'digits_net': 8, 'resnet_cifar': 32, 'vgg16_cifar': 32, 'alexnet_cifar': 32, 'inception_v3': 299}  # else 224
-# As these come, training returns more than the logits.
+# By default, these return auxiliary outputs in training.
 ARGUMENTS = {name: {'aux_logits': False, 'init_weights': True} for name in ('googlenet', 'inception_v3')}
 
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'python -m composer_sba.
 
     Args:
         argv (Sequence[str], optional): The arguments after the program's name. Default: ``None``, those of the process.
-        prog (str, optional): What the help calls the program.
+        prog (str, optional): The program's name in the help.
 
     Returns:
         int: The exit code.
@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None, prog: str = 'python -m composer_sba.
         print(f'error: {error}', file=sys.stderr)
         return 2
     Console().print(table(cuts, given.fold, f'{given.model}, {pixels} px, M = {given.fold}'))
+    if cuts and cuts[0].why_unknown:
+        Console(soft_wrap=True).print(f'The cost is unknown: {cuts[0].why_unknown}', markup=False)
     return 0
 
 
@@ -58,19 +60,19 @@ def build(model: str, arguments: dict[str, Any]) -> nn.Module:
     """Build a network by name, with random weights.
 
     Args:
-        model (str): A model of this package's recipes, a classifier of torchvision's, or ``module:factory``.
-        arguments (dict): What it is called with.
+        model (str): A model of this package's recipes, a classifier of torchvision, or ``module:factory``.
+        arguments (dict): The keyword arguments of the model.
 
     Returns:
-        torch.nn.Module: The network; of a ``ComposerClassifier``, the module in it.
+        torch.nn.Module: The network; for a ``ComposerClassifier``, the module in it.
 
     Raises:
-        UserError: If there is no such model, or it cannot be built with these arguments.
+        UserError: If the model is unknown, or cannot be built with these arguments.
     """
     factory = _factory(model)
     try:
         network = factory(**arguments)
-    except Exception as error:  # a factory of the user's may raise anything
+    except Exception as error:  # a user's factory may raise anything
         raise UserError(f'{model} cannot be built with {arguments}: {one_line(error)}') from error
     if not isinstance(network, nn.Module):
         raise UserError(f'{model}: expected a function that returns a torch.nn.Module, got {type(network).__name__}')
@@ -89,7 +91,7 @@ def _factory(model: str) -> Callable[..., Any]:
 
 
 def _imported(module: str, factory: str) -> Any:
-    sys.path.insert(0, '')  # where the user stands, which a console command does not search
+    sys.path.insert(0, '')  # the current directory, which a console command does not search
     try:
         return getattr(importlib.import_module(module), factory)
     except (ImportError, AttributeError) as error:
@@ -99,33 +101,39 @@ def _imported(module: str, factory: str) -> Any:
 
 
 def table(cuts: Sequence[Cut], fold: int, title: str) -> Table:
-    """Lay out cuts from the input to the head, one a line.
+    """Lay out cuts from the input to the head, one per line.
 
     Args:
-        cuts (Sequence[Cut]): From :func:`composer_sba.latent.cut_survey.survey`.
+        cuts (Sequence[Cut]): The cuts, from :func:`composer_sba.latent.cut_survey.survey`.
         fold (int): M.
-        title (str): What was surveyed.
+        title (str): The title of the table.
 
     Returns:
-        Table: With widths, shares, ideal ratios of a step and the memory of the virtual rows.
+        Table: Widths, shares, ideal ratios of a step, and the memory of the virtual rows. The last three are left out
+        if the cost is unknown.
     """
     rows = Table(title=title, title_justify='left', caption_justify='left')
-    for column in ('cut', 'shape', 'features', 'share', 'step', 'MiB'):
+    unknown = any(cut.share is None for cut in cuts)
+    for column in ('cut', 'shape', 'features', *(() if unknown else ('share', 'step', 'MiB'))):
         rows.add_column(column, justify='left' if column in ('cut', 'shape') else 'right', overflow='fold')
     for cut in cuts:
-        cells = ('×'.join(map(str, cut.shape)), f'{prod(cut.shape):,}', f'{100 * cut.share:.3g} %')
-        rows.add_row(', '.join(cut.names), *cells, _ratio(cut.ratio(fold)), f'{fold * cut.memory / 2**20:,.2f}')
-    rows.caption = (
-        'share: operations above the cut, of a training step\n'
-        'step: operations of an augmented step ÷ a plain one, 1 + M · share; its time is above that\n'
-        f'MiB: what the {fold} virtual rows of one image take above the cut and at it, float32'
-    )
+        cost: tuple[str, ...] = ()
+        if not unknown:
+            memory = f'{fold * (cut.memory or 0) / 2**20:,.2f}'
+            cost = f'{100 * (cut.share or 0):.3g} %', _ratio(cut.ratio(fold) or 1), memory
+        rows.add_row(', '.join(cut.names), '×'.join(map(str, cut.shape)), f'{prod(cut.shape):,}', *cost)
+    if not unknown:
+        rows.caption = (
+            'share: operations above the cut, as a fraction of a training step\n'
+            'step: operations of an augmented step ÷ a plain one, 1 + M · share; the ratio of times is higher\n'
+            f'MiB: memory of the {fold} virtual rows of one image, at the cut and above it, float32'
+        )
     return rows
 
 
 def _ratio(ratio: float) -> str:
-    """Three digits, but 1 and the first two that differ from it."""
-    if ratio == 1 or ratio >= 1.1:  # above some cuts no operation is counted
+    """Format a ratio with three digits, or with the first two that differ from 1."""
+    if ratio == 1 or ratio >= 1.1:  # no operation is counted above some cuts
         return f'{ratio:.2f}'
     return f'{ratio:.{max(2, 1 - math.floor(math.log10(ratio - 1)))}f}'
 
@@ -144,25 +152,25 @@ def _arguments(given: argparse.Namespace) -> dict[str, Any]:
 def _parser(prog: str = 'python -m composer_sba.layers') -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
-        description='List the layers of a network that SBA can cut, by name, with what each cut costs.',
+        description='List the layers of a network that SBA can cut, and the cost of each cut.',
     )
     parser.add_argument(
         '--model',
         required=True,
         metavar='NAME',
-        help="a model of the recipes' (resnet_cifar), a classifier of torchvision's (convnext_tiny), or your "
-        'module:factory, a function that returns an nn.Module; module is imported from here',
+        help='a model of the recipes (resnet_cifar), a classifier of torchvision (convnext_tiny), or module:factory, a '
+        'function that returns an nn.Module, in a module that can be imported from the current directory',
     )
-    parser.add_argument('--fold', type=int, default=4, metavar='M', help='virtual samples of each image (4)')
+    parser.add_argument('--fold', type=int, default=4, metavar='M', help='virtual samples per image (default: 4)')
     parser.add_argument(
         '--image-size',
         type=int,
         metavar='N',
-        help='pixels of a side (224, or those that a model of the recipes is made for)',
+        help='side of the images in pixels (default: 224, or the size for which a model of the recipes is made)',
     )
-    parser.add_argument('--channels', type=int, default=3, metavar='C', help='of an image (3)')
-    parser.add_argument('--num-classes', type=int, metavar='K', help="handed to the model (the model's default)")
-    parser.add_argument('arguments', nargs='*', metavar='key=value', help='further arguments of the model: depth=20')
+    parser.add_argument('--channels', type=int, default=3, metavar='C', help='channels of the images (default: 3)')
+    parser.add_argument('--num-classes', type=int, metavar='K', help="classes (default: the model's)")
+    parser.add_argument('arguments', nargs='*', metavar='key=value', help='more arguments of the model: depth=20')
     return parser
 
 

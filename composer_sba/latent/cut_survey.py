@@ -1,9 +1,9 @@
-"""All layers of a network that can be cut, and what each cut asks for: operations and memory above it."""
+"""All layers of a network that can be cut, and the cost of each cut: operations and memory above it."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,50 +13,57 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from composer_sba.errors import CutLayerError, one_line
-from composer_sba.latent.cut_check import evaluation, why_no_cut
+from composer_sba.latent.cut_check import check_logits, repeatable, why_no_cut
 from composer_sba.latent.layers import CutLayer, find_layers, named_layers
 
 _ROWS = 2
 _SIDES = (32, 64, 128)  # pixels at which a network is tried, if it takes them
 
+_Tensor = tuple[int, int]  # which tensor, and how often it had been changed in place
+
 
 @dataclass(frozen=True)
 class Cut:
-    """A place to cut, and what lies above it.
+    """A cut, and what it costs.
 
     Attributes:
-        names: What ``layers`` calls it; several where modules pass on one tensor as it is.
+        names: The names by which ``layers`` can mean it; several if modules pass on one tensor unchanged.
         shape: One row of the latent batch, without the dimension of rows.
-        share: Of a plain training step's operations, those above the cut; convolutions and matrix products count.
-        memory: Of one row, the latent batch and what the layers above keep for the backward pass. Unit: bytes.
+        share: The fraction of a plain training step's operations that is above the cut; convolutions and matrix
+            products count. None if it is unknown.
+        memory: Bytes for one row: the latent batch, and what the layers above keep for the backward pass. None if it is
+            unknown.
+        why_unknown: Why the cost is unknown, or None.
     """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
-    share: float
-    memory: float
+    share: float | None
+    memory: float | None
+    why_unknown: str | None = None
 
-    def ratio(self, fold: int) -> float:
-        """Operations of an augmented step ÷ those of a plain one, 1 + M · share."""
-        return 1 + fold * self.share
+    def ratio(self, fold: int) -> float | None:
+        """Return the operations of an augmented step ÷ those of a plain one, 1 + M · share."""
+        return None if self.share is None else 1 + fold * self.share
 
 
 def survey(network: nn.Module, shape: Sequence[int]) -> list[Cut]:
-    """Find the layers that can be cut and count what lies above each.
+    """Find the layers that can be cut and count the operations and the memory above each.
 
-    A block that has a bypass within, such as a residual one, is taken as a whole. Each layer is put to the test that
-    SBA makes of its layers on the first batch, here on small random images if the network takes them. Operations and
-    memory are counted for images of ``shape``, on shapes alone, in training.
+    A block that contains a bypass, such as a residual block, is listed as a whole. Each layer is checked in training
+    mode as SBA checks its layers on the first batch, on random images, which are small if the network takes them.
+    Operations and memory are counted for images of ``shape``, by a training step on shapes alone. The cost is unknown
+    if the forward pass needs the values of the images.
 
     Args:
-        network (torch.nn.Module): A classifier that takes a batch of images, and returns logits ``(N, K)``.
+        network (torch.nn.Module): A classifier that takes a batch of images and returns logits ``(N, K)``.
         shape (Sequence[int]): An image's shape, ``(C, H, W)``.
 
     Returns:
         list[Cut]: In the order in which the layers run.
 
     Raises:
-        CutLayerError: If the network takes no such images or its output is no tensor of logits.
+        CutLayerError: If the network takes no such images or its output is not one tensor of logits.
 
     Example:
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(12, 30), nn.ReLU(), nn.Linear(30, 2))
@@ -67,59 +74,55 @@ def survey(network: nn.Module, shape: Sequence[int]) -> list[Cut]:
         ('1',) (30,) 0.2
         ('2', 'head') (30,) 0.2
     """
-    places = _places(network)
-    passed = _count(network, places, shape)
-    valid: set[str] = set()
-    closed: set[str] = set()
-    with evaluation(network):
-        images = _images(network, shape)
-        for name, cut in places.items():  # a module before those in it
-            if name not in passed or any(name.startswith(f'{module}.') for module in closed):
-                continue
-            reason = why_no_cut(cut, partial(network, images))
-            if reason is None:
-                valid.add(name)
-            elif 'the layers above it' in reason:
-                # What passes by a module passes by all that is in it, and makes the module around it a block.
-                closed |= {name, name.rpartition('.')[0]} & (valid | {name})
-    cuts: dict[tuple[int, int], Cut] = {}
-    for name, seen in passed.items():
+    layers = {name: CutLayer(name, module) for name, module in named_layers(network).items()}
+    special = ['input', 'head'] if any(isinstance(module, nn.Linear) for module in network.modules()) else ['input']
+    layers |= {cut.name: cut for cut in find_layers(network, special)}
+    with _training(network), repeatable(network) as run:
+        try:
+            passages = run(partial(_count, network, layers, shape))
+        except Exception as error:  # whatever the network does that cannot be done without values
+            passages = run(
+                partial(_pass, network, layers, shape, f'forward needs values, not shapes alone: {one_line(error)}')
+            )
+        images = _small_images(network, shape, run)
+        valid = _valid(network, {name: cut for name, cut in layers.items() if name in passages}, images)
+    cuts: dict[_Tensor, Cut] = {}
+    for name, (tensor, cut) in passages.items():
         if name in valid:
-            names = (*cuts[seen.tensor].names, name) if seen.tensor in cuts else (name,)
-            outermost = tuple(sorted(names, key=lambda each: each.count('.')))
-            cuts[seen.tensor] = Cut(outermost, seen.shape, seen.share, seen.memory)
+            names = (*cuts[tensor].names, name) if tensor in cuts else (name,)
+            cuts[tensor] = replace(cut, names=tuple(sorted(names, key=lambda each: each.count('.'))))
     return list(cuts.values())
 
 
-@dataclass(frozen=True)
-class _Seen:
-    tensor: tuple[int, int]  # which one passed, and how often it had been changed in place
-    shape: tuple[int, ...]
-    share: float
-    memory: float
+def _valid(network: nn.Module, layers: Mapping[str, CutLayer], images: torch.Tensor) -> set[str]:
+    """Check layers, each module before those in it."""
+    reasons: dict[tuple[int, bool], str | None] = {}
+    valid: set[str] = set()
+    closed: set[str] = set()
+    for name, cut in layers.items():
+        if any(name.startswith(f'{module}.') for module in closed):
+            continue
+        module = id(cut.module), cut.at_input  # which may have several names
+        if module not in reasons:
+            reasons[module] = why_no_cut(network, cut, partial(network, images))
+        reason = reasons[module]
+        if reason is None:
+            valid.add(name)
+        elif 'the layers above it' in reason:
+            # What bypasses a module bypasses all modules in it, and makes the module around it a block.
+            closed |= {name, name.rpartition('.')[0]} & (valid | {name})
+    return valid
 
 
-def _places(network: nn.Module) -> dict[str, CutLayer]:
-    places = {'input': CutLayer('input', network, at_input=True)}
-    places |= {name: CutLayer(name, module) for name, module in named_layers(network).items()}
-    if any(isinstance(module, nn.Linear) for module in network.modules()):
-        places['head'] = find_layers(network, 'head')[0]
-    return places
-
-
-def _count(network: nn.Module, places: dict[str, CutLayer], shape: Sequence[int]) -> dict[str, _Seen]:
-    """Run a training step on tensors without data, and note at each place what has been done and kept by then."""
-    passed: dict[str, tuple[torch.Tensor, int, int, int]] = {}
-    calls: Counter[str] = Counter()
-    left: dict[str, int] = {}  # operations by the time the gradient at a place was known
+def _count(network: nn.Module, layers: Mapping[str, CutLayer], shape: Sequence[int]) -> dict[str, tuple[_Tensor, Cut]]:
+    """Run a training step on tensors without data and count what has been done and kept when each layer has run."""
+    left: dict[str, int] = {}  # operations by the time the gradient at a layer was known
     kept: list[torch.Tensor] = []
 
-    def note(name: str, value: Any) -> None:
-        calls[name] += 1
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape[:1] == (_ROWS,):
-            passed[name] = (value, value._version, counter.get_total_flops(), len(kept))
-            if value.requires_grad:
-                value.register_hook(lambda gradient: left.update({name: counter.get_total_flops()}))
+    def measure(name: str, value: torch.Tensor) -> tuple[int, int]:
+        if value.requires_grad:
+            value.register_hook(lambda gradient: left.update({name: counter.get_total_flops()}))
+        return counter.get_total_flops(), len(kept)
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         kept.append(tensor)
@@ -130,45 +133,72 @@ def _count(network: nn.Module, places: dict[str, CutLayer], shape: Sequence[int]
     fakes: dict[str, torch.Tensor] = {
         name: mode.from_tensor(tensor, static_shapes=True) for name, tensor in state.items()
     }
-    handles = [cut.hook(partial(note, name)) for name, cut in places.items()]
-    try:
-        with _training(network), mode, FlopCounterMode(display=False) as counter:
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                logits = _logits(partial(torch.func.functional_call, network, fakes), torch.empty(_ROWS, *shape))
-            logits.sum().backward()
-            total = counter.get_total_flops()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.enable_grad(), mode, FlopCounterMode(display=False) as counter:
+        images = torch.empty(_ROWS, *shape)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits, passed = _watch(layers, partial(torch.func.functional_call, network, fakes, images), measure)
+        logits.sum().backward()
+        total = counter.get_total_flops()
     weights = {_storage(tensor) for tensor in fakes.values()}
     return {
-        name: _Seen(
+        name: (
             (id(tensor), version),
-            tuple(tensor.shape[1:]),
-            (left.get(name, total) - done) / total,
-            _memory(tensor, kept[index:], weights) / _ROWS,
+            Cut(
+                (name,),
+                tuple(tensor.shape[1:]),
+                (left.get(name, total) - done) / total,
+                _memory(tensor, kept[index:], weights) / _ROWS,
+            ),
         )
-        for name, (tensor, version, done, index) in passed.items()
-        if calls[name] == 1
+        for name, (tensor, version, (done, index)) in passed.items()
     }
 
 
-def _logits(forward: Callable[..., Any], images: torch.Tensor) -> torch.Tensor:
+def _pass(
+    network: nn.Module, layers: Mapping[str, CutLayer], shape: Sequence[int], why_unknown: str
+) -> dict[str, tuple[_Tensor, Cut]]:
+    """Run the network on images and count nothing."""
+    images = torch.randn(_ROWS, *shape)
     try:
-        logits = forward(images)
-    except Exception as error:  # whatever the network says of such images is the reason
-        shape = tuple(images.shape[1:])
-        raise CutLayerError(f'The network takes no images of shape {shape}: {one_line(error)}') from error
-    if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
-        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise CutLayerError(f'SBA needs a classifier whose output is one tensor of logits, (N, K); got {got}.')
-    return logits
+        _, passed = _watch(layers, partial(network, images))
+    except CutLayerError:
+        raise
+    except Exception as error:  # what the network says about such images is the reason
+        raise CutLayerError(f'The network takes no images of shape {tuple(shape)}: {one_line(error)}') from error
+    return {
+        name: ((id(tensor), version), Cut((name,), tuple(tensor.shape[1:]), None, None, why_unknown))
+        for name, (tensor, version, _) in passed.items()
+    }
+
+
+def _watch(
+    layers: Mapping[str, CutLayer],
+    forward: Callable[[], Any],
+    measure: Callable[[str, torch.Tensor], Any] = lambda name, value: None,
+) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, int, Any]]]:
+    """Run a forward pass and return the logits, and what passed at each layer that ran once, with its measure."""
+    passed: dict[str, tuple[torch.Tensor, int, Any]] = {}
+    calls: Counter[str] = Counter()
+
+    def record(name: str, value: Any) -> None:
+        calls[name] += 1
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape[:1] == (_ROWS,):
+            passed[name] = value, value._version, measure(name, value)
+
+    handles = [cut.hook(partial(record, name)) for name, cut in layers.items()]
+    try:
+        logits = forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    check_logits(logits, 'training')
+    return logits, {name: each for name, each in passed.items() if calls[name] == 1}
 
 
 def _memory(latent: torch.Tensor, kept: Sequence[torch.Tensor], weights: set[int]) -> int:
-    """Bytes of all rows, each tensor once; what has one dimension or none belongs to channels."""
+    """Return the bytes of all rows, each tensor once; tensors of fewer than two dimensions belong to channels."""
     sizes = {_storage(tensor): tensor.untyped_storage().nbytes() for tensor in kept if tensor.ndim > 1}
-    sizes[_storage(latent)] = latent.nbytes  # multiplied by itself, where the plain one may be a part of another
+    sizes[_storage(latent)] = latent.nbytes  # multiplied by itself, even where the plain one is a part of another
     return sum(size for storage, size in sizes.items() if storage not in weights)
 
 
@@ -176,23 +206,35 @@ def _storage(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _images(network: nn.Module, shape: Sequence[int]) -> torch.Tensor:
-    """Random images, small if the network takes them: what can be cut is a matter of its layers alone."""
+def _small_images(network: nn.Module, shape: Sequence[int], run: Callable[..., Any]) -> torch.Tensor:
+    """Return random images, small if the network takes them: only its layers decide what can be cut."""
     stream = torch.Generator().manual_seed(0)
     for side in _SIDES:
         images = torch.randn(_ROWS, shape[0], side, side, generator=stream)
-        with suppress(CutLayerError):
-            if side < min(shape[1:]) and _logits(network, images).isfinite().all():
+        with suppress(Exception):
+            if side < min(shape[1:]) and run(partial(network, images)).isfinite().all():
                 return images
     return torch.randn(_ROWS, *shape, generator=stream)
 
 
 @contextmanager
 def _training(network: nn.Module) -> Iterator[None]:
+    """Put a network that is in evaluation mode into training mode, and put modes and parameters back afterwards.
+
+    A module may do more than change its mode: LoRA's merges its weights in ``eval()``.
+    """
+    if network.training:
+        yield
+        return
     modes = {module: module.training for module in network.modules()}
+    values = {parameter: parameter.detach().clone() for parameter in network.parameters()}
     network.train()
     try:
         yield
     finally:
-        for module, training in modes.items():
-            module.training = training
+        for module, training in modes.items():  # a module before those in it
+            if module.training != training:
+                module.train(training)
+        with torch.no_grad():
+            for parameter, value in values.items():
+                parameter.copy_(value)

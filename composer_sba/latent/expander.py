@@ -1,4 +1,4 @@
-"""LatentExpander: multiplies the batch at a cut layer and splits what comes out. Plain PyTorch, without Composer."""
+"""class LatentExpander: expand the batch at a cut layer and split the predictions. Plain PyTorch, without Composer."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,12 +11,12 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from composer_sba.errors import CutLayerError, check_choice, check_fold, check_seed
-from composer_sba.latent.batch_layers import RawRows, keep_raw_rows, run_below
-from composer_sba.latent.cut_check import Forward, check_cut, evaluation
-from composer_sba.latent.forward_window import OnePass
-from composer_sba.latent.head import ROWS_A_CLASS, draw_logit_noise, suits
-from composer_sba.latent.kernels import draw_by_seed, draw_logit_noise_by_seed, packed
-from composer_sba.latent.layers import CutLayer, find_layers
+from composer_sba.latent.batch_layers import BatchLayer, find_below, hook_batch_layers
+from composer_sba.latent.cut_check import Forward, check_cut, repeatable
+from composer_sba.latent.forward_window import ForwardWindow
+from composer_sba.latent.head import MIN_POINTS_PER_CLASS, can_draw_logits, draw_logit_noise
+from composer_sba.latent.kernels import draw_by_seed, draw_logit_noise_by_seed, to_json
+from composer_sba.latent.layers import find_layers, first_tensor, hook_linear, is_compiled, unwrap
 from composer_sba.schedule import choose_layer, noise_seed
 from composer_sba.vicinity import Vicinity, as_vicinity
 
@@ -24,37 +24,37 @@ NormStats = Literal['raw', 'all']
 
 
 class LatentExpander:
-    r"""Turns the latent batch of a network into raw and virtual rows while armed, and splits the predictions again.
+    r"""Expands the latent batch of a network by virtual samples while armed, and splits the predictions again.
 
     At the cut layer k the latent batch :math:`X_k` of N rows becomes :math:`[X_k; V_g; V_d]` (Eq. 6 of `Li et al., 2020
     <https://arxiv.org/abs/2006.15284>`_): the N raw rows, then M copies of all N rows, drawn from the vicinity. The
-    layers above run once, on (1 + M) N rows. Unarmed, the network is what it was.
+    layers above run once, on (1 + M) N rows. The network does not change while the expander is not armed.
 
     Args:
-        model (torch.nn.Module): The network. It gets hooks, which :meth:`remove` takes away, and no parameters.
+        model (torch.nn.Module): The network. It gets hooks, which :meth:`remove` removes, and no parameters.
         layers (str | Sequence[str], optional): The set S of eligible cut layers: ``'head'``: the input of the last
             ``nn.Linear``; ``'input'``: the network's input; or module names, meaning those modules' outputs. Default:
             ``'head'``.
         fold (int, optional): M >= 1, virtual samples per raw sample. Default: ``4``.
-        vicinity (Vicinity | Mapping, optional): The law of the virtual samples, or a mapping of its arguments. Default:
-            ``Vicinity()``.
+        vicinity (Vicinity | Mapping, optional): The distribution of the virtual samples, or a mapping of its arguments.
+            Default: ``Vicinity()``.
         norm_stats (str, optional): Whose batch statistics normalization layers above the cut use: ``'raw'``: the raw
             rows' for every row, and running statistics see raw rows only; ``'all'``: those of all rows. Default:
             ``'raw'``.
         seed (int, optional): Seed of the layer and of the noise, >= 0. Default: ``0``.
 
     Raises:
-        CutLayerError: If a name is no layer of the model.
-        ValueError: If another argument lies outside its range.
+        CutLayerError: If the model has no layer of a given name.
+        ValueError: If another argument is out of its range.
 
     Note:
-        The noise comes from a generator seeded by (seed, rank, step, microbatch, layer) in each forward pass, never
-        from the global random stream. Dropout, RReLU and stochastic depth above the cut, as modules, move that stream
-        for raw rows alone, as without SBA; functions such as ``F.dropout`` move it for all rows. Under activation
-        checkpointing, stay armed until the backward pass is over.
+        In each forward pass, a generator seeded by (seed, rank, step, microbatch, layer) draws the noise. The global
+        random stream is not used. Dropout, RReLU and stochastic depth modules above the cut use that stream for raw
+        rows only, as without SBA; functions such as ``F.dropout`` use it for all rows. Under activation checkpointing,
+        stay armed until the backward pass is over.
 
-        At the head, where the clip and the width allow, Gaussian copies are drawn as noise of its outputs
-        (:mod:`composer_sba.latent.head`): the head runs on raw rows and dropout copies alone.
+        At the head, Gaussian copies are drawn as noise of its outputs if the clip and the width allow it
+        (:mod:`composer_sba.latent.head`). The head then runs on raw rows and dropout copies only.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
@@ -87,34 +87,38 @@ class LatentExpander:
         self._seed = seed
         self._raw_rows: int | None = None  # N, once an augmented batch has passed the cut
         self._armed: int | None = None  # index of the cut that is armed
-        self._pass = OnePass(model)
+        self._window = ForwardWindow(model)
         self._key = (seed, 0, 0, 0, 0)
         self._noise_seeds = torch.zeros(2, dtype=torch.int64)
-        drawn_there = any(cut.name == 'head' and suits(cut.linear, self.vicinity) for cut in self.cuts)
-        self._gaussian_at_head = self.vicinity.num_gaussian(fold) if drawn_there else 0
-        self._dropout_alone = replace(self.vicinity, gaussian_fraction=0.0)
-        self._law, self._dropout_law = packed(self.vicinity), packed(self._dropout_alone)
-        self._late_copies = 0  # Gaussian copies that wait for the head to have run, while an augmented batch passes it
+        # The head, if its Gaussian copies can be drawn as noise of its outputs.
+        head = next((unwrap(cut.module) for cut in self.cuts if cut.name == 'head'), None)
+        self._head = head if isinstance(head, nn.Linear) and can_draw_logits(head, self.vicinity) else None
+        self._dropout_only = replace(self.vicinity, gaussian_fraction=0.0)
+        self._vicinity_json, self._dropout_only_json = to_json(self.vicinity), to_json(self._dropout_only)
+        self._logit_copies = 0  # Gaussian copies to append after the head, while an augmented batch passes it
         self._split_rows: int | None = None
         self._handles: list[RemovableHandle] = []
-        self._tail: list[RawRows] = []
+        self._batch_layers: list[BatchLayer] = []
+        if any(is_compiled(module) for module in model.modules()):
+            torch._dynamo.reset()  # code from before would run past the hooks
         self.attach()
 
     def attach(self) -> None:
-        """Put the hooks in, as the constructor does, in place of those that are there."""
+        """Attach the hooks, as the constructor does, and remove those that are there."""
         self.remove()
-        self._pass.attach()
+        self._window.attach()
         self._handles = [cut.hook(partial(self._at_cut, index)) for index, cut in enumerate(self.cuts)]
-        self._handles += [cut.hook_linear(self._at_head) for cut in self.cuts if cut.name == 'head']
-        self._tail = keep_raw_rows(self.model, self, self.norm_stats)
+        if self._head is not None:
+            self._handles.append(hook_linear(self._head, self._at_head))
+        self._batch_layers = hook_batch_layers(self.model, self, self.norm_stats)
 
     @property
     def raw_rows(self) -> int | None:
         """N, while an augmented batch is above the cut; also when activation checkpointing runs a layer again."""
-        return self._raw_rows if self._pass.on else None
+        return self._raw_rows if self._window.open else None
 
     def arm(self, step: int, microbatch: int = 0) -> int:
-        """Have the next forward pass expand the latent batch at the layer k(t).
+        """Arm the hooks: the next forward pass expands the latent batch at the layer k(t).
 
         Args:
             step (int): The batch index t, >= 0.
@@ -135,19 +139,19 @@ class LatentExpander:
         for stream in range(2):
             self._noise_seeds[stream] = (self.seed(stream) + 2**63) % 2**64 - 2**63  # 64 bits, in int64
         self._armed = layer
-        self._pass.arm()
+        self._window.arm()
 
     def disarm(self) -> None:
-        """Leave the network as it was. What was expanded can still be split."""
+        """Disarm the hooks. An expanded batch can still be split."""
         self._armed = self._raw_rows = None
-        self._late_copies = 0
-        self._pass.disarm()
-        for layer in self._tail:
-            layer.virtual = None  # of a forward pass that did not come to its end
+        self._logit_copies = 0
+        self._window.disarm()
+        for layer in self._batch_layers:
+            layer.virtual = None  # left by a forward pass that broke off
 
     @contextmanager
     def armed(self, step: int, microbatch: int = 0) -> Iterator[None]:
-        """Be armed within a ``with`` block; arguments as for :meth:`arm`."""
+        """Arm the hooks within a ``with`` block; arguments as for :meth:`arm`."""
         self.arm(step, microbatch)
         try:
             yield
@@ -169,7 +173,8 @@ class LatentExpander:
         if self._split_rows is None:
             raise RuntimeError(
                 f'No virtual samples: no layer of {[cut.name for cut in self.cuts]} ran in the armed forward pass. '
-                f'Was the model compiled before the LatentExpander was made, or does forward bypass the layer?',
+                'Either forward bypasses the layer, or code ran that was compiled before the hooks were attached: call '
+                'torch._dynamo.reset() first.',
             )
         expected = (1 + self.fold) * self._split_rows
         if not isinstance(outputs, torch.Tensor) or outputs.ndim != 2 or len(outputs) != expected:
@@ -181,75 +186,83 @@ class LatentExpander:
     def check(self, forward: Forward) -> None:
         """Refuse layers that are no cut points, by running the model on a real batch.
 
-        Layers below every cut then lose the hooks that would keep raw rows apart, until :meth:`attach` puts them back.
+        The check runs in the model's current mode, training or evaluation, and leaves no trace
+        (:func:`.check_cut`). Call it in the mode in which the hooks will be armed. Afterwards, hooks that
+        keep raw rows apart are removed from layers below every cut, until :meth:`attach` attaches them again.
 
         Args:
             forward (Callable): Runs the model on a batch of at least two rows and returns its logits.
 
         Raises:
-            CutLayerError: Naming the layer, the reason and the nearest layers that would do.
+            CutLayerError: If a layer cannot be cut; the message names the layer, the reason and the nearest cut points.
         """
-        below = set(self._tail)
-        with evaluation(self.model):
-            for index, cut in enumerate(self.cuts):
-                check_cut(self.model, cut, forward)
+        below = set(self._batch_layers)
+        for index, cut in enumerate(self.cuts):
+            check_cut(self.model, cut, forward)
+            with repeatable(self.model, self._window) as run:
                 self._arm(index, step=0, microbatch=0)
-                try:
-                    below &= run_below(self._tail, self, forward)  # and layers above the cut look at the rows they get
+                try:  # layers above the cut also refuse rows that they cannot separate
+                    below &= find_below(self._batch_layers, self, partial(run, forward))
                 finally:
                     self.disarm()
         for layer in below:
             layer.remove()
-        self._tail = [layer for layer in self._tail if layer not in below]
+        self._batch_layers = [layer for layer in self._batch_layers if layer not in below]
 
     def remove(self) -> None:
-        """Take all hooks off the network."""
-        self._pass.remove()
+        """Disarm and remove all hooks. Calling it again has no effect."""
+        self.disarm()
+        self._window.remove()
         for handle in self._handles:
             handle.remove()
-        for layer in self._tail:
+        for layer in self._batch_layers:
             layer.remove()
-        self._handles, self._tail = [], []
+        self._handles, self._batch_layers = [], []
 
     def seed(self, stream: int) -> int:
-        """Give the seed of this microbatch's noise (streams 0 and 1) or of one call of a layer above the cut."""
+        """Return the seed of this microbatch's noise (streams 0 and 1) or of one call of a layer above the cut."""
         return noise_seed(*self._key, stream)
 
     def _at_cut(self, index: int, latent: Any) -> torch.Tensor | None:
-        if self._armed != index or not self._pass.on:
+        if self._armed != index or not self._window.open:
             return None
         if not isinstance(latent, torch.Tensor) or not latent.is_floating_point():
             got = latent.dtype if isinstance(latent, torch.Tensor) else type(latent).__name__
             raise CutLayerError(f'Expected a floating tensor at layer {self.cuts[index].name!r}, got {got}.')
         self._raw_rows = self._split_rows = len(latent)
-        vicinity, law, copies = self.vicinity, self._law, self.fold
-        self._late_copies = self._count_late_copies(self.cuts[index], latent)
-        if self._late_copies > 0:
-            vicinity, law, copies = self._dropout_alone, self._dropout_law, copies - self._late_copies
+        vicinity, vicinity_json, copies = self.vicinity, self._vicinity_json, self.fold
+        self._logit_copies = self._count_logit_copies(index, latent)
+        if self._logit_copies > 0:
+            vicinity, vicinity_json, copies = self._dropout_only, self._dropout_only_json, copies - self._logit_copies
         if copies == 0:
             return None
-        if torch.compiler.is_compiling():  # which cannot trace a generator; elsewhere an operator only costs time
-            return draw_by_seed(latent, self._noise_seeds[0], copies, law)[0]
+        if torch.compiler.is_compiling():  # which cannot trace a generator; otherwise an operator only costs time
+            return draw_by_seed(latent, self._noise_seeds[0], copies, vicinity_json)[0]
         return vicinity.expand(latent, copies, torch.Generator(latent.device).manual_seed(self.seed(0)))
 
-    def _count_late_copies(self, cut: CutLayer, latent: torch.Tensor) -> int:
-        if cut.name != 'head' or latent.ndim != 2:
+    def _count_logit_copies(self, index: int, latent: torch.Tensor) -> int:
+        """Return how many Gaussian copies are drawn as noise of the head's outputs: all of them, or none."""
+        if self._head is None or self.cuts[index].name != 'head' or latent.ndim != 2:
             return 0
-        pays = self._gaussian_at_head * len(latent) >= ROWS_A_CLASS * cut.linear.out_features
-        return self._gaussian_at_head if pays else 0
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            return 0  # torch.func.vmap does not draw from a generator
+        copies = self.vicinity.num_gaussian(self.fold)
+        return copies if copies * len(latent) >= MIN_POINTS_PER_CLASS * self._head.out_features else 0
 
-    def _at_head(self, linear: nn.Linear, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
-        """Put the Gaussian copies between the raw rows and the dropout copies, if none were made of the features."""
-        if self._late_copies == 0 or self.raw_rows is None:
+    def _at_head(
+        self, linear: nn.Linear, args: tuple, kwargs: dict[str, Any], output: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Insert the Gaussian copies between raw rows and dropout copies, if they are not among the features."""
+        if self._logit_copies == 0 or self.raw_rows is None:
             return None
-        latent = args[0][: self.raw_rows].detach()
+        latent = first_tensor(args, kwargs)[: self.raw_rows].detach()
         raw, dropout = output.split([self.raw_rows, len(output) - self.raw_rows])
         if torch.compiler.is_compiling():
             weight, seed = linear.weight.detach(), self._noise_seeds[1]
-            xi, directions = draw_logit_noise_by_seed(latent, weight, seed, self._late_copies, self._law)
+            xi, directions = draw_logit_noise_by_seed(latent, weight, seed, self._logit_copies, self._vicinity_json)
         else:
             generator = torch.Generator(latent.device).manual_seed(self.seed(1))
-            xi, directions = draw_logit_noise(latent, linear.weight, self._late_copies, self.vicinity, generator)
+            xi, directions = draw_logit_noise(latent, linear.weight, self._logit_copies, self.vicinity, generator)
         with torch.autocast(latent.device.type, enabled=False):
             points = raw + xi @ (linear.weight.to(xi.dtype) @ directions).T
         return torch.cat([raw, points.flatten(0, 1).to(output.dtype), dropout])

@@ -1,78 +1,98 @@
-"""class OnePass: hooks that are armed act in one forward pass, whatever becomes of it."""
+"""class ForwardWindow: the forward pass in which armed hooks act."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from composer_sba.latent.layers import network_in
 
-class OnePass:
-    """Tells hooks in a network whether they are in the forward pass that they were armed for.
 
-    That is the next one that begins in the mode, training or evaluation, that the network is in, and what activation
-    checkpointing runs again of it in the backward pass. Should it break off, by an exception or Ctrl-C, or should
-    nobody disarm after it, the pass after it is none of theirs.
+class ForwardWindow:
+    """The forward pass for which hooks in a network are armed.
+
+    This is the next pass that begins in the network's current mode, training or evaluation, and what activation
+    checkpointing runs again of it in the backward pass. It ends with the pass, even if an exception or Ctrl-C breaks
+    the pass off or nobody disarms the hooks afterwards.
 
     Args:
-        model (torch.nn.Module): The network. Hooks that ask at its input must be attached after this one's.
+        model (torch.nn.Module): The network. Attach hooks at its input after those of the window.
 
     Example:
         >>> model = nn.Linear(2, 3)
-        >>> armed = OnePass(model)
-        >>> armed.attach()
+        >>> window = ForwardWindow(model)
+        >>> window.attach()
         >>> seen = []
-        >>> handle = model.register_forward_pre_hook(lambda *_: seen.append(armed.on))
-        >>> armed.arm()
+        >>> handle = model.register_forward_pre_hook(lambda *_: seen.append(window.open))
+        >>> window.arm()
         >>> for _ in range(2):
         ...     output = model(torch.zeros(1, 2))
-        >>> seen, armed.on
+        >>> seen, window.open
         ([True, False], False)
     """
 
+    _sole: 'list[ForwardWindow | None]' = []  # while not empty, every other window is closed
+
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self._network = network_in(model)
         self._armed = self._begun = self._over = self._mode = False
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
-        """Put the hooks in that watch passes begin and end."""
+        """Attach the hooks that see a pass begin and end."""
         self.remove()
         self._handles = [
-            self.model.register_forward_pre_hook(self._begin),
-            self.model.register_forward_hook(self._end),
+            self._network.register_forward_pre_hook(self._begin),
+            self._network.register_forward_hook(self._end),
         ]
 
     def remove(self) -> None:
-        """Take them off."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def arm(self) -> None:
-        """Mean the next pass."""
-        self._armed, self._begun, self._over, self._mode = True, False, False, self.model.training
+        """Arm the hooks for the next forward pass."""
+        self._armed, self._begun, self._over, self._mode = True, False, False, self._network.training
 
     def disarm(self) -> None:
-        """Mean none."""
+        """Disarm the hooks."""
         self._armed = self._begun = self._over = self._mode = False
 
     @property
-    def on(self) -> bool:
-        """Whether armed hooks shall act now."""
-        return self._meant and (not self._over or in_backward())
+    def open(self) -> bool:
+        """Whether armed hooks act now."""
+        return self._counts and (not self._over or in_backward())
 
     @property
-    def _meant(self) -> bool:
-        return self._armed and self.model.training == self._mode
+    def _counts(self) -> bool:
+        """Whether a pass that runs now is one for which the hooks may be armed."""
+        closed = bool(self._sole) and self._sole[-1] is not self
+        return self._armed and not closed and self._network.training == self._mode
 
     def _begin(self, module: nn.Module, args: tuple) -> None:
-        if self._meant and not in_backward():
+        if self._counts and not in_backward():
             self._begun, self._over = True, self._begun
 
     def _end(self, module: nn.Module, args: tuple, output: object) -> None:
-        if self._meant and not in_backward():
+        if self._counts and not in_backward():
             self._over = True
 
 
+@contextmanager
+def only(window: ForwardWindow | None) -> Iterator[None]:
+    """Keep every other window closed: trial passes are not those for which an algorithm armed its hooks."""
+    ForwardWindow._sole.append(window)
+    try:
+        yield
+    finally:
+        ForwardWindow._sole.pop()
+
+
 def in_backward() -> bool:
-    """Whether this is activation checkpointing running layers again; its compiled form is no call from Python."""
+    """Whether activation checkpointing is running layers again; its compiled form is not a call from Python."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

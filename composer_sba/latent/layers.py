@@ -1,29 +1,32 @@
-"""The layers of a network by name, as a user knows them, and the hooks that see what passes there."""
+"""The layers of a network by name, as users know them, and the hooks at a cut."""
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo import OptimizedModule
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from composer_sba.errors import CutLayerError, check_layers
 
-_WRAPPERS = {'_fsdp_wrapped_module', '_checkpoint_wrapped_module', '_orig_mod'}
+_WRAPPERS = ('_fsdp_wrapped_module', '_checkpoint_wrapped_module', '_orig_mod')
+_SPECIAL = ('input', 'head')
 
 
 @dataclass(frozen=True)
 class CutLayer:
-    """A place where the latent batch can be multiplied: the output of a module, or its input.
+    """A cut: the output of a module, or its input.
 
     Attributes:
-        name: The module's name in the unwrapped network, or ``'head'`` or ``'input'``.
-        module: The module, its outermost wrapper where FSDP or activation checkpointing wrapped it.
-        at_input: Whether the latent batch is what goes into the module instead of what comes out.
+        name: The module's name as :func:`named_layers` gives it, or ``'head'`` or ``'input'``.
+        module: The module, or its outermost wrapper if FSDP or activation checkpointing wrapped it.
+        at_input: Whether the latent batch is the input of the module instead of its output.
     """
 
     name: str
@@ -31,24 +34,26 @@ class CutLayer:
     at_input: bool = False
 
     def hook(self, edit: Callable[[Any], torch.Tensor | None]) -> RemovableHandle:
-        """Have ``edit`` see the value at the cut in every forward pass; what it returns, unless None, replaces it."""
+        """Call ``edit`` with the latent batch of every forward pass and replace the batch by what it returns.
+
+        None leaves the batch as it is. At an input, the batch is the only tensor among the arguments; if there is not
+        exactly one, ``edit`` gets all arguments.
+        """
         if self.at_input:
-            return self.module.register_forward_pre_hook(partial(_edit_input, edit))
+            return self.module.register_forward_pre_hook(partial(_edit_input, edit), with_kwargs=True)
         return self.module.register_forward_hook(partial(_edit_output, edit))
 
-    @property
-    def linear(self) -> nn.Linear:
-        """The ``nn.Linear`` of the cut ``'head'`` without its wrappers: inside FSDP's its weights are whole."""
-        return [module for module in self.module.modules() if isinstance(module, nn.Linear)][-1]
 
-    def hook_linear(self, see: Callable[[nn.Linear, tuple, torch.Tensor], torch.Tensor | None]) -> RemovableHandle:
-        """Have ``see`` get :attr:`linear`, its arguments and its output; what it returns, unless None, replaces it."""
-        # FSDP2 takes the weights away in a hook of its own.
-        return self.linear.register_forward_hook(see, prepend=isinstance(self.linear, FSDPModule))
-
-
-def _edit_input(edit: Callable[[Any], torch.Tensor | None], module: nn.Module, args: tuple) -> torch.Tensor | None:
-    return edit(args[0] if len(args) == 1 else args)
+def _edit_input(
+    edit: Callable[[Any], torch.Tensor | None], module: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]] | None:
+    values = (*args, *kwargs.values())
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    if len(tensors) != 1:
+        edit(values[0] if len(values) == 1 else values)
+        return None
+    edited = edit(tensors[0])
+    return None if edited is None else replace_tensor(args, kwargs, edited)
 
 
 def _edit_output(
@@ -57,24 +62,76 @@ def _edit_output(
     return edit(output)
 
 
-def named_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Map every layer's name in the unwrapped network to its outermost module, in order of definition.
+def first_tensor(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    """Return the first tensor among the arguments of a module, which may be given by position or by name."""
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
 
-    Wrappers of DDP, FSDP, activation checkpointing and torch.compile leave no trace in the names, and neither does the
-    ``module.`` that a ComposerClassifier or DDP puts in front.
+
+def replace_tensor(args: tuple, kwargs: dict[str, Any], tensor: torch.Tensor) -> tuple[tuple, dict[str, Any]]:
+    """Return the arguments of a module with another tensor instead of the first."""
+    values = [*args, *kwargs.values()]
+    index = next(index for index, value in enumerate(values) if isinstance(value, torch.Tensor))
+    values[index] = tensor
+    return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
+
+
+def hook_linear(
+    linear: nn.Linear, edit: Callable[[nn.Linear, tuple, dict[str, Any], torch.Tensor], torch.Tensor | None]
+) -> RemovableHandle:
+    """Call ``edit`` after a linear layer, while its weight is whole, and replace the output by what it returns."""
+    # FSDP2 takes the weight away in a hook of its own.
+    return linear.register_forward_hook(edit, prepend=isinstance(linear, FSDPModule), with_kwargs=True)
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """Return the module inside the wrappers of FSDP, activation checkpointing and torch.compile."""
+    while inner := [child for name, child in module.named_children() if name in _WRAPPERS]:
+        module = inner[0]
+    return module
+
+
+def network_in(model: nn.Module) -> nn.Module:
+    """Return the network inside DDP and torch.compile, which may call it past the hooks of the wrapper."""
+    while isinstance(model, DistributedDataParallel | DataParallel | OptimizedModule):
+        model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
+    return model
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether somebody compiled a module, by any of the ways of torch.compile."""
+    forward = vars(module).get('forward')
+    compiled = module._compiled_call_impl is not None or hasattr(forward, '_torchdynamo_orig_callable')
+    return compiled or isinstance(module, OptimizedModule)
+
+
+def named_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Map the names by which layers can be cut to modules, in order of definition.
+
+    A name is a path in the network. Wrappers of DDP, FSDP, activation checkpointing and torch.compile leave no trace in
+    it; the module is then the outermost wrapper. The ``module.`` of a ComposerClassifier or DDP is left out too, unless
+    two layers would then share a name. A module with several paths has several names. Because ``'input'`` and
+    ``'head'`` have a meaning of their own, a layer that is called so has the name ``'module.input'`` or
+    ``'module.head'``.
+
+    Example:
+        >>> list(named_layers(nn.ModuleDict({'stem': nn.Flatten(), 'head': nn.Linear(4, 2)})))
+        ['stem', 'module.head']
     """
     layers: dict[str, nn.Module] = {}
-    for path, module in model.named_modules():
-        layers.setdefault(_plain(path), module)
+    for path, module in model.named_modules(remove_duplicate=False):
+        layers.setdefault('.'.join(part for part in path.split('.') if part not in _WRAPPERS), module)
     del layers['']
+    while any(name.startswith('module.') for name in layers):
+        # A wrapper that holds another one is no layer.
+        paths = [name for name in layers if not (name == 'module' and 'module.module' in layers)]
+        shorter = {name.removeprefix('module.'): layers[name] for name in paths}
+        if len(shorter) < len(paths):
+            break
+        layers = shorter
+    for name in _SPECIAL:
+        if name in layers and f'module.{name}' not in layers:
+            layers = {f'module.{name}' if each == name else each: module for each, module in layers.items()}
     return layers
-
-
-def _plain(path: str) -> str:
-    parts = [part for part in path.split('.') if part not in _WRAPPERS]
-    while parts[:1] == ['module']:
-        del parts[0]
-    return '.'.join(parts)
 
 
 def find_layers(model: nn.Module, layers: str | Sequence[str]) -> list[CutLayer]:
@@ -82,18 +139,19 @@ def find_layers(model: nn.Module, layers: str | Sequence[str]) -> list[CutLayer]
 
     Args:
         model (torch.nn.Module): The network.
-        layers (str | Sequence[str]): ``'head'``: the input of the last ``nn.Linear``; ``'input'``: the network's input;
-            any other name: the output of the module of that name, with or without a leading ``module.``.
+        layers (str | Sequence[str]): ``'head'``: the input of the last ``nn.Linear``, together with an adapter around
+            it; ``'input'``: the network's input; any other name of :func:`named_layers`, with or without ``module.`` in
+            front: the output of that module.
 
     Returns:
         list[CutLayer]: One for each name, in the order given.
 
     Raises:
-        CutLayerError: If a name is no layer of the model, or stands there twice.
-        ValueError: If there is no name.
+        CutLayerError: If the model has no layer of that name, or two names mean the same layer.
+        ValueError: If ``layers`` is empty or holds something other than names.
     """
-    known = named_layers(model)
     check_layers(layers)
+    known = named_layers(model)
     cuts = [_find(model, known, name) for name in ([layers] if isinstance(layers, str) else layers)]
     for position, cut in enumerate(cuts):
         if any(cut.module is other.module and cut.at_input == other.at_input for other in cuts[:position]):
@@ -103,21 +161,40 @@ def find_layers(model: nn.Module, layers: str | Sequence[str]) -> list[CutLayer]
 
 def _find(model: nn.Module, known: dict[str, nn.Module], name: str) -> CutLayer:
     if name == 'input':
-        return CutLayer(name, model, at_input=True)
+        return CutLayer(name, network_in(model), at_input=True)
     if name == 'head':
-        linears = [_plain(path) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-        if not linears:
-            raise CutLayerError(
-                f"layers='head' is the input of a model's last nn.Linear, and {type(model).__name__} has none. Name "
-                f'the layer whose output is to be cut: {_some(known)}.',
-            )
-        return CutLayer(name, known[linears[-1]], at_input=True)
-    if _plain(name) not in known:
-        close = difflib.get_close_matches(_plain(name), known, n=3)
-        raise CutLayerError(f'The model has no layer {name!r}; it has {_some(close or known)}.')
-    return CutLayer(_plain(name), known[_plain(name)])
+        return CutLayer(name, known[_head(model, known)], at_input=True)
+    path = name
+    while path not in known and path.startswith('module.'):
+        path = path.removeprefix('module.')
+    if path in known:
+        return CutLayer(path, known[path])
+    close = difflib.get_close_matches(path, known, n=3)
+    raise CutLayerError(f'The model has no layer {name!r}; it has {_list(close or known)}.')
 
 
-def _some(names: Any) -> str:
-    top = [name for name in names if '.' not in name] or list(names)
+def _head(model: nn.Module, known: dict[str, nn.Module]) -> str:
+    linears = [name for name, module in known.items() if isinstance(unwrap(module), nn.Linear)]
+    if not linears:
+        raise CutLayerError(
+            f"layers='head' is the input of a model's last nn.Linear, and {type(unwrap(model)).__name__} has none. "
+            f'Name the layer whose output is to be cut: {_list(known)}.',
+        )
+    head = linears[-1]
+    while (adapter := head.rpartition('.')[0]) in known and _is_adapter(unwrap(known[adapter])):
+        head = adapter
+    return head
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    """Whether a module stands for a linear layer that it holds, as LoRA's do."""
+    shape = getattr(module, 'in_features', None), getattr(module, 'out_features', None)
+    return any(
+        isinstance(each, nn.Linear) and shape == (each.in_features, each.out_features) for each in module.modules()
+    )
+
+
+def _list(names: Iterable[str]) -> str:
+    names = list(names)
+    top = [name for name in names if '.' not in name] or names
     return ', '.join(repr(name) for name in top[:8]) + (', ...' if len(top) > 8 else '')

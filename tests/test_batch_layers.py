@@ -1,6 +1,6 @@
-"""Layers above the cut that depend on the batch: raw rows pass them as in a plain step, virtual rows by their rules.
+"""Layers above the cut that depend on the batch: raw rows pass them as in a plain step, virtual rows by rules.
 
-Run: pytest tests/test_tail.py
+Run: pytest tests/test_batch_layers.py
 """
 
 import copy
@@ -58,14 +58,14 @@ def test_evaluation_mode_normalizes_with_running_statistics():
 
 
 class Activated(nn.BatchNorm2d):
-    """Does more than normalize, as timm's fused layers do."""
+    """Batch norm that does more than normalize, as timm's fused layers do."""
 
     def forward(self, x):
         return torch.relu(super().forward(x))
 
 
 class Ghost(nn.Module):
-    """Normalizes chunks of the batch, as Composer's GhostBatchNorm does."""
+    """Batch norm of parts of the batch, as in Composer's GhostBatchNorm."""
 
     def __init__(self):
         super().__init__()
@@ -75,14 +75,30 @@ class Ghost(nn.Module):
         return torch.cat([self.norm(chunk) for chunk in x.split(N)])
 
 
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def doubled(norm):
+    """A layer whose weight is computed: reading it may have effects."""
+    nn.utils.parametrize.register_parametrization(norm, 'weight', Doubled())
+    return norm
+
+
 @pytest.mark.parametrize(
-    ('norm', 'reason'), [(Activated(4), 'Activated does more than normalize'), (Ghost(), 'it sees 6 rows, not 24')]
+    ('norm', 'reason'),
+    [
+        (Activated(4), 'Activated does more than normalize'),
+        (Ghost(), 'it sees 6 rows, not 24'),
+        (doubled(nn.BatchNorm2d(4)), 'ParametrizedBatchNorm2d does more than normalize'),
+    ],
 )
 def test_normalization_whose_raw_rows_cannot_be_kept_is_refused_before_training(norm, reason):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Flatten(), nn.Linear(4 * 36, 3))
     x = torch.randn(N, 3, 8, 8)
     expander = LatentExpander(model, '0', M)
-    with pytest.raises(CutLayerError, match=f"norm_stats='raw' cannot be had in '1[.norm]*': {reason}"):
+    with pytest.raises(CutLayerError, match=f"norm_stats='raw' is not possible in '1[.norm]*': {reason}"):
         expander.check(lambda: model(x))
     expander.remove()
     LatentExpander(model, '0', M, norm_stats='all').check(lambda: model(x))

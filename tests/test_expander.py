@@ -1,6 +1,6 @@
-"""LatentExpander: the armed forward pass against reference.py (float64, 1e-10), and the network it leaves behind.
+"""LatentExpander: the armed forward pass against reference.py (float64, 1e-10), and the network afterwards.
 
-Run: pytest tests/test_latent.py
+Run: pytest tests/test_expander.py
 """
 
 import copy
@@ -63,7 +63,7 @@ def test_noise_repeats_with_the_step_and_differs_otherwise():
     assert not torch.equal(first[0], first[1]), 'copies differ from one another'
 
 
-def test_unarmed_the_network_is_what_it_was():
+def test_the_network_does_not_change_while_the_expander_is_not_armed():
     model, x, _ = make()
     expected = copy.deepcopy(model)(x)
     expander = LatentExpander(model, ['trunk', 'head'], M)
@@ -140,7 +140,7 @@ def test_a_layer_above_the_cut_may_work_in_place():
     assert torch.equal(raw, model(x))
 
 
-def test_an_armed_pass_without_the_layer_is_an_error_not_silence():
+def test_an_armed_pass_in_which_no_layer_ran_is_an_error():
     model, x, _ = make()
     expander = LatentExpander(model, 'trunk', M)
     expander.remove()
@@ -173,7 +173,7 @@ def test_fold_is_checked(fold, got):
         ({'seed': -1}, 'Expected seed to be an integer >= 0, got -1'),
         ({'seed': 1.5}, 'Expected seed to be an integer >= 0, got 1.5'),
         ({'layers': []}, r'Expected layers to be a layer name or a list of them, got \[\]'),
-        ({'vicinity': {'sigma': -1}}, 'Expected sigma to be a finite number >= 0, got -1'),
+        ({'vicinity': {'sigma': -1}}, r'Expected sigma to be a number in \[0, 1e30\], got -1'),
         ({'norm_stats': 'none'}, "Expected norm_stats to be one of raw, all, got 'none'"),
     ],
 )

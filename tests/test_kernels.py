@@ -1,6 +1,6 @@
 """Draws in compiled networks against those in eager ones: the same points, in as few graphs as there can be.
 
-Run: pytest tests/test_operators.py
+Run: pytest tests/test_kernels.py
 """
 
 import copy
@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from composer_sba import LatentExpander, Vicinity
-from composer_sba.latent.kernels import draw_by_seed, packed
+from composer_sba.latent.kernels import draw_by_seed, to_json
 from cut_network import GAUSSIAN, M, N, make, predict
 
 
@@ -38,7 +38,7 @@ def test_compiled_models_expand_with_one_graph_for_plain_steps_and_one_for_each_
 def test_the_operator_of_compiled_models_is_the_eager_expansion():
     latent, seed = torch.randn(N, 5, requires_grad=True), torch.tensor(7)
     vicinity = Vicinity(dropout=0.3)
-    arguments = (latent, seed, M, packed(vicinity))
+    arguments = (latent, seed, M, to_json(vicinity))
     torch.library.opcheck(draw_by_seed, arguments)
     ours, theirs = draw_by_seed(*arguments)[0], vicinity.expand(latent, M, torch.Generator().manual_seed(7))
     assert torch.equal(ours, theirs)

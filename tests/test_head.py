@@ -1,6 +1,6 @@
 """Gaussian points drawn at the head's outputs: against the same points drawn feature by feature, and in a network.
 
-Run: pytest tests/test_logit_noise.py
+Run: pytest tests/test_head.py
 """
 
 import copy
@@ -9,14 +9,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from composer.models import ComposerClassifier
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import TensorDataset
 
 import composer_sba.functional as sbaf
-from composer_sba import LatentExpander, Vicinity
-from composer_sba.latent.head import draw_logit_noise, suits
-from composer_sba.latent.kernels import draw_logit_noise_by_seed, packed
+from composer_sba import SBA, LatentExpander, Vicinity
+from composer_sba.latent.head import can_draw_logits, draw_logit_noise
+from composer_sba.latent.kernels import draw_logit_noise_by_seed, to_json
 from composer_sba.vicinity import clipped_moments, draw_basis
+from small_training import logged, trainer_of, weights
 
 N, K, Q = 6, 5, 128
 GAUSSIAN = Vicinity(gaussian_fraction=1.0, sigma=0.7)
@@ -97,7 +102,7 @@ def test_classes_that_cannot_be_told_apart_do_no_harm(weight):
      (64, 16, math.inf, True), (64, 17, math.inf, False)],
 )  # fmt: skip
 def test_it_is_used_where_it_pays_and_the_clip_allows(features, classes, tau, expected):
-    assert suits(nn.Linear(features, classes), Vicinity(sigma=0.1, tau=tau)) is expected
+    assert can_draw_logits(nn.Linear(features, classes), Vicinity(sigma=0.1, tau=tau)) is expected
 
 
 class Scaled(nn.Linear):
@@ -106,7 +111,7 @@ class Scaled(nn.Linear):
 
 
 def test_a_layer_of_another_arithmetic_gets_points_by_feature():
-    assert not suits(Scaled(Q, K), Vicinity())
+    assert not can_draw_logits(Scaled(Q, K), Vicinity())
 
 
 class Net(nn.Sequential):
@@ -204,9 +209,83 @@ def test_compiled_it_draws_the_same_points():
 def test_the_operator_of_compiled_models_is_the_function():
     latent, linear = make(torch.float32)
     weight, seed = linear.weight.detach(), torch.tensor(7)
-    arguments = (latent, weight, seed, 3, packed(GAUSSIAN))
+    arguments = (latent, weight, seed, 3, to_json(GAUSSIAN))
     torch.library.opcheck(draw_logit_noise_by_seed, arguments)
     for ours, theirs in zip(
         draw_logit_noise_by_seed(*arguments), draw_logit_noise(latent, weight, 3, GAUSSIAN, generator(7)), strict=True
     ):
         assert torch.equal(ours, theirs)
+
+
+class Lora(nn.Module):
+    """A linear layer and a low-rank term beside it, as PEFT builds them."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.base = base.requires_grad_(False)
+        self.a, self.b = nn.Linear(base.in_features, 2, bias=False), nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.b(self.a(x))
+
+
+class LoraLinear(nn.Linear):
+    """A linear layer with a low-rank term of its own, as loralib builds them."""
+
+    def __init__(self, base):
+        super().__init__(base.in_features, base.out_features)
+        self.load_state_dict(base.state_dict())
+        self.a = nn.Parameter(torch.randn(2, base.in_features) / 8)
+        self.b = nn.Parameter(torch.randn(base.out_features, 2) / 8)
+
+    def forward(self, x):
+        return super().forward(x) + x @ self.a.T @ self.b.T
+
+
+class LoraWeight(nn.Module):
+    """A low-rank term as a parametrization."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(2, base.in_features) / 8), nn.Parameter(torch.randn(3, 2) / 8)
+
+    def forward(self, weight):
+        return weight + self.b @ self.a
+
+
+def lora_weight(base):
+    nn.utils.parametrize.register_parametrization(base, 'weight', LoraWeight(base))
+    return base
+
+
+HEADS = {
+    'Linear': lambda base: base,
+    'spectral norm': parametrizations.spectral_norm,
+    'spectral norm by hooks': nn.utils.spectral_norm,
+    'weight norm': parametrizations.weight_norm,
+    'weight norm by hooks': nn.utils.weight_norm,
+    'orthogonal': parametrizations.orthogonal,
+    'spectral norm of a weight norm': lambda base: parametrizations.spectral_norm(parametrizations.weight_norm(base)),
+    'LoRA around the layer': Lora,
+    'LoRA in the layer': LoraLinear,
+    'LoRA of the weight': lora_weight,
+    'checkpointed': checkpoint_wrapper,
+}
+
+
+@pytest.mark.filterwarnings('ignore:`torch.nn.utils.weight_norm` is deprecated')
+@pytest.mark.parametrize('head', HEADS)
+def test_a_vanishing_eta_changes_no_weight_and_no_buffer_whatever_the_head_is_made_of(head):
+    def fit(algorithms):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(6, 256), nn.ReLU(), HEADS[head](nn.Linear(256, 3))).double()
+        data = TensorDataset(torch.randn(32, 6, dtype=torch.float64), torch.randint(3, (32,)))
+        trainer, log = trainer_of(ComposerClassifier(network, num_classes=3), data, 8, algorithms, max_duration='3ep')
+        trainer.fit()
+        return weights(trainer), logged(log, 'sba/kl')
+
+    plain, _ = fit([])
+    ours, kl = fit([SBA(augment_prob=1.0, eta=1e-30)])
+    assert len(kl) == 12 and min(kl) > 0
+    assert torch.allclose(ours, plain, rtol=0, atol=1e-13), f'weights differ by {(ours - plain).abs().max()}'

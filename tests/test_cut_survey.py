@@ -1,8 +1,9 @@
 """The survey of cut layers: its counts against SBA's own steps and sums by hand, its cuts by training at them.
 
-Twenty families of torchvision stand for the networks of users: in each, cuts that a reader of the architecture knows
-to be valid train, and layers known to be none are refused. ``SURVEY=all python -m pytest tests/test_survey.py`` takes
-every module of every family, which lasts long.
+Twenty families of torchvision represent the networks of users. In each, cuts that the architecture shows to be valid
+train, and other layers are refused. The nightly tests take every module of every family.
+
+Run: pytest tests/test_cut_survey.py
 """
 
 import os
@@ -25,9 +26,10 @@ from composer_sba.layers import main
 from composer_sba.models import digits_net, resnet_cifar
 from composer_sba.recipe.recipe import load
 from composer_sba.study.flops import flops_per_image
+from layers_above import BatchVariance
 
 CLASSES = 5
-# Pixels, what the network is built with, cuts, and layers that are none
+# Pixels, arguments of the network, cuts, and layers that cannot be cut
 FAMILIES = {
     'resnet18': (32, {}, ['conv1', 'layer2', 'layer4.0', 'head'], ['layer1.0.conv1', 'layer3.0.downsample']),
     'resnext50_32x4d': (32, {}, ['layer2.1', 'head'], ['layer2.1.conv2']),
@@ -81,14 +83,14 @@ def network_of(family):
     _, arguments, *_ = FAMILIES[family]
     build = SMALL.get(family) or partial(models.get_model, family, weights=None, **arguments)
     network = build(num_classes=CLASSES)
-    for module in network.modules():  # a head that begins as zero, ViT's, has no divergence yet
+    for module in network.modules():  # ViT's head, which is initialized with zeros, has no divergence
         if isinstance(module, nn.Linear) and not module.weight.any():
             nn.init.normal_(module.weight, std=0.02)
     return network
 
 
 def train_a_step(network, layer, pixels):
-    """One step of SBA at a layer: its loss, the divergence in it, and the gradient of the first parameter."""
+    """Take a step of SBA at a layer and return its loss, the divergence and the gradient of the first parameter."""
     images, labels = torch.randn(4, 3, pixels, pixels), torch.arange(4)
     expander = LatentExpander(network, layer, fold=2)
     try:
@@ -98,7 +100,7 @@ def train_a_step(network, layer, pixels):
         divergence = sbaf.soft_label_kl(logits, virtual)
         loss = F.cross_entropy(logits, labels) + 0.1 * divergence
         network.zero_grad()
-        divergence.backward()  # alone: that of cross-entropy passes by whatever the virtual rows do
+        divergence.backward()  # alone: the gradient of cross-entropy does not depend on the virtual rows
     finally:
         expander.remove()
     return loss, divergence, next(p for p in network.parameters() if p.requires_grad).grad
@@ -127,7 +129,7 @@ def test_cuts_of_a_family_train_and_others_are_refused(family):
         check_refused(network, layer, pixels)
 
 
-@pytest.mark.skipif(os.environ.get('SURVEY') != 'all', reason='SURVEY=all takes every module of every family')
+@pytest.mark.nightly
 @pytest.mark.parametrize('family', FAMILIES)
 def test_every_cut_of_the_survey_trains_and_every_module_it_refuses_is_refused(family):
     pixels, _, cuts, _ = FAMILIES[family]
@@ -142,9 +144,9 @@ def test_every_cut_of_the_survey_trains_and_every_module_it_refuses_is_refused(f
 
 
 def test_the_ratio_is_that_of_the_operations_of_a_step():
-    """Beside the study's count, which runs an armed step instead of adding up parts of a plain one.
+    """Compare with the study's count, which runs an armed step instead of adding up parts of a plain one.
 
-    Of dropout points alone: Gaussian ones at the head cost less, drawn where it has run.
+    Only dropout points: Gaussian points at the head cost less, because they are drawn at its outputs.
     """
     baseline = ['yamls/resnet44_cifar10_baseline.yaml']
     plain = flops_per_image(load(baseline, ['model.depth=14']))
@@ -199,23 +201,23 @@ def test_the_command_prints_a_table_from_the_input_to_the_head(capsys):
 
 
 def own():
-    """A user's factory, as ``test_survey:own``."""
+    """A factory of a user, ``test_cut_survey:own``."""
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 3))
 
 
 def batches():
-    """One that is no network."""
+    """A factory that does not return a network."""
     return [own()]
 
 
-def test_the_command_takes_a_factory_of_the_users(capsys, monkeypatch):
+def test_the_command_takes_a_factory_of_a_user(capsys, monkeypatch):
     monkeypatch.chdir(os.path.dirname(__file__))
-    assert main(['--model', 'test_survey:own', '--channels', '1', '--image-size', '8']) == 0
+    assert main(['--model', 'test_cut_survey:own', '--channels', '1', '--image-size', '8']) == 0
     assert 'head' in capsys.readouterr().out
 
 
 def broken(error='KeyError'):
-    """One that fails, and may not say why."""
+    """A factory that fails, perhaps without a reason."""
     raise {'KeyError': KeyError('depth'), 'ValueError': ValueError()}[error]
 
 
@@ -233,16 +235,69 @@ def test_a_cut_above_which_no_operation_is_counted_is_free(capsys):
         ('--model resnet_cifar depth=21', 'resnet_cifar: depth must be 6n + 2'),
         ('--model resnet_cifar depth', "command line: expected key=value, got 'depth'"),
         ('--model nowhere:own', "nowhere:own: No module named 'nowhere'"),
-        ('--model test_survey:gone', "has no attribute 'gone'"),
-        ('--model test_survey:batches', 'expected a function that returns a torch.nn.Module, got list'),
-        ('--model test_survey:broken', "test_survey:broken cannot be built with {}: 'depth'"),
-        ('--model test_survey:broken error=ValueError', "built with {'error': 'ValueError'}: ValueError"),
-        ('--model test_survey:own --image-size 9', 'The network takes no images of shape (3, 9, 9): '),
+        ('--model test_cut_survey:gone', "has no attribute 'gone'"),
+        ('--model test_cut_survey:batches', 'expected a function that returns a torch.nn.Module, got list'),
+        ('--model test_cut_survey:broken', "test_cut_survey:broken cannot be built with {}: 'depth'"),
+        ('--model test_cut_survey:broken error=ValueError', "built with {'error': 'ValueError'}: ValueError"),
+        ('--model test_cut_survey:own --image-size 9', 'The network takes no images of shape (3, 9, 9): '),
         ('--model digits_net --fold 0', '--fold: expected M >= 1, got 0'),
         ('--model fcn_resnet50', "unknown model 'fcn_resnet50'"),
     ],
 )
 def test_a_mistake_ends_in_one_line(arguments, message, capsys):
     assert main(arguments.split()) == 2
-    said = capsys.readouterr().err
-    assert said.startswith('error: ') and message in said and said.count('\n') == 1, said
+    error = capsys.readouterr().err
+    assert error.startswith('error: ') and message in error and error.count('\n') == 1, error
+
+
+BRANCHES = {
+    'a comparison': lambda net, x: net.conv(x / 255 if x.abs().max() > 100 else x),
+    'item()': lambda net, x: net.conv(x * (2.0 if x.mean().item() > 9 else 1.0)),
+    'NumPy': lambda net, x: net.conv(x - float(x.detach().numpy().mean() > 9)),
+    'a number of rows': lambda net, x: net.conv(x[(x.flatten(1).mean(1) < 9).nonzero()[:, 0]]),
+    'assert': lambda net, x: net.conv(x) if bool(x.isfinite().all()) else 1 / 0,
+}
+
+
+class Branching(nn.Module):
+    """A network whose forward looks at the values of the images."""
+
+    def __init__(self, branch='a comparison'):
+        super().__init__()
+        self.conv, self.norm, self.fc, self.branch = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4), branch
+
+    def forward(self, x):
+        return self.fc(self.norm(BRANCHES[self.branch](self, x)).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize('branch', BRANCHES)
+def test_a_network_that_looks_at_values_is_listed_without_cost(branch):
+    network = Branching(branch)
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    cuts = survey(network, (3, 16, 16))
+    assert [cut.names for cut in cuts] == [('input',), ('conv',), ('norm',), ('head',)]
+    assert [cut.shape for cut in cuts] == [(3, 16, 16), (8, 14, 14), (8, 14, 14), (8,)]
+    for cut in cuts:
+        assert cut.share is None and cut.memory is None and cut.ratio(4) is None
+        assert cut.why_unknown.startswith('forward needs values, not shapes alone: ') and '\n' not in cut.why_unknown
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+    for cut in cuts:
+        check_trains(network, cut.names[0], 16)
+
+
+def test_the_command_prints_why_the_cost_is_unknown(capsys):
+    assert main(['--model', 'test_cut_survey:Branching', '--image-size', '16', 'branch=item()']) == 0
+    output = capsys.readouterr().out
+    assert 'The cost is unknown: forward needs values' in output and 'MiB' not in output and '8×14×14' in output
+
+
+def test_the_survey_does_not_list_layers_below_one_that_mixes_rows_in_training():
+    mixing = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), BatchVariance(), nn.ReLU(), nn.Linear(16, 3))
+    for network in (mixing, mixing.eval()):
+        assert [cut.names for cut in survey(network, (3, 2, 2))] == [('2',), ('3', 'head')]
+
+
+def test_auxiliary_outputs_in_training_end_in_one_line(capsys):
+    assert main(['--model', 'googlenet', '--image-size', '32', 'aux_logits=true']) == 2
+    error = capsys.readouterr().err
+    assert 'got GoogLeNetOutputs in training mode. Turn auxiliary outputs off' in error and error.count('\n') == 1
