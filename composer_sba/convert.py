@@ -1,6 +1,7 @@
-"""``python -m composer_sba.convert``: turn a data set of images into MDS shards that recipes read."""
+"""Convert images to MDS shards, which recipes read: ``python -m composer_sba.convert``."""
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -11,29 +12,29 @@ from composer_sba.errors import DatasetError
 
 
 def main(argv: Sequence[str] | None = None, prog: str = 'python -m composer_sba.convert') -> int:
-    """Run the command line.
+    """Run the command.
 
     Args:
         argv (Sequence[str], optional): Arguments; ``None`` takes those of the process. Default: ``None``.
-        prog (str, optional): What the help calls the program.
+        prog (str, optional): Name of the program in its help.
 
     Returns:
-        int: Exit code: 0, or 2 after a mistake in what was given, told in one line on stderr.
+        int: Exit code: 0, or 2 after a mistake of the user, which one line on stderr describes.
     """
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('dataset', choices=sorted(READERS), help='what the source is')
+    parser.add_argument('dataset', metavar=f'{{{",".join(sorted(READERS))}}}', help='kind of the source')
     parser.add_argument(
         '--source',
-        help='folder with train/<class>/ and val/<class>/ or test/<class>/ (ImageNet as '
-        'well), or an archive of one; for CIFAR also the original cifar-10-python.tar.gz, '
-        'cifar-100-python.tar.gz or their unpacked folders; none for digits',
+        help='folder with train/<class>/ and val/<class>/ or test/<class>/ (also for ImageNet), or an archive of one '
+        '(.tar, .tar.gz, .tar.bz2, .tar.xz, .zip); for CIFAR also the original cifar-10-python.tar.gz, '
+        'cifar-100-python.tar.gz or their unpacked folders; digits need none',
     )
     parser.add_argument('--out', help='folder to make (default: data/<dataset>)')
-    parser.add_argument('--overwrite', action='store_true', help='replace a dataset that is there')
+    parser.add_argument('--overwrite', action='store_true', help='replace an existing dataset')
     args = parser.parse_args(argv)
-    out = args.out or f'data/{args.dataset}'
+    out = os.path.expanduser(args.out or f'data/{args.dataset}')
     start = time.perf_counter()
     try:
         counts = convert(args.dataset, args.source, out, overwrite=args.overwrite)

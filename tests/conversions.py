@@ -1,4 +1,4 @@
-"""Images to convert, in a folder or in CIFAR's batches, and what a conversion has made of them."""
+"""Images to convert, in folders or in CIFAR's batches, and what a conversion has made of them."""
 
 import json
 import pickle
@@ -18,6 +18,7 @@ def picture(mode: str = 'RGB', size: tuple[int, int] = (12, 10), seed: int = 0) 
 
 
 def image_folder(root: Path, classes: tuple[str, ...] = ('ant', 'bee', 'cat'), held_out: str = 'val') -> Path:
+    """Images of several formats and modes: 21 of each class in ``train`` and 7 in ``held_out``."""
     for split, copies in (('train', 3), (held_out, 1)):
         for name in classes:
             (root / split / name).mkdir(parents=True)
@@ -27,13 +28,21 @@ def image_folder(root: Path, classes: tuple[str, ...] = ('ant', 'bee', 'cat'), h
     return root
 
 
+def small_folder(root: Path, *more: str) -> Path:
+    """One black image of each of two classes in each split, and ``more`` of them."""
+    for path in (*(f'{split}/{name}/0.png' for split in ('train', 'val') for name in ('ant', 'bee')), *more):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (8, 8)).save(root / path, 'PNG')
+    return root
+
+
 def text_file(root: Path) -> Path:
-    (image_folder(root) / 'val' / 'ant' / 'notes.txt').write_text('no image')
+    (small_folder(root) / 'val' / 'ant' / 'notes.txt').write_text('no image')
     return root
 
 
 def cifar_batches(folder: Path, per_batch: int = 20) -> np.ndarray:
-    """CIFAR-10's python batches with random pixels; returns those of the test batch, ``(N, 3072)``."""
+    """CIFAR-10's Python batches with random pixels; returns those of the test batch, ``(N, 3072)``."""
     folder.mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (per_batch, 3072), np.uint8)
     batch = {b'data': pixels, b'labels': [i % 10 for i in range(per_batch)]}
@@ -45,7 +54,7 @@ def cifar_batches(folder: Path, per_batch: int = 20) -> np.ndarray:
 
 
 def samples(folder: Path) -> list[dict[str, Any]]:
-    """What an MDS split holds, read by Streaming's own reader."""
+    """The samples of an MDS split, read by Streaming's own reader."""
     shards = json.loads((folder / 'index.json').read_text())['shards']
     readers = [MDSReader.from_json(str(folder.parent), folder.name, shard) for shard in shards]
     return [reader[i] for reader in readers for i in range(len(reader))]

@@ -1,17 +1,21 @@
-"""Images to MDS shards, the format Streaming reads: ``python -m composer_sba.convert --help``.
+"""Conversion of images to MDS shards, the format that Streaming reads.
 
-Each split becomes a folder (``train``, ``val``) of shards with two columns: ``x``, the bytes of the image file as they
-came, and ``y``, the index of its class among the sorted class names. Pixels that come as arrays are stored as PNG,
-which loses nothing. Converting twice gives the same bytes. What a reader should know (class names, statistics of the
-channels) stands in ``index.json`` under ``composer_sba``: there it travels with the shards, to a remote as well.
+Each split becomes a folder (``train``, ``val``) of shards with two columns: ``x``, the unchanged bytes of the image
+file, and ``y``, the index of its class among the sorted class names. Images that are arrays are stored as PNG, which is
+lossless. Converting twice gives the same bytes. ``index.json`` records the class names and the statistics of the
+channels under ``composer_sba``, and so takes them along to a remote.
 """
 
+import contextlib
 import io
 import json
+import logging
 import os
 import shutil
+import threading
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +27,17 @@ from tqdm import tqdm
 
 from composer_sba.data.mds_index import INDEX, RECORD
 from composer_sba.data.readers import READERS, Source, Split
-from composer_sba.data.samples import to_rgb
-from composer_sba.errors import DatasetError
+from composer_sba.data.samples import decoding_error, to_rgb
+from composer_sba.errors import DatasetError, nearest
 
 SHARD_BYTES = 1 << 26
 SHUFFLE_SEED = 0
 STATISTICS_IMAGES = 2000  # their mean is within 0.01 of that of a million; decoding more would take minutes
+AHEAD_BYTES, AHEAD_FILES = 1 << 27, 256  # limits of the files that are read ahead of the writer
+DECODED_BYTES = 1 << 29  # limit of the images that are decoded at the same time
+NAMED_FILES = 20  # broken files that a message names
+
+_log = logging.getLogger(__name__)
 
 
 def convert(
@@ -36,24 +45,27 @@ def convert(
 ) -> dict[str, int]:
     """Convert a data set into ``out/train`` and ``out/val``.
 
-    ``out`` appears when everything is written and not before: a conversion that was killed leaves only a hidden
-    folder beside it, which the next one replaces. Processes that convert into one folder wait for one another.
+    ``out`` appears when the conversion is complete. A killed conversion leaves a hidden folder next to ``out``, which
+    the next conversion replaces. Processes that convert into the same folder wait for each other.
+
+    A warning in the log names the files and folders that were left out: hidden ones, and those outside the class
+    folders. Linked folders are read if they are inside the source.
 
     Args:
         name (str): ``'digits'``, ``'cifar10'``, ``'cifar100'`` or ``'imagefolder'``.
-        source (str | Path, optional): A folder or an archive (.tar, .tar.gz, .tar.xz, .zip) with the images in
-            ``train/<class>/`` and ``val/<class>/`` or ``test/<class>/``; for CIFAR also its original python batches.
+        source (str | Path, optional): Folder or archive (.tar, .tar.gz, .tar.bz2, .tar.xz, .zip) with the images in
+            ``train/<class>/`` and ``val/<class>/`` or ``test/<class>/``; for CIFAR also its original Python batches.
             ``None`` for ``digits``, which come with scikit-learn.
         out (str | Path): Folder to make.
-        overwrite (bool, optional): Whether to replace a dataset that is there. Default: ``False``.
-        exist_ok (bool, optional): Whether to leave a dataset that is there as it is. Default: ``False``.
+        overwrite (bool, optional): Whether to replace an existing dataset. Default: ``False``.
+        exist_ok (bool, optional): Whether to keep an existing dataset and convert nothing. Default: ``False``.
 
     Returns:
-        dict[str, int]: Number of images of each split; empty if ``exist_ok`` left things as they were.
+        dict[str, int]: Number of images of each split; empty if ``exist_ok`` kept an existing dataset.
 
     Raises:
-        DatasetError: If the source is missing or not as described, an image cannot be read, ``out`` exists or cannot
-            be written; the message is one line with the path.
+        DatasetError: If ``name`` is unknown, the source is missing or not as described, a class has no images, images
+            cannot be read, or ``out`` exists or cannot be written. The message is one line with the path.
 
     Example:
         >>> import tempfile
@@ -61,30 +73,47 @@ def convert(
         ...     convert('digits', None, f'{folder}/digits')
         {'train': 1437, 'val': 360}
     """
-    out = Path(out).absolute()
-    partial, replaced = (out.with_name(f'.{out.name}.{suffix}') for suffix in ('partial', 'replaced'))
+    if name not in READERS:
+        remedy = ": convert it as 'imagefolder'" if name == 'imagenet' else nearest(str(name), READERS)
+        raise DatasetError(f'unknown data set {name!r}{remedy}')
+    given = None if source is None else Path(os.path.expanduser(source))
+    out = Path(os.path.realpath(os.path.expanduser(out)))
     if exist_ok and _is_dataset(out):
-        return {}  # and nothing need be writable
+        return {}  # also if nothing is writable
+    if os.path.ismount(out):
+        problem = f'{out} is a mount point, which cannot be replaced'
+        raise DatasetError(f'{problem}: choose a folder in it, such as {out / name}')
+    partial, replaced = (out.with_name(f'.{out.name}.{suffix}') for suffix in ('partial', 'replaced'))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(out.with_name(f'.{out.name}.lock')):
+            _put_back(replaced, out)
             if exist_ok and _is_dataset(out):
                 return {}
-            _refuse_existing(out, overwrite)
+            _refuse_existing(out, given, overwrite)
             for stale in (partial, replaced):
                 shutil.rmtree(stale, ignore_errors=True)
-            partial.mkdir()
             try:
-                counts = _write(READERS[name](source, partial / 'source'), name, partial)
+                if out.exists():
+                    _try_to_move(out, replaced)
+                partial.mkdir()
+                images = READERS[name](given, partial / 'source')
+                counts = _write(images, name, partial)
                 shutil.rmtree(partial / 'source', ignore_errors=True)
                 if out.exists():
                     out.rename(replaced)
                 partial.rename(out)
             finally:
+                _put_back(replaced, out)
                 for leftover in (partial, replaced):
                     shutil.rmtree(leftover, ignore_errors=True)
     except OSError as error:
         raise DatasetError(f'{out}: the conversion failed: {error}') from error
+    for reason, paths in images.left_out.items():
+        if paths:
+            names = ', '.join(str(images.location(path)) for path in paths[:3]) + ', ...' * (len(paths) > 3)
+            entries = 'entry' if len(paths) == 1 else 'entries'
+            _log.warning('%s: left out %d %s %s: %s', source, len(paths), entries, reason, names)
     return counts
 
 
@@ -92,13 +121,30 @@ def _is_dataset(folder: Path) -> bool:
     return (folder / 'train' / INDEX).is_file()
 
 
-def _refuse_existing(out: Path, overwrite: bool) -> None:
+def _refuse_existing(out: Path, source: Path | None, overwrite: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not _is_dataset(out):
         raise DatasetError(f'{out} exists and is no MDS dataset: choose another --out, or remove it yourself')
     if not overwrite:
         raise DatasetError(f'{out} holds a dataset already: pass --overwrite to replace it, or choose another --out')
+    if source is not None and Path(os.path.realpath(source)).is_relative_to(out):
+        raise DatasetError(f'{out} would be replaced together with --source {source} in it: choose another --out')
+
+
+def _try_to_move(out: Path, replaced: Path) -> None:
+    """Raise DatasetError if ``out`` cannot be replaced, before the work of a conversion would be lost."""
+    try:
+        out.rename(replaced)
+        replaced.rename(out)
+    except OSError as error:
+        raise DatasetError(f'{out} cannot be replaced ({error.strerror}): choose another --out') from error
+
+
+def _put_back(replaced: Path, out: Path) -> None:
+    """Restore the old dataset if a conversion was killed or failed after it had moved it."""
+    if replaced.exists() and not out.exists():
+        replaced.rename(out)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -106,16 +152,18 @@ def _refuse_existing(out: Path, overwrite: bool) -> None:
 
 def _write(source: Source, name: str, out: Path) -> dict[str, int]:
     record: dict[str, Any] = {'name': name, 'num_classes': len(source.classes), 'classes': source.classes}
+    broken: list[tuple[Path, str]] = []
+    moments: list[np.ndarray] = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for split, samples in source.splits.items():
             if not samples:
                 raise DatasetError(f'the {split} split has no images: nothing was converted')
+            measured = 0
             if split == 'train':
                 # Neighbours on disk are neighbours in a shard, and a shuffle while streaming reaches only so far.
                 order = np.random.default_rng(SHUFFLE_SEED).permutation(len(samples))
                 samples = [samples[i] for i in order]
-                if name == 'imagefolder':
-                    record |= _statistics([image for image, _ in samples[:STATISTICS_IMAGES]], pool)
+                measured = STATISTICS_IMAGES if name == 'imagefolder' else 0
             with (
                 MDSWriter(
                     columns={'x': 'bytes', 'y': 'int'},
@@ -125,48 +173,99 @@ def _write(source: Source, name: str, out: Path) -> dict[str, int]:
                 ) as writer,
                 tqdm(total=len(samples), desc=f'{name} {split}', unit=' images', disable=None) as progress,
             ):
-                for encoded, label in _encode_all(samples, pool):
-                    writer.write({'x': encoded, 'y': label})
+                for (_, label), future in zip(samples, _encode_ahead(samples, measured, pool), strict=True):
+                    try:
+                        content, moment = future.result()
+                        moments += [] if moment is None else [moment]
+                        if not broken:  # else nothing will be kept, but the user learns of all broken files
+                            writer.write({'x': content, 'y': label})
+                    except _BrokenImageError as error:
+                        broken.append((source.location(error.path), error.reason))
                     progress.update()
+    if broken:
+        (path, reason), *others = sorted(broken)[:NAMED_FILES]
+        rest = ', '.join(f'{path} ({reason})' for path, reason in others) + ', ...' * (len(broken) > NAMED_FILES)
+        more, them = (f', and {len(broken) - 1:,} more: {rest}', 'them') if others else ('', 'it')
+        raise DatasetError(f'{path}: not an image that can be read ({reason}){more}: repair or remove {them}')
+    if moments:
+        mean, square = np.mean(moments, axis=0)
+        deviation = np.sqrt(np.maximum(square - mean**2, 1e-8))
+        record |= {'mean': mean.round(4).tolist(), 'std': deviation.round(4).tolist()}
     for split in source.splits:
         index = out / split / INDEX
         index.write_text(json.dumps(json.loads(index.read_text()) | {RECORD: record}, sort_keys=True))
     return {split: len(samples) for split, samples in source.splits.items()}
 
 
-def _encode_all(samples: Split, pool: ThreadPoolExecutor) -> Iterator[tuple[bytes, int]]:
-    # A pool's map would read the whole data set ahead of the writer.
-    for start in range(0, len(samples), 1024):
-        chunk = samples[start : start + 1024]
-        yield from zip(pool.map(_encode, [image for image, _ in chunk]), [label for _, label in chunk], strict=True)
+def _encode_ahead(samples: Split, measured: int, pool: ThreadPoolExecutor) -> Iterator[Future]:
+    """Yield the results of :func:`_encode` in order, and keep the files ahead within the limits of their bytes."""
+    waiting: deque[tuple[Future, int]] = deque()
+    held = 0
+    for i, (image, _) in enumerate(samples):
+        size = image.nbytes if isinstance(image, np.ndarray) else image.stat().st_size
+        waiting.append((pool.submit(_encode, image, i < measured), size))
+        held += size
+        while waiting and (held > AHEAD_BYTES or len(waiting) > AHEAD_FILES):
+            future, size = waiting.popleft()
+            held -= size
+            yield future
+    while waiting:
+        yield waiting.popleft()[0]
 
 
-def _encode(image: Path | np.ndarray) -> bytes:
-    if isinstance(image, Path):
-        encoded = image.read_bytes()
-        _decode(encoded, image, thumbnail=True)
-        return encoded
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, 'PNG')
-    return buffer.getvalue()
+class _BrokenImageError(Exception):
+    """A file that cannot be decoded."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
 
 
-def _decode(encoded: bytes, path: Path, thumbnail: bool = False) -> Image.Image:
+def _encode(image: Path | np.ndarray, measure: bool) -> tuple[bytes, np.ndarray | None]:
+    """Return the file of an image, and the moments of its channels if they are to be measured."""
+    if isinstance(image, np.ndarray):
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, 'PNG')
+        return buffer.getvalue(), None
     try:
-        image = Image.open(io.BytesIO(encoded))
-        if thumbnail:
-            image.draft('RGB', (1, 1))  # a JPEG is read to its end, but only an eighth of its pixels is computed
-        return to_rgb(image)
-    except Exception as error:  # what a decoder raises depends on the format and on where the file is broken
-        raise DatasetError(f'{path}: not an image that can be read ({error}): repair or remove it') from error
+        encoded = image.read_bytes()
+        opened = Image.open(io.BytesIO(encoded))
+        if not measure:
+            opened.draft('RGB', (1, 1))  # a JPEG is read to its end, but only 1 in 64 of its pixels is computed
+        with _decoding.hold(_PIXEL_BYTES * opened.width * opened.height):
+            rgb = to_rgb(opened)
+            return encoded, _moments(rgb) if measure else None
+    except Exception as error:  # decoders raise many types, which depend on the format and the damage
+        raise _BrokenImageError(image, decoding_error(error)) from None
 
 
-def _statistics(images: list[Any], pool: ThreadPoolExecutor) -> dict[str, list[float]]:
-    """Channel means and standard deviations of RGB in [0, 1], each image counting as much as another."""
+def _moments(image: Image.Image) -> np.ndarray:
+    """Return the mean of each channel and of its square, in [0, 1]; shape ``(2, 3)``."""
+    counts = np.array(image.histogram(), np.float64).reshape(3, 256)
+    levels = np.arange(256) / 255
+    return np.stack([counts @ levels, counts @ levels**2]) / (image.width * image.height)
 
-    def moments(path: Path) -> np.ndarray:
-        pixels = np.asarray(_decode(path.read_bytes(), path), np.float64).reshape(-1, 3) / 255
-        return np.stack([pixels.mean(0), np.square(pixels).mean(0)])
 
-    mean, square = np.mean(list(pool.map(moments, images)), axis=0)
-    return {'mean': mean.round(4).tolist(), 'std': np.sqrt(np.maximum(square - mean**2, 1e-8)).round(4).tolist()}
+class _Budget:
+    """Bytes that threads share: one that needs more than is free waits, and one that needs all runs alone."""
+
+    def __init__(self, size: int) -> None:
+        self._size = self._free = size
+        self._freed = threading.Condition()
+
+    @contextlib.contextmanager
+    def hold(self, size: int) -> Iterator[None]:
+        size = min(size, self._size)
+        with self._freed:
+            self._freed.wait_for(lambda: size <= self._free)
+            self._free -= size
+        try:
+            yield
+        finally:
+            with self._freed:
+                self._free += size
+                self._freed.notify_all()
+
+
+_PIXEL_BYTES = 8  # of PIL, which keeps 4 for RGB and up to 4 for the mode that it decodes from
+_decoding = _Budget(DECODED_BYTES)

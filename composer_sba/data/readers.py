@@ -1,34 +1,50 @@
-"""The sources that can be converted: scikit-learn's digits, CIFAR's python batches, folders of images, archives."""
+"""Sources of a conversion: scikit-learn's digits, CIFAR's Python batches, and folders or archives of images."""
 
+import contextlib
+import errno
 import functools
 import os
 import pickle
 import shutil
+import stat
+import struct
 import tarfile
+import unicodedata
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from lzma import LZMAError
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from composer_sba.errors import DatasetError
+from composer_sba.errors import DatasetError, one_line
 
 Split = Sequence[tuple[Path | np.ndarray, int]]
 
 
 @dataclass
 class Source:
-    """What there is to convert: class names in the order of their indices, and images with labels by split."""
+    """Images to convert.
+
+    Args:
+        classes (list[str]): Names of the classes, in the order of their labels.
+        splits (Mapping[str, Split]): Images, as files or as pixels, and labels of each split.
+        left_out (Mapping[str, list[Path]], optional): Files and folders that are not converted, by reason.
+        location (Callable[[Path], Path], optional): Where the user finds a file, for messages: an archive is unpacked
+            to a temporary folder.
+    """
 
     classes: list[str]
     splits: Mapping[str, Split]
+    left_out: Mapping[str, list[Path]] = field(default_factory=dict)
+    location: Callable[[Path], Path] = Path
 
 
-def _digits(source: str | Path | None, scratch: Path) -> Source:
+def _digits(source: Path | None, scratch: Path) -> Source:
     if source is not None:
         raise DatasetError(f'digits come with scikit-learn and take no --source, got {source}')
     try:
@@ -43,9 +59,9 @@ def _digits(source: str | Path | None, scratch: Path) -> Source:
     return Source([str(digit) for digit in range(10)], {'train': train, 'val': val})
 
 
-def _cifar(num_classes: int, source: str | Path | None, scratch: Path) -> Source:
-    root = _root(source, scratch)
-    found = _class_folders(root) if (root / 'train').is_dir() else _cifar_batches(root)
+def _cifar(num_classes: int, source: Path | None, scratch: Path) -> Source:
+    root, location, left_out = _find_root(source, scratch)
+    found = _class_folders(root, location, left_out) if (root / 'train').is_dir() else _cifar_batches(root, location)
     if len(found.classes) != num_classes:
         raise DatasetError(
             f'{source} has {len(found.classes)} classes, CIFAR-{num_classes} has {num_classes}: choose '
@@ -54,64 +70,159 @@ def _cifar(num_classes: int, source: str | Path | None, scratch: Path) -> Source
     return found
 
 
-def _imagefolder(source: str | Path | None, scratch: Path) -> Source:
-    root = _root(source, scratch)
+def _imagefolder(source: Path | None, scratch: Path) -> Source:
+    root, location, left_out = _find_root(source, scratch)
     if not (root / 'train').is_dir():
-        raise DatasetError(f'{source} holds python batches, no image files: choose cifar10 or cifar100')
-    return _class_folders(root)
+        raise DatasetError(f'{source} holds CIFAR batches, no image files: choose cifar10 or cifar100')
+    return _class_folders(root, location, left_out)
 
 
-READERS: dict[str, Callable[[str | Path | None, Path], Source]] = {
+READERS: dict[str, Callable[[Path | None, Path], Source]] = {
     'digits': _digits,
     'cifar10': functools.partial(_cifar, 10),
     'cifar100': functools.partial(_cifar, 100),
     'imagefolder': _imagefolder,
 }
 
+# --- folders of images ------------------------------------------------------------------------------------------------
 
-def _root(source: str | Path | None, scratch: Path) -> Path:
-    """The folder that holds ``train``, or CIFAR's batches: the source, what it unpacks to, or a folder in that."""
-    if source is None or not Path(source).exists():
+_Location = Callable[[Path], Path]
+_LeftOut = defaultdict[str, list[Path]]
+
+# Folders that macOS, a NAS or a file system adds. Some hold small copies of the images.
+_SYSTEM_FOLDERS = ('__MACOSX', '@eaDir', '#recycle', '$RECYCLE.BIN', 'System Volume Information', 'lost+found')
+
+
+def _find_root(source: Path | None, scratch: Path) -> tuple[Path, _Location, _LeftOut]:
+    """Return the folder that holds ``train`` or CIFAR's batches: the source, what it unpacks to, or a folder in it."""
+    if source is None or not source.exists():
         raise DatasetError(f'--source {source} does not exist: give a folder of images or an archive of one')
-    folder = Path(source)
-    if not folder.is_dir():
-        unpack(folder, scratch)
+    folder = source
+    if not source.is_dir():
         folder = scratch
-    for root in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
-        if any((root / name).exists() for name in ('train', 'batches.meta')):
-            refuse_links(folder)
-            return root
-    raise DatasetError(f'{source} has no train/<class>/ folders and no CIFAR batches: nothing to convert')
+        unpack(source, folder)
+    left_out: _LeftOut = defaultdict(list)
+    entries = [Path(entry.path) for entry in _visible(folder, left_out)]
+    roots = [root for root in (folder, *entries) if any((root / name).exists() for name in ('train', 'batches.meta'))]
+    if not roots:
+        raise DatasetError(f'{source} has no train/<class>/ folders and no CIFAR batches: nothing to convert')
+    root = roots[0]
+    if root == folder:
+        left_out.clear()
+    elif len(roots) > 1:
+        names = ', '.join(each.name for each in roots[:5])
+        raise DatasetError(f'{source} holds {len(roots)} data sets ({names}): give one of them as --source')
+    else:
+        left_out[f'beside {root.name}'] = [entry for entry in entries if entry != root]
+    refuse_links(folder)
+    return root, lambda path: source / path.relative_to(folder), left_out
 
 
-def _class_folders(root: Path) -> Source:
+def _class_folders(root: Path, location: _Location, left_out: _LeftOut) -> Source:
     held_out = next((root / name for name in ('val', 'test') if (root / name).is_dir()), None)
     if held_out is None:
-        raise DatasetError(f'{root} has no val/<class>/ or test/<class>/ beside train/<class>/')
-    folders = {'train': root / 'train', 'val': held_out}
-    classes = {split: _names(folder, Path.is_dir) for split, folder in folders.items()}
-    if classes['train'] != classes['val']:
-        odd = sorted(set(classes['train']) ^ set(classes['val']))
-        raise DatasetError(f'{root}: train and {held_out.name} differ in their classes: only one of them has {odd[:5]}')
-    if not classes['train']:
-        raise DatasetError(f'{root / "train"} has no class folders: expected train/<class>/<image files>')
-    splits = {
-        split: [(path, label) for label, name in enumerate(classes['train']) for path in _files(folder / name)]
-        for split, folder in folders.items()
+        raise DatasetError(f'{location(root)} has no val/<class>/ or test/<class>/ beside train/<class>/')
+    splits = {'train': root / 'train', 'val': held_out}
+    left_out[f'beside train and {held_out.name}'] = [
+        Path(entry.path) for entry in _visible(root, left_out) if Path(entry.path) not in splits.values()
+    ]
+    folders = {split: _folder_of_each_class(folder, location, left_out) for split, folder in splits.items()}
+    classes = list(folders['train'])
+    if classes != list(folders['val']):
+        odd = sorted({*classes} ^ {*folders['val']})
+        problem = f'train and {held_out.name} differ in their classes: only one of them has {odd[:5]}'
+        raise DatasetError(f'{location(root)}: {problem}')
+    files = {
+        split: {name: list(_files(folders[split][name], location, left_out)) for name in classes} for split in splits
     }
-    return Source(classes['train'], splits)
+    for split, of_class in files.items():
+        empty = [name for name in classes if not of_class[name]]
+        if empty and len(empty) < len(classes):
+            raise DatasetError(
+                f'{location(splits[split])} has no images of {len(empty)} of its {len(classes)} classes, {empty[:5]}: '
+                'add images, or remove the classes from both splits'
+            )
+    return Source(
+        classes,
+        {
+            split: [(path, label) for label, paths in enumerate(of_class.values()) for path in paths]
+            for split, of_class in files.items()
+        },
+        left_out,
+        location,
+    )
 
 
-def _names(folder: Path, kind: Callable[[Path], bool]) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if not path.name.startswith('.') and kind(path))
+def _folder_of_each_class(split: Path, location: _Location, left_out: _LeftOut) -> dict[str, Path]:
+    """Return the class folders of a split by name, sorted; names are in Unicode's composed form, NFC."""
+    folders: dict[str, Path] = {}
+    strays = []
+    for entry in _visible(split, left_out):
+        name = unicodedata.normalize('NFC', entry.name)
+        if not entry.is_dir():
+            strays.append(Path(entry.path))
+        elif name in folders:
+            raise DatasetError(f'{location(split)} has two folders {name!r}, in two forms of Unicode: merge them')
+        else:
+            folders[name] = Path(entry.path)
+    if not folders and strays:
+        raise DatasetError(
+            f'{location(split)} has {len(strays):,} files and no class folders: move each image to '
+            f'{split.name}/<class>/, as extract_ILSVRC.sh in imagenet/ of pytorch/examples does for ImageNet'
+        )
+    if not folders:
+        raise DatasetError(f'{location(split)} has no class folders: expected {split.name}/<class>/<image files>')
+    left_out['beside the class folders'] += strays
+    return dict(sorted(folders.items()))
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob('*') if path.is_file() and not path.name.startswith('.'))
+def _files(folder: Path, location: _Location, left_out: _LeftOut, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Yield all files below a folder, also in linked folders, sorted by their paths."""
+    real = os.path.realpath(folder)
+    if real in above:
+        raise DatasetError(f'{location(folder)} contains itself, through a link in this path: remove the link')
+    for entry in _visible(folder, left_out):
+        path = Path(entry.path)
+        if entry.is_dir():
+            yield from _files(path, location, left_out, (*above, real))
+        elif entry.is_file():
+            yield path
+        else:
+            left_out['that are neither files nor folders'].append(path)
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads arrays and plain containers: a pickle may otherwise run any code that its author liked."""
+def _visible(folder: Path, left_out: _LeftOut) -> list[os.DirEntry[str]]:
+    """Return the entries of a folder sorted by name, without those that are hidden or that a system adds."""
+    visible = []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name.startswith('.') or entry.name in _SYSTEM_FOLDERS:
+            left_out['that are hidden or made by the operating system'].append(Path(entry.path))
+        else:
+            visible.append(entry)
+    return visible
+
+
+def refuse_links(folder: Path) -> None:
+    """Raise DatasetError if a link in ``folder`` leads out of it: its target is not part of the data set."""
+    root = os.path.realpath(folder)
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = os.path.join(parent, name)
+            if not os.path.islink(path):
+                continue
+            if not os.path.exists(path):
+                raise DatasetError(f'{path} is a link that leads nowhere: remove it')
+            if os.path.commonpath([root, os.path.realpath(path)]) != root:
+                raise DatasetError(
+                    f'{path} is a link out of {folder}, to {os.path.realpath(path)}: put the files themselves there'
+                )
+
+
+# --- CIFAR's Python batches -------------------------------------------------------------------------------------------
+
+
+class _DataUnpickler(pickle.Unpickler):
+    """Unpickler of arrays and plain containers alone: other pickles may run any code of their authors."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module.split('.')[0] == 'numpy' and name in ('_reconstruct', 'ndarray', 'dtype'):
@@ -121,7 +232,7 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f'{module}.{name} is not plain data')
 
 
-def _cifar_batches(root: Path) -> Source:
+def _cifar_batches(root: Path, location: _Location) -> Source:
     if (root / 'batches.meta').is_file():
         meta, files = 'batches.meta', {'train': [f'data_batch_{i}' for i in range(1, 6)], 'val': ['test_batch']}
     else:
@@ -141,72 +252,144 @@ def _cifar_batches(root: Path) -> Source:
                 samples += zip(images, map(int, labels), strict=True)
             splits[split] = samples
     except (OSError, EOFError, pickle.UnpicklingError, KeyError, ValueError, AttributeError, TypeError) as error:
-        raise DatasetError(f'{path}: not a readable CIFAR batch ({error!r}): download the archive again') from error
+        problem = f'not a readable CIFAR batch ({error!r}): download the archive again'
+        raise DatasetError(f'{location(path)}: {problem}') from error
     return Source(classes, splits)
 
 
 def _unpickle(path: Path) -> dict[bytes, Any]:
     with open(path, 'rb') as file:
-        return _PlainUnpickler(file, encoding='bytes').load()
+        return _DataUnpickler(file, encoding='bytes').load()
 
 
-MAX_RATIO = 100  # bytes that one byte of an archive may become; images are compressed already, and become about one
-SMALL = 1 << 30  # bytes that no archive is refused for
+# --- archives ---------------------------------------------------------------------------------------------------------
+
+MAX_RATIO = 100  # largest factor by which an archive may grow; images are compressed already and hardly grow
+ALWAYS_ACCEPTED = 1 << 30  # bytes; smaller contents are accepted at any ratio
+
+_OTHER_ARCHIVES = {  # by their first bytes
+    b'7z\xbc\xaf\x27\x1c': 'a 7-Zip archive',
+    b'Rar!\x1a\x07': 'a RAR archive',
+    b'\x28\xb5\x2f\xfd': 'compressed with Zstandard',
+    b'\x04\x22\x4d\x18': 'compressed with LZ4',
+    b'\x1f\x9d': 'compressed with compress',
+    b'LZIP': 'compressed with lzip',
+}
+_ZIP_ENCRYPTED, _ZIP_UTF8 = 0x1, 0x800  # flags of a member
+_ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+_ZIP_OTHER_METHODS = {9: 'Deflate64', 93: 'Zstandard', 95: 'XZ', 98: 'PPMd'}
+_ZIP_UNICODE_PATH = 0x7075  # extra field with the name in UTF-8
+_DOS_SYSTEMS = (0, 6, 10, 11)  # FAT, HPFS and, by two numbers, NTFS
 
 
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack an archive into a folder.
 
     Args:
-        archive (Path): A .tar, .tar.gz, .tar.xz or .zip.
-        folder (Path): Where to; it is made.
+        archive (Path): A .tar, .tar.gz, .tar.bz2, .tar.xz or .zip.
+        folder (Path): Target folder, which is made.
 
     Raises:
-        DatasetError: If the archive is none, is broken, reaches outside ``folder``, or becomes more than there is room
-            for or than images can.
+        DatasetError: If the archive is broken or Python cannot read it, if it holds links or paths out of the folder,
+            or if its content exceeds the free space or :data:`MAX_RATIO`.
     """
     try:
         if tarfile.is_tarfile(archive):
-            room = _Room(archive, folder)
+            limits = _Limits(archive, folder)
             with tarfile.open(archive) as tar:
-                tar.extractall(folder, filter=room.take)
+                tar.extractall(folder, filter=limits.filter_tar)
+                while tar.fileobj is not None and tar.fileobj.read(1 << 20):
+                    pass  # at its end the checksum of a compressed file is compared
         elif zipfile.is_zipfile(archive):
-            room = _Room(archive, folder)
-            with zipfile.ZipFile(archive) as unzipped:
-                for member in unzipped.infolist():
-                    room.refuse_path(member.filename)
-                    room.add(member.file_size)
-                unzipped.extractall(folder)
+            _unpack_zip(archive, folder)
         else:
-            raise DatasetError(f'{archive} is neither a folder nor a .tar, .tar.gz, .tar.xz or .zip archive')
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, LZMAError, zlib.error) as error:
-        raise DatasetError(f'{archive}: cannot be unpacked ({error}): download it again') from error
+            _refuse_other_formats(archive)
+    except DatasetError:
+        raise
+    except (
+        tarfile.TarError, zipfile.BadZipFile, EOFError, LZMAError, zlib.error, struct.error, RuntimeError, ValueError,
+        OSError,
+    ) as error:  # fmt: skip
+        if getattr(error, 'errno', None) not in (None, errno.EINVAL):  # a full disk, no permission
+            raise
+        remedy = 'download it again, or unpack it yourself and give the folder'
+        raise DatasetError(f'{archive}: cannot be unpacked ({one_line(error)}): {remedy}') from error
 
 
-def refuse_links(folder: Path) -> None:
-    """Raise DatasetError if a link in ``folder`` leads out of it: what it leads to is not part of the data set."""
-    root = os.path.realpath(folder)
-    for parent, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            path = os.path.join(parent, name)
-            if not os.path.islink(path):
-                continue
-            if not os.path.exists(path):
-                raise DatasetError(f'{path} is a link that leads nowhere: remove it')
-            if os.path.commonpath([root, os.path.realpath(path)]) != root:
-                raise DatasetError(
-                    f'{path} is a link out of {folder}, to {os.path.realpath(path)}: put the files themselves there'
+def _unpack_zip(archive: Path, folder: Path) -> None:
+    limits = _Limits(archive, folder)
+    with open(archive, 'rb') as file:
+        file.seek(-min(archive.stat().st_size, 22 + (1 << 16)), os.SEEK_END)  # the last record and its comment
+        disk = file.read().rpartition(b'PK\x05\x06')[2][:2]
+    if disk not in (b'\0\0', b'\xff\xff'):  # the latter: see the record of ZIP64
+        raise DatasetError(f'{archive} is the last part of a split archive: join its parts with zip -s 0 --out')
+    with zipfile.ZipFile(archive) as unzipped:
+        members = unzipped.infolist()
+        for member in members:
+            encrypted, method = member.flag_bits & _ZIP_ENCRYPTED, member.compress_type
+            if encrypted or method not in _ZIP_METHODS:
+                what = (
+                    'encrypted'
+                    if encrypted
+                    else f'compressed with {_ZIP_OTHER_METHODS.get(method, f"method {method}")}'
                 )
+                raise DatasetError(f'{archive} is {what}, which Python cannot unpack: unpack it, and give the folder')
+            member.filename = _member_path(member)
+            limits.refuse_path(member.filename)
+            if stat.S_ISLNK(member.external_attr >> 16):
+                limits.refuse_link(member.filename)
+            limits.add(member.file_size)
+        for member in members:
+            unzipped.extract(member, folder)
 
 
-class _Room:
-    """Counts what an archive becomes, and says when that is too much."""
+def _member_path(member: zipfile.ZipInfo) -> str:
+    r"""Return the path of a ZIP archive's member.
+
+    Python takes each name without the flag for cp437, but macOS and others write UTF-8 without it. Some programs of
+    Windows write ``\``, which only there separates folders.
+    """
+    name = member.orig_filename
+    if not member.flag_bits & _ZIP_UTF8:
+        raw = name.encode('cp437')
+        with contextlib.suppress(UnicodeDecodeError):
+            name = (_unicode_path(member.extra, raw) or raw).decode()
+    if member.create_system in _DOS_SYSTEMS and '/' not in name:
+        name = name.replace('\\', '/')
+    return name.partition('\0')[0]
+
+
+def _unicode_path(extra: bytes, raw: bytes) -> bytes:
+    """Return a member's name in UTF-8 from its extra fields; empty if none belongs to the name ``raw``."""
+    while len(extra) >= 4:
+        kind, size = struct.unpack('<HH', extra[:4])
+        content, extra = extra[4 : 4 + size], extra[4 + size :]
+        if kind == _ZIP_UNICODE_PATH and content[1:5] == struct.pack('<L', zlib.crc32(raw)):
+            return content[5:]
+    return b''
+
+
+def _refuse_other_formats(archive: Path) -> None:
+    with open(archive, 'rb') as file:
+        start = file.read(8)
+    for magic, kind in _OTHER_ARCHIVES.items():
+        if start.startswith(magic):
+            raise DatasetError(f'{archive} is {kind}, which Python cannot read: unpack it, and give the folder')
+    if start.startswith((b'PK\x03\x04', b'PK\x07\x08')):
+        raise DatasetError(f'{archive} is a part of a ZIP archive: join all parts, or download it again')
+    if start.startswith((b'\x1f\x8b', b'BZh', b'\xfd7zXZ')):
+        raise DatasetError(f'{archive} is a damaged archive, or not a .tar that was compressed: download it again')
+    raise DatasetError(f'{archive} is neither a folder nor a .tar, .tar.gz, .tar.bz2, .tar.xz or .zip archive')
+
+
+class _Limits:
+    """What an archive may contain: paths within it, files and folders alone, and plausibly many bytes."""
 
     def __init__(self, archive: Path, folder: Path) -> None:
         self.archive, self.bytes = archive, 0
         folder.mkdir(parents=True, exist_ok=True)
         self.free = shutil.disk_usage(folder).free
-        self.plausible = max(SMALL, MAX_RATIO * archive.stat().st_size)
+        self.plausible = max(ALWAYS_ACCEPTED, MAX_RATIO * archive.stat().st_size)
 
     def add(self, size: int) -> None:
         self.bytes += size
@@ -222,13 +405,18 @@ class _Room:
                 f'{self.archive}: expected files inside the archive, got the path {name!r}: do not trust it'
             )
 
-    def take(self, member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
-        """Python's own filter of data, which refuses paths and devices, and no links: images need none.
+    def refuse_link(self, name: str) -> None:
+        raise DatasetError(
+            f'{self.archive}: expected files, got the link {name}: unpack it yourself if you trust it, and give the '
+            'folder'
+        )
 
-        By way of links the filters of Python before 3.10.18, 3.11.13 and 3.12.11 can be deceived (CVE-2025-4517).
+    def filter_tar(self, member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
+        """Apply Python's filter of data, which refuses paths and devices, and refuse links, which images do not need.
+
+        Links deceive the filters of Python before 3.10.18, 3.11.13 and 3.12.11 (CVE-2025-4517).
         """
         if member.issym() or member.islnk():
-            problem = f'expected files, got the link {member.name!r} to {member.linkname!r}'
-            raise DatasetError(f'{self.archive}: {problem}: unpack it yourself if you trust it, and give the folder')
+            self.refuse_link(f'{member.name!r} to {member.linkname!r}')
         self.add(member.size)
         return tarfile.data_filter(member, folder)

@@ -1,11 +1,14 @@
-"""From the file of an image to RGB: as a PIL image, or, where a tensor will do, a JPEG straight to a tensor."""
+"""Stored samples: decode an image file to 8-bit RGB, and check that a sample is what its dataset promises."""
 
 import contextlib
+import functools
 import io
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
@@ -13,23 +16,27 @@ from torchvision.io import decode_jpeg
 
 from composer_sba.errors import DatasetError, one_line
 
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
+
 
 def decode(file: bytes, tensors: bool = False) -> Image.Image | torch.Tensor:
-    """Decode the file of an image.
+    """Decode an image file.
 
-    Both ways give the same pixels, bit by bit, where Pillow and torchvision bring the same libjpeg-turbo's arithmetic,
-    as their wheels do; to a tensor it takes a fifth less time.
+    PIL images and tensors have the same pixels, bit by bit, if Pillow and torchvision use the same version of
+    libjpeg-turbo, as their wheels do. Decoding to a tensor takes a fifth less time.
 
     Args:
-        file (bytes): In any format that PIL reads.
-        tensors (bool, optional): Whether a JPEG shall become a tensor. Default: ``False``.
+        file (bytes): Content of the file, in any format that PIL reads.
+        tensors (bool, optional): Whether to decode a JPEG to a tensor. Default: ``False``.
 
     Returns:
-        PIL.Image.Image | torch.Tensor: In mode ``'RGB'``; or of shape ``(3, H, W)``, uint8, with a pixel's colours side
-        by side in memory. CMYK, and what torchvision refuses, is left to PIL, as other formats are.
+        PIL.Image.Image | torch.Tensor: An image in mode ``'RGB'``; or a tensor of shape ``(3, H, W)``, uint8, with the
+        channels of a pixel next to each other in memory. PIL decodes CMYK, other formats, and JPEGs that torchvision
+        refuses.
 
     Raises:
-        OSError: If PIL cannot decode it either.
+        OSError: If PIL cannot decode the file.
+        ValueError: If the pixels have no agreed range; see :func:`to_rgb`.
 
     Example:
         >>> file = io.BytesIO()
@@ -38,37 +45,74 @@ def decode(file: bytes, tensors: bool = False) -> Image.Image | torch.Tensor:
         ((4, 2), torch.Size([3, 2, 4]))
     """
     if tensors and file.startswith(b'\xff\xd8\xff'):
-        with contextlib.suppress(RuntimeError):  # PIL bears more, and says what is wrong with the rest
-            pixels = decode_jpeg(torch.frombuffer(bytearray(file), dtype=torch.uint8))  # of bytes torch would warn
+        with contextlib.suppress(RuntimeError):  # PIL reads more files, and its errors are clearer
+            pixels = decode_jpeg(torch.frombuffer(bytearray(file), dtype=torch.uint8))  # torch warns about bytes
             if len(pixels) in (1, 3):
                 return pixels.expand(3, -1, -1)
     return to_rgb(Image.open(io.BytesIO(file)))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode an opened image to RGB; data sets hold grayscale, palette, CMYK and transparent files as well.
+    """Convert an image of any mode to 8-bit RGB.
+
+    Transparency is dropped. 16-bit grey levels are scaled to 0 to 255 and rounded; PIL alone would clip them. A TIFF of
+    12 bits is scaled by its own maximum, 4095.
 
     Args:
-        image (PIL.Image.Image): An opened image of any mode.
+        image (PIL.Image.Image): The image. If it is in mode ``'RGB'``, it is returned itself.
 
     Returns:
-        PIL.Image.Image: The image in mode ``'RGB'``, itself if it was; transparency is dropped.
+        PIL.Image.Image: The image in mode ``'RGB'``.
+
+    Raises:
+        ValueError: If its pixels are 32-bit integers (mode ``'I'``) or floats (``'F'``), which have no agreed range.
+
+    Example:
+        >>> to_rgb(Image.new('I;16', (1, 1), 32896)).getpixel((0, 0))
+        (128, 128, 128)
     """
+    sixteen_bit = image.mode.startswith('I;16') or (image.mode == 'I' and image.format in ('PNG', 'PPM'))
+    if image.mode in ('I', 'F') and not sixteen_bit:
+        raise ValueError(f'pixels of mode {image.mode} have no agreed range, convert them to 8 or 16 bits')
+    if sixteen_bit:
+        tags = getattr(image, 'tag_v2', {})
+        bits, inverted = tags.get(_BITS_PER_SAMPLE, (16,))[0], tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+        return Image.fromarray(np.asarray(image, np.int32)).point(_levels(bits, inverted), 'L').convert('RGB')
     if image.mode == 'P' and 'transparency' in image.info:
-        image = image.convert('RGBA')  # PIL's own advice: straight to RGB it warns
+        image = image.convert('RGBA')  # PIL warns if it converts straight to RGB
+    elif image.mode == 'La':
+        image = image.convert('LA')
     image.load()
     return image if image.mode == 'RGB' else image.convert('RGB')  # which would copy
 
 
+@functools.cache
+def _levels(bits: int, inverted: bool) -> list[int]:
+    """Return the 8-bit level of each 16-bit number."""
+    top = 2**bits - 1
+    levels = [(255 * min(number, top) + top // 2) // top for number in range(1 << 16)]
+    return [255 - level for level in levels] if inverted else levels
+
+
+def decoding_error(error: Exception) -> str:
+    """Return why an image cannot be decoded, in one line without PIL's name of a buffer in memory.
+
+    Example:
+        >>> decoding_error(OSError('cannot identify image file <_io.BytesIO object at 0x7f5d8c0>'))
+        'cannot identify image file'
+    """
+    return re.sub(r' ?<[\w.]+ object at 0x\w+>', '', one_line(error))
+
+
 @dataclass(frozen=True)
 class Expected:
-    """What every sample of a dataset must be, or its reader says in one line what it is instead.
+    """The properties that every sample of a dataset must have, checked as it is read.
 
     Args:
-        folder (str): Where the dataset is, for messages.
-        num_classes (int): Labels are refused unless in [0, num_classes).
+        folder (str): Folder of the dataset, for messages.
+        num_classes (int): Number of classes. Labels must be in [0, num_classes).
         image_size (int, optional): Height and width that every image must have. ``None``: any.
-        remedy (str): What to do about a broken dataset, for messages.
+        remedy (str): How to repair a broken dataset, for messages.
     """
 
     folder: str
@@ -83,26 +127,25 @@ class Expected:
 
         Args:
             sample_id (int): Index of the sample in the dataset, for messages.
-            read (Callable): Called with ``args``, gives the columns ``x``, an image or its file, and ``y``.
-            *args (Any): Its arguments.
-            tensors (bool, optional): Whether a JPEG shall become a tensor. Default: ``False``.
+            read (Callable): Returns the columns ``x``, an image or the content of its file, and ``y``.
+            *args (Any): Arguments of ``read``.
+            tensors (bool, optional): Whether to decode a JPEG to a tensor. Default: ``False``.
 
         Returns:
-            tuple[PIL.Image.Image | torch.Tensor, int]: The RGB image, as :func:`decode` gives it, and its
-            label.
+            tuple[PIL.Image.Image | torch.Tensor, int]: The RGB image, as :func:`decode` returns it, and its label.
 
         Raises:
-            DatasetError: If the sample cannot be read, has an impossible label or the wrong size.
+            DatasetError: If the sample cannot be read, or has an impossible label or the wrong size.
         """
         try:
             sample = read(*args)
             image, label = sample['x'], int(sample['y'])
-            if tensors and isinstance(image, JpegImageFile):  # opened by Streaming, from memory, and not decoded yet
+            if tensors and isinstance(image, JpegImageFile):  # Streaming opened it from memory without decoding it
                 image = cast(io.BytesIO, image.fp).getvalue()
             image = decode(image, tensors) if isinstance(image, bytes) else to_rgb(image)
-        except Exception as error:  # what a decoder raises depends on the format and on where the bytes are broken
+        except Exception as error:  # decoders raise many types, which depend on the format and the damage
             raise DatasetError(
-                f'{self.folder}: sample {sample_id} cannot be read ({one_line(error)}): {self.remedy}'
+                f'{self.folder}: sample {sample_id} cannot be read ({decoding_error(error)}): {self.remedy}'
             ) from error
         if not 0 <= label < self.num_classes:
             raise DatasetError(

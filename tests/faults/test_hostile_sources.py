@@ -1,4 +1,4 @@
-"""Archives and folders that strangers send: refused before anything is written outside, or more than images need.
+"""Archives and folders of attackers: refused before they write outside their folder, or more than images need.
 
 pytest tests/faults/test_hostile_sources.py
 """
@@ -17,22 +17,15 @@ import pytest
 from PIL import Image
 
 from composer_sba.convert import main as convert_main
-from composer_sba.data import readers as archives
+from composer_sba.data import readers
 from composer_sba.data.conversion import convert
+from conversions import small_folder
 
 pytestmark = pytest.mark.usefixtures('in_tmp_path')
 
 
-def image_folder(root: Path) -> Path:
-    for split in ('train', 'val'):
-        for name in ('ant', 'bee'):
-            (root / split / name).mkdir(parents=True)
-            Image.new('RGB', (8, 8)).save(root / split / name / '0.png')
-    return root
-
-
 def tar_with(root: Path, **member: Any) -> Path:
-    image_folder(root / 'images')
+    small_folder(root / 'images')
     with tarfile.open(root / 'evil.tar', 'w') as tar:
         tar.add(root / 'images', '.')
         info = tarfile.TarInfo(member.pop('name'))
@@ -43,12 +36,21 @@ def tar_with(root: Path, **member: Any) -> Path:
 
 
 def zip_with(root: Path, name: str, content: bytes) -> Path:
-    image_folder(root / 'images')
+    small_folder(root / 'images')
     with zipfile.ZipFile(root / 'evil.zip', 'w', zipfile.ZIP_DEFLATED) as archive:
         for path in (root / 'images').rglob('*.png'):
             archive.write(path, path.relative_to(root / 'images'))
         archive.writestr(name, content)
     return root / 'evil.zip'
+
+
+def zip_link(root: Path) -> Path:
+    link = zipfile.ZipInfo('train/ant/1.png')
+    link.create_system, link.external_attr = 3, 0o120777 << 16
+    archive = zip_with(root, 'train/ant/2.png', b'x')
+    with zipfile.ZipFile(archive, 'a') as packed:
+        packed.writestr(link, '/etc/passwd')
+    return archive
 
 
 def tar_bomb(root: Path) -> Path:
@@ -60,14 +62,14 @@ def tar_bomb(root: Path) -> Path:
 
 
 def image_bomb(root: Path) -> Path:
-    Image.new('1', (20_000, 20_000)).save(image_folder(root / 'images') / 'train' / 'ant' / '1.png')
+    Image.new('1', (20_000, 20_000)).save(small_folder(root / 'images') / 'train' / 'ant' / '1.png')
     return root / 'images'
 
 
 def linked(root: Path, place: str, target: str) -> Path:
     (root / 'private').mkdir()
     Image.new('RGB', (8, 8)).save(root / 'private' / 'secret.png')
-    (image_folder(root / 'images') / place).symlink_to(target)
+    (small_folder(root / 'images') / place).symlink_to(target)
     return root / 'images'
 
 
@@ -85,6 +87,7 @@ IN = {'name': 'train/ant/1.png'}
         (zip_with, {'name': '../../evil', 'content': b'x'}, r"evil.zip: .* got the path '../../evil'"),
         (zip_with, {'name': '/evil', 'content': b'x'}, r"evil.zip: .* got the path '/evil'"),
         (zip_with, {**IN, 'content': bytes(30 << 20)}, 'evil.zip: expected at most 100 times its .* bytes, got 31,'),
+        (zip_link, {}, 'evil.zip: expected files, got the link train/ant/1.png: unpack it yourself if you trust it'),
         (tar_bomb, {}, 'bomb.tar.gz: expected at most 100 times its .* bytes, got 31,457,280 and more: no archive'),
         (image_bomb, {}, r'train/ant/1.png: not an image that can be read \(Image size .* exceeds limit'),
         (linked, {'place': 'train/ant/l.png', 'target': '../../../private/secret.png'}, 'l.png is a link out of'),
@@ -96,7 +99,7 @@ def test_a_hostile_source_is_refused_and_leaves_nothing(
     make: Callable[..., Path], what: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(archives, 'SMALL', 1 << 20)
+    monkeypatch.setattr(readers, 'ALWAYS_ACCEPTED', 1 << 20)
     (tmp_path / 'source').mkdir()
     source = make(tmp_path / 'source', **what)
     assert convert_main(['imagefolder', '--source', str(source), '--out', 'out']) == 2
@@ -110,12 +113,12 @@ def test_an_archive_that_does_not_fit_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     archive = zip_with(tmp_path, 'train/ant/1.png', os.urandom(1 << 20))
-    monkeypatch.setattr(archives.shutil, 'disk_usage', lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(readers.shutil, 'disk_usage', lambda path: SimpleNamespace(free=1000))
     assert convert_main(['imagefolder', '--source', str(archive), '--out', 'out']) == 2
     assert 'evil.zip: needs more than the 1,000 bytes that are free: make room' in capsys.readouterr().err
 
 
 def test_links_within_a_folder_are_followed(tmp_path: Path) -> None:
-    source = image_folder(tmp_path / 'images')
+    source = small_folder(tmp_path / 'images')
     (source / 'train' / 'ant' / '1.png').symlink_to('0.png')
     assert convert('imagefolder', source, tmp_path / 'out') == {'train': 3, 'val': 2}

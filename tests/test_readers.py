@@ -1,0 +1,440 @@
+"""Sources of every kind compared with what they become, each image's bytes and label; and sources with mistakes.
+
+Run: python -m pytest tests/test_readers.py
+"""
+
+import gzip
+import io
+import os
+import pickle
+import re
+import struct
+import tarfile
+import unicodedata
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from composer_sba.convert import main
+from composer_sba.data.conversion import convert
+from composer_sba.data.readers import unpack
+from composer_sba.errors import DatasetError
+from conversions import cifar_batches, content, image_folder, record, samples, small_folder, text_file, visible
+
+
+@pytest.mark.parametrize('held_out', ['val', 'test'])
+def test_image_folder_keeps_bytes_and_labels(tmp_path: Path, held_out: str) -> None:
+    source = image_folder(tmp_path / 'source', held_out=held_out)
+    assert convert('imagefolder', source, tmp_path / 'out') == {'train': 63, 'val': 21}
+    for split, folder in (('train', 'train'), ('val', held_out)):
+        expected = [
+            (path.read_bytes(), label)
+            for label, name in enumerate(('ant', 'bee', 'cat'))
+            for path in sorted((source / folder / name).iterdir())
+        ]
+        found = [(sample['x'], sample['y']) for sample in samples(tmp_path / 'out' / split)]
+        assert sorted(found) == sorted(expected)
+        assert (found == expected) == (split == 'val'), 'train is shuffled, val keeps its order'
+
+
+def test_digits_are_lossless_and_stratified(tmp_path: Path) -> None:
+    convert('digits', None, tmp_path / 'digits')
+    pixels, labels = load_digits(return_X_y=True)
+    expected = sorted((tuple(row), int(label)) for row, label in zip(pixels, labels, strict=True))
+    found = [sample for split in ('train', 'val') for sample in samples(tmp_path / 'digits' / split)]
+    images = [np.asarray(Image.open(io.BytesIO(sample['x'])), float).ravel() / 15 for sample in found]
+    assert sorted((tuple(image), sample['y']) for image, sample in zip(images, found, strict=True)) == expected
+    counts = np.bincount([sample['y'] for sample in samples(tmp_path / 'digits' / 'val')])
+    assert counts.sum() == 360 and counts.min() >= 35 and counts.max() <= 37, counts
+
+
+def test_cifar10_batches_are_lossless_from_folder_and_archive(tmp_path: Path) -> None:
+    pixels = cifar_batches(tmp_path / 'cifar-10-batches-py')
+    with tarfile.open(tmp_path / 'cifar.tar.gz', 'w:gz') as archive:
+        archive.add(tmp_path / 'cifar-10-batches-py', 'cifar-10-batches-py')
+    assert convert('cifar10', tmp_path / 'cifar-10-batches-py', tmp_path / 'a') == {'train': 100, 'val': 20}
+    convert('cifar10', tmp_path / 'cifar.tar.gz', tmp_path / 'b')
+    assert content(tmp_path / 'a') == content(tmp_path / 'b')
+    found = np.stack([np.asarray(Image.open(io.BytesIO(sample['x']))) for sample in samples(tmp_path / 'a' / 'val')])
+    np.testing.assert_array_equal(found, pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    assert record(tmp_path / 'a' / 'val')['classes'][3] == 'class3'
+
+
+def test_cifar100_batches_have_fine_labels(tmp_path: Path) -> None:
+    folder = tmp_path / 'cifar-100-python'
+    folder.mkdir()
+    batch = {b'data': np.zeros((200, 3072), np.uint8), b'fine_labels': [*range(100)] * 2, b'coarse_labels': [0] * 200}
+    for name in ('train', 'test'):
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+    (folder / 'meta').write_bytes(pickle.dumps({b'fine_label_names': [b'%d' % i for i in range(100)]}, protocol=2))
+    convert('cifar100', folder, tmp_path / 'out')
+    assert sorted(sample['y'] for sample in samples(tmp_path / 'out' / 'val')) == sorted([*range(100)] * 2)
+
+
+# --- what is read and what is left out --------------------------------------------------------------------------------
+
+
+def link(root: Path, path: str, target: str) -> None:
+    (root / path).symlink_to(target)
+
+
+def linked_folders(root: Path) -> None:
+    small_folder(root, *(f'pool/{i}.png' for i in range(3)))
+    for split in ('train', 'val'):
+        for name in ('ant', 'bee'):
+            link(root, f'{split}/{name}/more', '../../pool')
+
+
+def linked_in_links(root: Path) -> None:
+    small_folder(root, 'pool/deep/0.png')
+    link(root, 'pool/again', 'deep')
+    link(root, 'train/ant/more', '../../pool')
+
+
+def linked_class(root: Path) -> None:
+    for split in ('train', 'val'):
+        link(small_folder(root), f'{split}/cat', 'ant')
+
+
+def queue(root: Path) -> None:
+    os.mkfifo(small_folder(root) / 'train' / 'ant' / 'queue')
+
+
+HIDDEN = 'that (is|are) hidden or made by the operating system'
+
+
+@pytest.mark.parametrize(
+    ('make', 'counts', 'left_out'),
+    [
+        (small_folder, (2, 2), None),
+        (linked_folders, (8, 8), '1 entry beside train and val: SOURCE/pool$'),
+        (linked_in_links, (4, 2), '1 entry beside train and val: SOURCE/pool$'),
+        (linked_class, (3, 3), None),
+        (lambda root: small_folder(root, 'train/ant/sub/1.png'), (3, 2), None),
+        (
+            lambda root: small_folder(root, 'train/ant/.ipynb_checkpoints/1.png'),
+            (2, 2),
+            '1 entry .*hidden.*checkpoints',
+        ),
+        (lambda root: small_folder(root, 'train/ant/._0.png', 'val/bee/._0.png'), (2, 2), '2 entries that are hidden'),
+        (lambda root: small_folder(root, 'train/ant/@eaDir/0.png'), (2, 2), '1 entry .*: SOURCE/train/ant/@eaDir$'),
+        (lambda root: small_folder(root, 'train/__MACOSX/ant/._0.png'), (2, 2), '1 entry .*: SOURCE/train/__MACOSX$'),
+        (lambda root: small_folder(root, '.cache/0.png'), (2, 2), '1 entry .*hidden .*: SOURCE/.cache$'),
+        (
+            lambda root: small_folder(root, *(f'train/{i}.png' for i in range(5))),
+            (2, 2),
+            '5 entries beside the class folders: SOURCE/train/0.png, SOURCE/train/1.png, SOURCE/train/2.png, ...$',
+        ),
+        (lambda root: small_folder(root, 'test/ant/0.png'), (2, 2), '1 entry beside train and val: SOURCE/test$'),
+        (lambda root: small_folder(root / 'set', 'b/0.png'), (2, 2), '1 entry beside train and val: SOURCE/set/b$'),
+        (lambda root: small_folder(root / 'set', '../b/0.png'), (2, 2), '1 entry beside set: SOURCE/b$'),
+        (queue, (2, 2), '1 entry that are neither files nor folders: SOURCE/train/ant/queue$'),
+    ],
+)
+def test_what_is_left_out_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, make: Callable[[Path], Any], counts: tuple[int, int],
+    left_out: str | None,
+) -> None:  # fmt: skip
+    make(tmp_path / 'source')
+    assert tuple(convert('imagefolder', tmp_path / 'source', tmp_path / 'out').values()) == counts
+    assert len(caplog.messages) == (left_out is not None), caplog.messages
+    if left_out is not None:
+        pattern = 'SOURCE: left out ' + left_out
+        assert re.search(pattern.replace('SOURCE', str(tmp_path / 'source')), caplog.messages[0]), caplog.messages
+
+
+def test_class_names_are_compared_in_one_form_of_unicode(tmp_path: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, 'café') for form in ('NFC', 'NFD'))
+    for split, name in (('train', decomposed), ('val', composed)):
+        small_folder(tmp_path / 'source', f'{split}/{name}/0.png')
+    assert convert('imagefolder', tmp_path / 'source', tmp_path / 'out') == {'train': 3, 'val': 3}
+    assert record(tmp_path / 'out' / 'val')['classes'] == ['ant', 'bee', composed]
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+def other_classes(root: Path) -> Path:
+    (small_folder(root) / 'val' / 'dog').mkdir()
+    return root
+
+
+def broken_image(root: Path) -> Path:
+    path = image_folder(root) / 'train' / 'bee' / '0a.jpg'
+    path.write_bytes(path.read_bytes()[:200])
+    return root
+
+
+def no_val(root: Path) -> Path:
+    (root / 'train' / 'ant').mkdir(parents=True)
+    return root
+
+
+def empty_split(root: Path) -> Path:
+    for split in ('train', 'val'):
+        (root / split / 'ant').mkdir(parents=True)
+    return root
+
+
+def empty_class(root: Path, split: str) -> Path:
+    small_folder(root, 'train/cat/0.png', 'val/cat/0.png')
+    (root / split / 'cat' / '0.png').rename(root / split / 'cat' / '.0.png')
+    return root
+
+
+def flat(root: Path, split: str) -> Path:
+    small_folder(root)
+    for i, name in enumerate(('ant', 'bee')):
+        (root / split / name / '0.png').rename(root / split / f'ILSVRC2012_{i}.png')
+        (root / split / name).rmdir()
+    return root
+
+
+def loop(root: Path) -> Path:
+    link(small_folder(root), 'train/ant/all', '../../train')
+    return root
+
+
+def two_sets(root: Path) -> Path:
+    small_folder(root / 'first')
+    small_folder(root / 'second')
+    return root
+
+
+def two_forms(root: Path) -> Path:
+    return small_folder(root, *(f'train/{unicodedata.normalize(form, "é")}/0.png' for form in ('NFC', 'NFD')))
+
+
+def escaping_archive(root: Path) -> Path:
+    with tarfile.open(root / 'evil.tar', 'w') as archive:
+        info = tarfile.TarInfo('../../evil')
+        info.size = 4
+        archive.addfile(info, io.BytesIO(b'evil'))
+    return root / 'evil.tar'
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return os.system, ('true',)
+
+
+def evil_pickle(root: Path) -> Path:
+    cifar_batches(root / 'batches')
+    (root / 'batches' / 'data_batch_3').write_bytes(pickle.dumps(Evil()))
+    return root / 'batches'
+
+
+def batch_missing(root: Path) -> Path:
+    cifar_batches(root / 'batches')
+    (root / 'batches' / 'data_batch_4').unlink()
+    return root / 'batches'
+
+
+def archive_of_a_broken_image(root: Path) -> Path:
+    with tarfile.open(root / 'set.tar', 'w') as archive:
+        archive.add(text_file(root / 'set'), 'set')
+    return root / 'set.tar'
+
+
+@pytest.mark.parametrize(
+    ('name', 'make', 'message'),
+    [
+        ('imagefolder', lambda root: root / 'nowhere', r'--source .*nowhere does not exist: give a folder'),
+        ('imagefolder', lambda root: root, r'has no train/<class>/ folders and no CIFAR batches'),
+        ('imagefolder', no_val, r'has no val/<class>/ or test/<class>/ beside train'),
+        ('imagefolder', other_classes, r"train and val differ in their classes: only one of them has \['dog'\]"),
+        ('imagefolder', empty_split, r'the train split has no images'),
+        (
+            'imagefolder',
+            lambda root: empty_class(root, 'train'),
+            r"train has no images of 1 of its 3 classes, \['cat'\]",
+        ),
+        (
+            'imagefolder',
+            lambda root: empty_class(root, 'val'),
+            r"val has no images of 1 of its 3 classes, \['cat'\]: add",
+        ),
+        (
+            'imagefolder',
+            lambda root: flat(root, 'val'),
+            r'val has 2 files and no class folders: move each .*val/<class>/',
+        ),
+        (
+            'imagefolder',
+            lambda root: flat(root, 'train'),
+            r'train has 2 files and no class folders: move each image to',
+        ),
+        ('imagefolder', loop, r'train/ant/all/ant contains itself, through a link in this path: remove the link'),
+        ('imagefolder', two_sets, r'holds 2 data sets \(first, second\): give one of them as --source'),
+        ('imagefolder', two_forms, r"train has two folders 'é', in two forms of Unicode: merge them"),
+        ('imagefolder', broken_image, r'train/bee/0a.jpg: not an image that can be read \(.+\): repair or remove it'),
+        ('imagefolder', text_file, r'val/ant/notes.txt: not an image that can be read \(.+\): repair or remove it'),
+        ('imagefolder', archive_of_a_broken_image, r'source/set.tar/set/val/ant/notes.txt: not an image that can be'),
+        ('imagefolder', escaping_archive, r'evil.tar: cannot be unpacked \(.*outside the destination'),
+        ('imagefolder', cifar_batches, r'holds CIFAR batches, no image files: choose cifar10 or cifar100'),
+        ('imagenet', small_folder, r"unknown data set 'imagenet': convert it as 'imagefolder'"),
+        ('cifar-10', small_folder, r"unknown data set 'cifar-10'; did you mean 'cifar10'\?"),
+        ('cifar10', small_folder, r"has 2 classes, CIFAR-10 has 10: choose 'imagefolder'"),
+        ('cifar10', evil_pickle, r'data_batch_3: not a readable CIFAR batch \(.*posix.system is not plain data'),
+        ('cifar10', batch_missing, r'data_batch_4: not a readable CIFAR batch \(.*No such file'),
+        ('digits', small_folder, r'digits come with scikit-learn and take no --source'),
+    ],
+)
+def test_mistakes_end_in_one_line_and_leave_nothing(
+    tmp_path: Path, name: str, make: Callable[[Path], Path | None], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / 'source'
+    if make is not cifar_batches:
+        root.mkdir()
+    (tmp_path / 'out').mkdir()
+    made = make(root)
+    source = made if isinstance(made, Path) else root
+    assert main([name, '--source', str(source), '--out', str(tmp_path / 'out' / 'mds')]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(message, line), line
+    assert visible(tmp_path / 'out') == [], 'something half-made was left'
+    assert not (tmp_path / 'evil').exists()
+
+
+# --- archives ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('suffix', ['tar', 'tar.gz', 'tar.bz2', 'tar.xz', 'zip'])
+def test_an_archive_of_a_folder_gives_the_same_bytes(tmp_path: Path, suffix: str) -> None:
+    source = image_folder(tmp_path / 'source', tuple('abcdefghij'), 'test')
+    archive = tmp_path / f'source.{suffix}'
+    if suffix == 'zip':
+        with zipfile.ZipFile(archive, 'w') as packed:
+            for path in source.rglob('*'):
+                packed.write(path, path.relative_to(source))
+    else:
+        opened: Any = tarfile.open(archive, f'w:{suffix[4:]}')
+        with opened as packed_tar:
+            packed_tar.add(source / 'train', 'train')
+            packed_tar.add(source / 'test', 'test')
+    convert('cifar10', source, tmp_path / 'a')
+    convert('cifar10', archive, tmp_path / 'b')
+    assert content(tmp_path / 'a') == content(tmp_path / 'b')
+
+
+def zip_of(
+    name: bytes, system: int = 3, *, flags: int = 0, method: int = 0, extra: bytes = b'', disk: int = 0
+) -> bytes:
+    """A ZIP archive, written byte by byte, of one file whose content is its name."""
+    fields = struct.pack('<4H3L2H', flags, method, 0, 33, zlib.crc32(name), len(name), len(name), len(name), len(extra))
+    local = b'PK\3\4' + struct.pack('<H', 20) + fields + name + extra + name
+    attributes = struct.pack('<3H2L', 0, 0, 0, 0, 0)
+    central = b'PK\1\2' + struct.pack('<2H', 20 | system << 8, 20) + fields + attributes + name + extra
+    return local + central + b'PK\5\6' + struct.pack('<4H2LH', disk, disk, 1, 1, len(central), len(local), 0)
+
+
+def unicode_path(raw: bytes, name: str) -> bytes:
+    field = b'\1' + struct.pack('<L', zlib.crc32(raw)) + name.encode()
+    return struct.pack('<2H', 0x7075, len(field)) + field
+
+
+FAT, UNIX, NTFS, MACOS = 0, 3, 10, 19
+
+
+@pytest.mark.parametrize(
+    ('archive', 'path'),
+    [
+        (zip_of(b'train/a/0.png'), 'train/a/0.png'),
+        (zip_of(b'train\\a\\0.png', FAT), 'train/a/0.png'),  # .NET before 4.6.1
+        (zip_of(b'train\\a\\0.png', NTFS), 'train/a/0.png'),
+        (zip_of(b'train/a\\0.png', FAT), 'train/a\\0.png'),  # as unzip: a backslash separates if nothing else does
+        (zip_of(b'a\\0.png', UNIX), 'a\\0.png'),  # where a name may hold one
+        (zip_of('café/0.png'.encode(), UNIX, flags=0x800), 'café/0.png'),
+        (zip_of('café/0.png'.encode(), UNIX), 'café/0.png'),
+        (zip_of('cafe\u0301/0.png'.encode(), MACOS), 'cafe\u0301/0.png'),
+        (zip_of('日本/0.png'.encode(), FAT), '日本/0.png'),
+        (zip_of('café\\0.png'.encode(), FAT, flags=0x800), 'café/0.png'),
+        (zip_of(b'caf\x82/0.png', FAT), 'café/0.png'),  # cp437
+        (zip_of(b'\x8e/0.png', FAT, extra=unicode_path(b'\x8e/0.png', 'Ž/0.png')), 'Ž/0.png'),
+        (zip_of(b'\x8e/0.png', FAT, extra=unicode_path(b'of another name', 'Ž/0.png')), 'Ä/0.png'),
+    ],
+    ids=lambda value: value if isinstance(value, str) else 'archive',
+)
+def test_names_in_archives_of_other_systems(tmp_path: Path, archive: bytes, path: str) -> None:
+    (tmp_path / 'a.zip').write_bytes(archive)
+    unpack(tmp_path / 'a.zip', tmp_path / 'out')
+    assert [str(file.relative_to(tmp_path / 'out')) for file in (tmp_path / 'out').rglob('*.png')] == [path]
+
+
+def tar_of(suffix: str, damage: Callable[[bytes], bytes]) -> bytes:
+    buffer = io.BytesIO()
+    opened: Any = tarfile.open(fileobj=buffer, mode=f'w:{suffix}')
+    with opened as tar:
+        for i in range(20):
+            info = tarfile.TarInfo(f'{i}.png')
+            info.size = 5000
+            tar.addfile(info, io.BytesIO(np.random.default_rng(i).bytes(info.size)))
+    return damage(buffer.getvalue())
+
+
+def first_half(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def hole(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes(64) + content[middle + 64 :]
+
+
+WHOLE = zip_of(b'train/a/0.png')
+
+
+@pytest.mark.parametrize(
+    ('archive', 'message'),
+    [
+        (zip_of(b'0.png', flags=1), 'is encrypted, which Python cannot unpack: unpack it, and give the folder'),
+        (zip_of(b'0.png', method=9), 'is compressed with Deflate64, which Python cannot unpack: unpack it, and give'),
+        (zip_of(b'0.png', method=93), 'is compressed with Zstandard, which Python cannot unpack'),
+        (zip_of(b'0.png', method=6), 'is compressed with method 6, which Python cannot unpack'),
+        (
+            zip_of(b'0.png', flags=0x20),
+            r'cannot be unpacked \(compressed patched data .*download it again, or unpack it',
+        ),
+        (zip_of(b'0.png', disk=2), 'is the last part of a split archive: join its parts with zip -s 0 --out'),
+        (WHOLE[:-30], 'is a part of a ZIP archive: join all parts, or download it again'),
+        (b'PK\x07\x08' + WHOLE[:30], 'is a part of a ZIP archive: join all parts, or download it again'),
+        (WHOLE.replace(b'0.png', b'1.png', 1), r'cannot be unpacked \(File name in directory .*download it again'),
+        (WHOLE.replace(b'PK\1\2', b'PK\1\3'), r'cannot be unpacked \(Bad magic number for central directory\)'),
+        (WHOLE[:-6] + b'\xff\0\0\0\0\0', r'cannot be unpacked \(.+\): download it again'),
+        (zip_of('é/0.png'.encode('latin-1'), flags=0x800), r'cannot be unpacked \(.*utf-8.*\): download it again'),
+        (
+            b"7z\xbc\xaf'\x1c" + bytes(100),
+            'is a 7-Zip archive, which Python cannot read: unpack it, and give the folder',
+        ),
+        (b'Rar!\x1a\x07\x01\0' + bytes(100), 'is a RAR archive, which Python cannot read: unpack it, and give the'),
+        (b'\x28\xb5\x2f\xfd' + bytes(100), 'is compressed with Zstandard, which Python cannot read: unpack it, and'),
+        (b'\x04\x22\x4d\x18' + bytes(100), 'is compressed with LZ4, which Python cannot read: unpack it, and give'),
+        (b'no archive', 'is neither a folder nor a .tar, .tar.gz, .tar.bz2, .tar.xz or .zip archive'),
+        (b'', 'is neither a folder nor a .tar'),
+        (tar_of('', first_half), r'cannot be unpacked \(.+\): download it again'),
+        (tar_of('gz', first_half), r'cannot be unpacked \(.+\): download it again'),
+        (tar_of('bz2', first_half), 'is a damaged archive, or not a .tar that was compressed: download it again'),
+        (tar_of('xz', first_half), r'cannot be unpacked \(.+\): download it again'),
+        (tar_of('gz', hole), r'cannot be unpacked \(.+\): download it again'),
+        (tar_of('bz2', hole), 'is a damaged archive, or not a .tar that was compressed: download it again'),
+        (
+            gzip.compress(b'no tar', mtime=0),
+            'is a damaged archive, or not a .tar that was compressed: download it again',
+        ),
+        (tar_of('xz', hole), r'cannot be unpacked \(.+\): download it again'),
+    ],
+    ids=lambda value: value if isinstance(value, str) else 'archive',
+)
+def test_archives_that_cannot_be_read_end_in_one_line(tmp_path: Path, archive: bytes, message: str) -> None:
+    (tmp_path / 'file').write_bytes(archive)
+    with pytest.raises(DatasetError, match=f'{tmp_path}/file:? {message}') as caught:
+        convert('imagefolder', tmp_path / 'file', tmp_path / 'out')
+    assert '\n' not in str(caught.value)
+    assert visible(tmp_path) == ['file']
