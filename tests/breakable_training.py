@@ -1,4 +1,4 @@
-"""A small network with places at which something may happen, and a Trainer of it."""
+"""A small network with modules that call a test's function, and a Trainer for it."""
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +13,15 @@ from composer_sba import SeedEachBatch, sort_sba_last, sort_seed_first
 BATCH, CLASSES = 16, 5
 
 
-class Place(nn.Identity):
-    """Where something may happen in training: in the forward pass or, ``back``, in the backward pass."""
+class Probe(nn.Identity):
+    """Calls ``happen`` in a training step's forward pass and ``back`` in its backward pass."""
 
     def __init__(self):
         super().__init__()
         self.happen = self.back = lambda rows: None
 
     def forward(self, x):
-        if self.training:
+        if self.training and torch.is_grad_enabled():  # not when layers are checked
             self.happen(x)
             if x.requires_grad:
                 x.register_hook(lambda gradient: self.back(gradient))
@@ -34,12 +34,12 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.2))
-        self.below = Place()
+        self.below = Probe()
         self.cut = nn.Conv2d(8, 8, 3)
         self.norm = nn.BatchNorm2d(8)
-        self.above = Place()
+        self.above = Probe()
         self.fc = nn.Linear(8, CLASSES)
-        self.logits = Place()
+        self.logits = Probe()
 
     def forward(self, x):
         h = self.norm(self.cut(self.below(self.stem(x))))

@@ -96,7 +96,7 @@ def test_streaming_images_are_multiplied_in_the_workers(tmp_path):
 
 def test_a_dataset_without_transform_is_refused():
     loader = DataLoader(TensorDataset(torch.zeros(8, 3, 8, 8), torch.zeros(8, dtype=torch.long)), 4)
-    with pytest.raises(UserError, match='^BatchAugmentation multiplies the transform .* TensorDataset has none'):
+    with pytest.raises(UserError, match='^BatchAugmentation applies the transform .* TensorDataset has none'):
         make_trainer([BatchAugmentation()], train_dataloader=loader).fit()
 
 

@@ -1,4 +1,4 @@
-"""When SBA augments: its coins and layers compared with the functions of seed and batch, and what schedulers say.
+"""When SBA augments: its coins and layers, compared with the functions of seed and batch, and its schedulers.
 
 Run: pytest tests/test_coins.py
 """
@@ -24,7 +24,7 @@ def test_coins_are_those_of_should_augment_and_metrics_are_logged_once_a_batch()
     _, log = train([SBA(['block', 'head'])], duration='8ba', device_train_microbatch_size=4)
     coins = [float(sbaf.should_augment(0.5, 17, t)) for t in range(8)]
     layers = [float(sbaf.choose_layer(2, 17, t)) for t in range(8) if coins[t]]
-    assert len(set(layers)) == len(set(coins)) == 2, f'{layers} and {coins} show nothing'
+    assert len(set(layers)) == len(set(coins)) == 2, f'layers {layers} and coins {coins} do not vary'
     assert logged(log, 'sba/augmented') == coins
     assert logged(log, 'sba/augment_prob') == [0.5] * 8
     assert logged(log, 'sba/layer') == layers
@@ -32,7 +32,7 @@ def test_coins_are_those_of_should_augment_and_metrics_are_logged_once_a_batch()
     assert all(0 <= share <= 1 for share in logged(log, 'sba/virtual_agreement'))
 
 
-def test_a_plain_batch_asks_for_nothing_within_it():
+def test_sba_runs_on_no_event_within_a_plain_batch():
     seen = {}
 
     class Watched(SBA):
@@ -42,8 +42,8 @@ def test_a_plain_batch_asks_for_nothing_within_it():
 
     train([Watched('head')], duration='8ba')
     plain = [t for t in range(1, 8) if not sbaf.should_augment(0.5, 17, t)]
-    asked = {t: seen[t] for t in plain if seen[t] != [Event.BATCH_START, Event.BATCH_END]}
-    assert len(plain) > 1 and not asked, f'Of the plain batches {plain}, these have other events: {asked}.'
+    extra = {t: seen[t] for t in plain if seen[t] != [Event.BATCH_START, Event.BATCH_END]}
+    assert len(plain) > 1 and not extra, f'plain batches {plain} with further events: {extra}'
 
 
 def test_a_divergence_that_is_read_late_is_read_once(monkeypatch):
@@ -61,7 +61,7 @@ def test_epoch_granularity_keeps_the_coin_within_an_epoch():
     assert (per_epoch == per_epoch[:, :1]).all()
 
 
-def test_epoch_granularity_asks_a_scheduler_once_an_epoch():
+def test_epoch_granularity_evaluates_a_scheduler_once_an_epoch():
     linear = LinearScheduler(alpha_i=0.0, alpha_f=1.0)
     _, log = train([SBA(granularity='epoch', augment_prob=linear)], duration='6ep')
     assert logged(log, 'sba/augment_prob') == pytest.approx([epoch / 6 for epoch in range(6) for _ in range(3)])

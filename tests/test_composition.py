@@ -1,7 +1,7 @@
-"""SBA beside each algorithm of Composer's for images, and each class of ours: it trains, leaves the other be, resumes.
+"""SBA with each of Composer's algorithms for images, and each class of ours: it trains and resumes.
 
-The same checkpoint at the end, bit by bit, whether the run was resumed and whichever stands first in the list. With a
-vanishing eta the weights of the run without SBA.
+The last checkpoint is the same bit by bit whether the run was resumed or not, in either order of the list. With a
+vanishing eta the weights are those of the run without SBA.
 
 Run: pytest tests/test_composition.py
 """
@@ -28,7 +28,7 @@ from composer_sba.algorithms.manifold_mixup import ManifoldMixup
 from composer_sba.algorithms.r_drop import RDrop
 from composer_sba.errors import CutLayerError
 
-# What Composer says of its own algorithms, and of a checkpoint's algorithms in another order
+# Composer's, about its own algorithms and about a checkpoint's algorithms in another order
 pytestmark = [
     pytest.mark.filterwarnings(f'ignore:{message}')
     for message in (
@@ -37,15 +37,15 @@ pytestmark = [
         'Some targets have less',
         'GyroDropout is not implemented',
         'Checkpoints with layer freezing cannot reliably be used',
-        'Low Precision (Group|Layer)Norm only applies to AMP',  # which Composer has on GPUs alone
-        "'mode' parameter is deprecated",  # of Pillow's, by RandAugment and AugMix
+        'Low Precision (Group|Layer)Norm only applies to AMP',  # which Composer has only on GPUs
+        "'mode' parameter is deprecated",  # Pillow's, about RandAugment and AugMix
         'Cannot split tensor of length',
-        'No batches were trained',  # of an epoch whose last batch the checkpoint has
+        'No batches were trained',  # about an epoch whose last batch is in the checkpoint
         'The ``compute`` method of metric',
     )
 ]
 
-BESIDE = {
+OF_IMAGES = {
     'AugMix': {'severity': 2, 'depth': 1},
     'BlurPool': {'min_channels': 3},
     'ChannelsLast': {},
@@ -79,10 +79,10 @@ NOT_OF_IMAGES = {  # they change transformers for text
     'GatedLinearUnits': 'feed-forward layers of BERT',
     'SeqLengthWarmup': 'the length of token sequences',
 }
-NO_ALGORITHMS = {  # transforms and layers that the algorithms use
+NO_ALGORITHMS = {  # transforms and layers of the algorithms
     *('AugmentAndMixTransform', 'ColOutTransform', 'RandAugmentTransform', 'SqueezeExcite2d', 'SqueezeExciteConv2d'),
 }
-NOT_RESUMED = {  # by Composer with or without SBA, as it warns itself
+NOT_RESUMED = {  # by Composer, with or without SBA, about which it warns
     'LayerFreezing': 'parameters that froze have left the optimizer',
     'SAM': 'its optimizer cannot be loaded',
 }
@@ -102,7 +102,7 @@ OURS = {
 
 
 class Net(nn.Module):
-    """Something for each of them: strides, groups, a bottleneck, dropout, every normalization and two Linears."""
+    """Layers that the algorithms change: strides, groups, a bottleneck, dropout, every normalization, two Linears."""
 
     def __init__(self):
         super().__init__()
@@ -117,7 +117,7 @@ class Net(nn.Module):
 
 
 class Images(VisionDataset):
-    """Random pixels, 24 images of 16x16, with a transform for those who change it."""
+    """Random pixels, 24 images of 16x16, with a transform that algorithms can change."""
 
     def __init__(self, dtype):
         super().__init__('', transform=Compose([PILToTensor(), ConvertImageDtype(dtype)]))
@@ -134,7 +134,7 @@ class Images(VisionDataset):
 def fit(*parts, dtype=torch.float32, passes=(sort_sba_last, sort_seed_first), **options):
     """Train four batches, the last of them in the second epoch."""
     torch.manual_seed(0)
-    torch.set_default_dtype(dtype)  # for layers that algorithms put in
+    torch.set_default_dtype(dtype)  # for layers that algorithms add
     model = ComposerClassifier(Net(), num_classes=5)
     trainer = Trainer(
         model=model,
@@ -164,12 +164,12 @@ def _default_dtype():
     torch.set_default_dtype(torch.float32)
 
 
-def beside(name):
-    return getattr(composer.algorithms, name)(**(BESIDE | {each: REFUSED[each][0] for each in REFUSED})[name])
+def make(name):
+    return getattr(composer.algorithms, name)(**(OF_IMAGES | {each: REFUSED[each][0] for each in REFUSED})[name])
 
 
 def saved(path):
-    """What a checkpoint holds of the training; wall-clock times and paths are other ones in any other run."""
+    """What a checkpoint holds, without wall-clock times and paths, which differ between runs."""
     state = torch.load(path, weights_only=False)['state']
     state['algorithms'] = {name: each | {'repr': ''} for name, each in state['algorithms']}  # Composer's has an address
     state.get('callbacks', {}).pop('CheckpointSaver', None)
@@ -177,7 +177,7 @@ def saved(path):
 
 
 def differing(one, other, at=''):
-    """Where two nested things differ, to the bit."""
+    """Return where two nested objects differ, to the bit."""
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
         return [found for key in one for found in differing(one[key], other[key], f'{at}.{key}')]
     if isinstance(one, list | tuple) and len(one) == len(other):
@@ -189,36 +189,36 @@ def differing(one, other, at=''):
 
 
 def test_the_table_has_all_of_composers_algorithms():
-    listed = set(BESIDE) | set(REFUSED) | set(NOT_OF_IMAGES) | NO_ALGORITHMS
+    listed = set(OF_IMAGES) | set(REFUSED) | set(NOT_OF_IMAGES) | NO_ALGORITHMS
     assert listed == set(composer.algorithms.__all__)
 
 
-@pytest.mark.parametrize('name', list(BESIDE))
-def test_beside_sba_it_stays_what_it_is(name):
-    """A vanishing eta: what the other algorithm makes of the weights, it makes of them with SBA too."""
-    without = fit(beside(name), dtype=torch.float64)
+@pytest.mark.parametrize('name', list(OF_IMAGES))
+def test_with_sba_another_algorithm_does_what_it_does_alone(name):
+    """With a vanishing eta the weights are those of the other algorithm alone."""
+    without = fit(make(name), dtype=torch.float64)
     parameters = torch.cat([each.flatten() for each in without.state.model.state_dict().values()])
     for order in (1, -1):
-        trainer = fit(*[SBA(augment_prob=1.0, eta=1e-30), beside(name)][::order], dtype=torch.float64)
+        trainer = fit(*[SBA(augment_prob=1.0, eta=1e-30), make(name)][::order], dtype=torch.float64)
         ours = torch.cat([each.flatten() for each in trainer.state.model.state_dict().values()])
         assert (ours - parameters).abs().max() < 1e-9, f'weights differ by {(ours - parameters).abs().max()}'
 
 
-@pytest.mark.parametrize('name', [name for name in BESIDE if name not in NOT_RESUMED])
-def test_beside_sba_it_resumes_to_the_same_checkpoint(name, tmp_path):
-    """Resumed from the middle of an epoch, and SBA first in the list, then last."""
+@pytest.mark.parametrize('name', [name for name in OF_IMAGES if name not in NOT_RESUMED])
+def test_with_sba_another_algorithm_resumes_to_the_same_checkpoint(name, tmp_path):
+    """Resumed in the middle of an epoch; SBA is first in the list of one run and last in the other's."""
     sba = SBA(['stem', 'head'] if name != 'GhostBatchNorm' else 'head', augment_prob=1.0, eta=1.0)
-    fit(sba, beside(name), save_folder=str(tmp_path), save_interval='1ba')
+    fit(sba, make(name), save_folder=str(tmp_path), save_interval='1ba')
     again = SBA(sba.layers, augment_prob=1.0, eta=1.0)
     resumed = tmp_path / 'resumed'
-    fit(beside(name), again, save_folder=str(resumed), load_path=str(tmp_path / 'ep0-ba2-rank0.pt'))
+    fit(make(name), again, save_folder=str(resumed), load_path=str(tmp_path / 'ep0-ba2-rank0.pt'))
     assert differing(saved(tmp_path / 'ep1-ba4-rank0.pt'), saved(resumed / 'ep1-ba4-rank0.pt')) == []
 
 
 @pytest.mark.parametrize('name', list(REFUSED))
-def test_what_cannot_be_beside_sba_says_so(name):
+def test_algorithms_that_sba_excludes_are_refused(name):
     with pytest.raises(CutLayerError, match=REFUSED[name][1]):
-        fit(SBA(), beside(name))
+        fit(SBA(), make(name))
 
 
 @pytest.mark.parametrize('name', list(OURS))
@@ -226,7 +226,7 @@ def test_ours_resume_to_the_same_checkpoint(name, tmp_path):
     log = InMemoryLogger()
     fit(OURS[name](), save_folder=str(tmp_path), save_interval='1ba', loggers=[log])
     if name.startswith('SBA'):
-        assert sum(value for _, value in log.data['sba/augmented']) > 0, 'without an augmented batch this shows nothing'
+        assert sum(value for _, value in log.data['sba/augmented']) > 0, 'no batch was augmented'
     for batch in (2, 3):  # in mid-epoch, and at its end
         (path,) = tmp_path.glob(f'ep*-ba{batch}-rank0.pt')
         fit(OURS[name](), save_folder=f'{tmp_path}/{batch}', load_path=str(path), loggers=[InMemoryLogger()])

@@ -1,4 +1,4 @@
-"""Exceptions anywhere in an armed step or evaluation: the network is left as one without hooks.
+"""Exceptions anywhere in an armed step or evaluation: afterwards the network predicts as one without hooks.
 
 Run: pytest tests/test_failures.py
 """
@@ -42,7 +42,7 @@ MOMENTS = ['below', 'above', 'logits', 'after_forward', 'loss', 'after_loss', 'b
 @pytest.mark.parametrize('error', [Broken(), KeyboardInterrupt()], ids=['exception', 'interrupt'])
 @pytest.mark.parametrize('moment', MOMENTS)
 @pytest.mark.parametrize('method', list(STEPS))
-def test_a_step_that_breaks_off_leaves_the_network_plain(method, moment, error):
+def test_after_a_step_that_raises_the_network_predicts_as_before(method, moment, error):
     def fail(*_):
         if failing:
             raise error
@@ -87,7 +87,7 @@ def test_a_step_that_breaks_off_leaves_the_network_plain(method, moment, error):
 
 @pytest.mark.parametrize('error', [Broken(), KeyboardInterrupt()], ids=['exception', 'interrupt'])
 @pytest.mark.parametrize('place', ['below', 'above', 'metric'])
-def test_an_evaluation_that_breaks_off_leaves_the_network_plain(place, error):
+def test_after_an_evaluation_that_raises_the_network_predicts_as_before(place, error):
     def fail(*_):
         if failing:
             raise error

@@ -1,4 +1,4 @@
-"""soft_label_kl and hard_label_loss against the slow loops of reference.py in float64, values and gradients to 1e-10.
+"""soft_label_kl and hard_label_loss, compared with the loops of reference.py in float64: values and gradients to 1e-10.
 
 Run: pytest tests/test_functional.py
 """
@@ -78,7 +78,7 @@ def test_half_precision_logits_are_compared_in_float32(dtype):
     assert ours.item() == pytest.approx(exact.item(), rel=1e-5)
 
 
-def test_shapes_that_do_not_belong_together_are_refused():
+def test_shapes_that_do_not_match_are_refused():
     logits, virtual = make_logits()
     with pytest.raises(
         ValueError, match=r'virtual_logits of shape \(M, N, K\) for \(N, K\) = \(4, 7\), got \(3, 5, 7\)'

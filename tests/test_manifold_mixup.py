@@ -1,4 +1,4 @@
-"""ManifoldMixup against a slow reference, row by row from the equation, and what its draws depend on.
+"""ManifoldMixup, compared with a slow reference that follows the equation row by row, and its draws.
 
 Run: pytest tests/test_manifold_mixup.py
 """
@@ -20,7 +20,7 @@ from composer_sba.train import train
 from mixup_training import BATCH, CLASSES, LAYERS, ROWS, fit, make_trainer, weights
 from small_training import SEED, logged
 
-# Composer says it of mixed labels whose sum is rounded below 1; of MixUp's too.
+# Composer's, about mixed labels whose sum is rounded below 1; it warns about its MixUp too
 pytestmark = pytest.mark.filterwarnings('ignore:Some targets have less than 1 total probability')
 RECIPE = str(Path(__file__).parent.parent / 'yamls' / 'digits_baseline.yaml')
 
@@ -83,7 +83,7 @@ def test_the_share_has_the_moments_of_its_beta_distribution():
         assert abs(drawn.var() / variance - 1) < 0.1, f'variance {drawn.var():.4f}, not {variance:.4f}'
 
 
-def test_pairs_are_permutations_of_their_own_on_every_rank_batch_and_microbatch():
+def test_pairs_are_another_permutation_on_every_rank_batch_and_microbatch():
     places = [(seed, rank, step, part) for seed in (0, 1) for rank in (0, 1) for step in (0, 1) for part in (0, 1)]
     drawn = [tuple(draw_partners(64, *place).tolist()) for place in places]
     assert all(sorted(each) == list(range(64)) for each in drawn)
@@ -126,7 +126,7 @@ def test_training_improves_on_mixtures():
     assert end < 0.9 * start, f'loss {start:.3f} -> {end:.3f}'
 
 
-def test_in_a_recipe(tmp_path, monkeypatch):
+def test_a_recipe_trains(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = ['max_duration=3ep', 'progress_bar=false', 'save_folder=null']
     trainer = train(load(RECIPE, [*settings, 'algorithms.manifold_mixup.layers=[input,conv1,conv2]']))
@@ -147,6 +147,6 @@ def test_bad_arguments_are_named(arguments, message):
         ManifoldMixup(**arguments)
 
 
-def test_a_recipe_names_the_key_of_what_is_refused():
+def test_a_recipe_s_error_names_the_key():
     with pytest.raises(UserError, match=r'algorithms\.manifold_mixup\.alpha: expected float, got'):
         load(RECIPE, ['algorithms.manifold_mixup.alpha=high'])

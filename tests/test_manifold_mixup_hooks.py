@@ -1,4 +1,4 @@
-"""ManifoldMixup's hooks on a network that is evaluated, fails, is compiled, checkpointed or trained by others too.
+"""ManifoldMixup's hooks on a network that is evaluated, fails, is compiled, checkpointed or has other algorithms.
 
 Run: pytest tests/test_manifold_mixup_hooks.py
 """
@@ -16,7 +16,7 @@ from composer_sba.errors import CutLayerError
 from mixup_training import BATCH, CLASSES, LAYERS, ROWS, fit, make_network, make_trainer
 from small_training import SEED, logged
 
-# Composer says it of mixed labels whose sum is rounded below 1; of MixUp's too.
+# Composer's, about mixed labels whose sum is rounded below 1; it warns about its MixUp too
 pytestmark = pytest.mark.filterwarnings('ignore:Some targets have less than 1 total probability')
 
 
@@ -124,14 +124,16 @@ def test_both_passes_of_sam_mix_alike():
     assert torch.allclose(sam, plain, atol=1e-9), f'weights differ by {(sam - plain).abs().max()}'
 
 
-def test_beside_label_smoothing_and_below_sba():
+def test_with_label_smoothing_and_below_sba():
     smoothed, _ = fit([ManifoldMixup(LAYERS), LabelSmoothing(0.1)])
     assert torch.isfinite(smoothed).all()
     algorithms = [SBA(augment_prob=1.0), ManifoldMixup(['input', '1'])]
     both, log = fit(algorithms, algorithm_passes=[sort_sba_last])
     assert torch.isfinite(both).all() and min(logged(log, 'sba/kl')) > 0
     assert logged(log, 'manifold_mixup/mixing') == [draw_mixing(2.0, SEED, step) for step in range(6)]
-    with pytest.raises(CutLayerError, match="^Layer 'head' has 40 rows for a batch of 8. Beside SBA, ManifoldMixup"):
+    with pytest.raises(
+        CutLayerError, match="^Layer 'head' has 40 rows for a batch of 8. ManifoldMixup can mix only at layers below"
+    ):
         fit([SBA('1', augment_prob=1.0), ManifoldMixup('head')], algorithm_passes=[sort_sba_last])
 
 
@@ -144,7 +146,7 @@ class Residual(nn.Module):
         return self.head(x + self.branch(x))
 
 
-def test_a_layer_beside_a_skip_connection_stops_the_first_batch():
+def test_a_layer_that_a_skip_connection_bypasses_stops_the_first_batch():
     with pytest.raises(CutLayerError, match="^Layer 'branch' is no cut point: .* as in a residual branch"):
         fit([ManifoldMixup('branch')], network=Residual)
 

@@ -1,4 +1,4 @@
-"""SBA before and after algorithms that change the batch, the loss or the step: against the run without SBA.
+"""SBA before and after algorithms that change the batch, the loss or the step, compared with runs without SBA.
 
 Run: pytest tests/test_order.py
 """
@@ -15,7 +15,7 @@ import composer_sba.functional as sbaf
 from composer_sba import SBA, Vicinity, sort_sba_last
 from small_training import BATCH, logged, train, weights
 
-# What Composer says of its own algorithms is not ours to mend.
+# Composer's warnings about its own algorithms
 pytestmark = [
     pytest.mark.filterwarnings(f'ignore:{message}') for message in ('SAM has', 'SWA has', 'Some targets have less')
 ]
@@ -45,7 +45,7 @@ def test_both_passes_of_sam_see_one_coin_and_one_noise():
     seen = []
 
     class Watch(Algorithm):
-        """Keeps what enters the head; with a vanishing rho SAM's second pass has the weights of its first."""
+        """Keeps the inputs of the head; with a vanishing rho SAM's second pass has the weights of its first."""
 
         def match(self, event, state):
             return event == Event.FIT_START

@@ -1,4 +1,4 @@
-"""A batch that ran out of memory and is tried again: bit by bit a run that had the small microbatch from the start.
+"""A batch that ran out of memory and is tried again: bit by bit a run with the small microbatch from the start.
 
 Run: pytest tests/test_out_of_memory.py
 """
@@ -15,7 +15,7 @@ from composer_sba import SBA, Vicinity
 from composer_sba.algorithms.manifold_mixup import ManifoldMixup
 from composer_sba.algorithms.r_drop import RDrop
 
-# What Composer says when a batch did not fit, and of 'auto'
+# Composer's, about a batch that did not fit and about 'auto'
 pytestmark = [
     pytest.mark.filterwarnings('ignore:CUDA out of memory or excessive memory allocation retries:RuntimeWarning'),
     pytest.mark.filterwarnings("ignore:`device_train_microbatch_size='auto'` may potentially fail"),
@@ -38,7 +38,7 @@ COINS = {'cut': [1, 0, 1, 0], 'head': [1, 0, 1, 0], 'in a plain batch': [0, 1, 0
 
 
 class OutOfMemory:
-    """Raises what CUDA raises, once, at the given call, and keeps weak references to what was there until then."""
+    """Raises CUDA's error once, at the given call, and keeps weak references to the tensors until then."""
 
     def __init__(self, call):
         self.calls_left = call
@@ -58,7 +58,7 @@ class OutOfMemory:
 
 
 class Leftovers(Algorithm):
-    """As the batch is tried again: whether tensors of the failed try live, and the hooks of the network."""
+    """Counts tensors of the failed attempt that are alive when the batch is tried again, and the network's hooks."""
 
     def __init__(self, memory, network):
         self.memory = memory
@@ -78,7 +78,7 @@ class Leftovers(Algorithm):
 
 
 def numbers(trainer, network):
-    """Parameters, momentum and everything logged by the methods; running statistics are of failed tries too."""
+    """Everything that the methods logged, parameters and momentum; a failed attempt also moves running statistics."""
     log = trainer.logger.destinations[0].data
     logged = {
         name: [float(v) for _, v in log[name]] for name in log if name.startswith(('sba/', 'loss/', 'man', 'r_d'))
@@ -107,8 +107,8 @@ def test_a_batch_that_ran_out_of_memory_is_that_of_small_microbatches(method, pl
     left = Leftovers(memory, network)
     trainer.state.algorithms.append(left)
     trainer.fit()
-    assert memory.raised and trainer.state.device_train_microbatch_size == (BATCH if method == 'r-drop' else BATCH // 2)
-    assert left.alive == 0, 'tensors of the failed try take the memory of the next'
+    assert memory.raised and trainer.state.device_train_microbatch_size == BATCH // 2
+    assert left.alive == 0, 'tensors of the failed attempt occupy memory'
     assert len(set(left.hooks)) == 1, f'hooks after each batch: {left.hooks}'
 
     small, expected = make_trainer(METHODS[method](), microbatch=BATCH // 2)

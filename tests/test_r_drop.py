@@ -1,4 +1,4 @@
-"""RDrop against a slow reference, pair by pair from the equation, and in Composer's Trainer.
+"""RDrop, compared with a slow reference that follows the equation pair by pair, and in Composer's Trainer.
 
 Run: pytest tests/test_r_drop.py
 """
@@ -79,7 +79,7 @@ def test_every_step_descends_the_gradient_of_the_slow_loss(alpha, microbatch):
     """With the masks that dropout drew, on a copy of the network."""
     masks, rows = [], []
 
-    def note(module, args, output):
+    def keep_mask(module, args, output):
         if module.training:
             masks.append((output != 0).double() / (1 - module.p))
 
@@ -87,7 +87,7 @@ def test_every_step_descends_the_gradient_of_the_slow_loss(alpha, microbatch):
     trainer, log, data = make_trainer([RDrop(alpha)], **options)
     network = trainer.state.model.module
     slow = copy.deepcopy(network)
-    network[2].register_forward_hook(note)
+    network[2].register_forward_hook(keep_mask)
     network.register_forward_hook(lambda module, args, output: rows.append(args[0]) if module.training else None)
     trainer.fit()
     logged_kl, logged_loss = logged(log, 'r_drop/kl'), logged(log, 'loss/train/total')
@@ -98,7 +98,7 @@ def test_every_step_descends_the_gradient_of_the_slow_loss(alpha, microbatch):
         entropy = divergence = 0.0
         for part, labels in zip(x.split(microbatch or BATCH), y.split(microbatch or BATCH), strict=True):
             mask, seen = next(parts)
-            assert torch.equal(seen[0::2], part) and torch.equal(seen[1::2], part), 'both passes side by side'
+            assert torch.equal(seen[0::2], part) and torch.equal(seen[1::2], part), 'both passes are adjacent'
             assert not torch.equal(mask[0::2], mask[1::2]), 'two masks'
             hidden = slow[:2](part)
             passes = [slow[3](hidden * each) for each in (mask[0::2], mask[1::2])]
@@ -173,8 +173,8 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another():
     assert not torch.equal(first, weights(trainer.state.model))
 
 
-def test_it_draws_nothing_itself():
-    """A fit moves the global streams as far as dropout on doubled batches does."""
+def test_it_draws_no_random_numbers():
+    """A fit moves the global streams as dropout on doubled batches does."""
     states = []
     for doubled in (False, True):
         trainer, _, data = make_trainer([] if doubled else [RDrop()])
@@ -200,15 +200,15 @@ def test_both_passes_of_sam_are_compared():
     assert len(logged(log, 'r_drop/kl')) == 6 and min(logged(log, 'r_drop/kl')) > 0
 
 
-# Composer says it of smoothed labels whose sum is rounded below 1.
+# Composer's, about smoothed labels whose sum is rounded below 1
 @pytest.mark.filterwarnings('ignore:Some targets have less than 1 total probability')
-def test_beside_label_smoothing_and_sba():
+def test_with_label_smoothing_and_sba():
     final, log = fit([SBA('head', augment_prob=1.0), LabelSmoothing(0.1), RDrop()], algorithm_passes=[sort_sba_last])
     assert torch.isfinite(final).all()
     assert min(logged(log, 'r_drop/kl')) > 0 and min(logged(log, 'sba/kl')) > 0
 
 
-def test_training_improves_and_the_term_brings_passes_together():
+def test_training_improves_and_the_term_makes_passes_agree():
     kls = {}
     for alpha in (0.0, 5.0):
         _, log = fit([RDrop(alpha)], duration='100ep')
@@ -219,7 +219,7 @@ def test_training_improves_and_the_term_brings_passes_together():
     assert kls[5.0] < 0.7 * kls[0.0], f'mean KL {kls[5.0]:.4f} with the term, {kls[0.0]:.4f} without'
 
 
-def test_rates_of_what_drops():
+def test_dropout_rates_of_modules():
     attention = nn.MultiheadAttention(4, 2, dropout=0.2)
     found = [dropout_rate(each) for each in (nn.Dropout2d(0.4), attention, StochasticDepth(0.1, 'row'), nn.ReLU())]
     assert found == [0.4, 0.2, 0.1, 0.0]
@@ -229,7 +229,7 @@ def test_rates_of_what_drops():
 
 
 @pytest.mark.parametrize('network', [lambda: make_network(0.0), lambda: nn.Sequential(nn.Linear(6, CLASSES))])
-def test_a_network_that_drops_nothing_is_refused(network):
+def test_a_network_without_dropout_is_refused(network):
     trainer, _, _ = make_trainer([RDrop()], network=network)
     modules = len(list(trainer.state.model.modules()))
     expected = (
@@ -241,12 +241,14 @@ def test_a_network_that_drops_nothing_is_refused(network):
     assert str(refused.value) == expected
 
 
-def test_a_microbatch_that_parts_the_passes_is_refused():
+def test_a_microbatch_that_separates_the_passes_is_refused():
     class Odd(RDrop):
         def fit_start(self, state, logger):
             state.device_train_microbatch_size = 5
 
-    with pytest.raises(UserError, match=r'two passes of every input, \(2 \* N, K\), got \(5, 5\); .* here 5, must be'):
+    with pytest.raises(
+        UserError, match=r'two passes of every input, \(2 \* N, K\), got \(5, 5\); .* here 5 rows, must be'
+    ):
         fit([Odd()])
 
 
@@ -264,12 +266,12 @@ def test_bad_arguments_are_named(alpha):
         RDrop(alpha)
 
 
-def test_logits_without_partner_are_refused():
+def test_an_odd_number_of_logits_is_refused():
     with pytest.raises(ValueError, match=r'^Expected logits of shape \(2 \* N, K\), got \(3, 5\)\.$'):
         two_pass_kl(torch.zeros(3, 5))
 
 
-def test_a_recipe_names_it():
+def test_a_recipe_can_name_it():
     assert components('algorithms')['r_drop'] is RDrop
     with torch.device('meta'):
         parts = build_components(load(RECIPE, ['algorithms.r_drop.alpha=1']))

@@ -1,4 +1,4 @@
-"""SBA in Composer's Trainer: against plain training, against itself under other settings, and against bad input.
+"""SBA in Composer's Trainer, compared with plain training and with other settings of SBA; bad arguments.
 
 Run: pytest tests/test_sba.py
 """
@@ -34,7 +34,7 @@ def test_an_infinitesimal_eta_changes_nothing(layers):
 
 
 def test_one_step_descends_the_gradient_of_eq_11():
-    """The update of one augmented step, against autograd on the loss written out on a copy of the model."""
+    """One augmented step, compared with autograd on the loss that is written out on a copy of the model."""
     eta, lr = 3.0, 0.1
     torch.manual_seed(0)
     model = ComposerClassifier(
@@ -75,7 +75,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another():
 
 
 def test_microbatches_do_not_change_the_expectation():
-    """With noise off and statistics from running averages, 1 and 4 microbatches take the same steps, to 1e-6."""
+    """Without noise and with running statistics, 1 and 4 microbatches take the same steps, to 1e-6."""
 
     class FrozenNorm(Algorithm):
         """Evaluation mode for every module: no batch statistics, no dropout."""
@@ -97,7 +97,7 @@ def test_microbatches_do_not_change_the_expectation():
 
 
 def test_training_improves_and_the_term_makes_predictions_consistent():
-    """The loss falls, and virtual predictions come closer to raw ones than without the term's gradient."""
+    """The loss falls, and virtual predictions are closer to raw ones than without the term's gradient."""
     kls = {}
     for eta in (1e-30, 1.0):
         sba = SBA('block', augment_prob=1.0, eta=eta, vicinity=Vicinity(sigma=0.5))

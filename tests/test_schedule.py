@@ -1,4 +1,4 @@
-"""The coin λ(t) and the layer k(t): their laws against the binomial, and what they may depend on.
+"""The coin λ(t) and the layer k(t): their distributions, and what they depend on.
 
 Run: pytest tests/test_schedule.py
 """
@@ -74,7 +74,7 @@ def test_neither_reads_nor_moves_a_global_random_stream():
     assert [(sbaf.should_augment(0.5, 7, t), sbaf.choose_layer(3, 7, t)) for t in range(20)] == first
 
 
-def test_numpys_integers_give_what_pythons_give():
+def test_numpy_s_integers_give_the_coins_of_python_s():
     coins = [sbaf.should_augment(0.5, np.int64(7), t) for t in np.arange(50)]
     assert coins == [sbaf.should_augment(0.5, 7, t) for t in range(50)]
 
@@ -86,7 +86,7 @@ def test_noise_seeds_differ_in_every_coordinate():
 
 
 @pytest.mark.parametrize('prob', [-0.1, 1.5, math.nan])
-def test_should_augment_refuses_what_is_no_probability(prob):
+def test_should_augment_refuses_a_number_outside_0_1(prob):
     with pytest.raises(ValueError, match=rf'^Expected augment_prob in \[0, 1\], got {prob}\.$'):
         sbaf.should_augment(prob, 0, 0)
 

@@ -1,10 +1,11 @@
-"""Vicinity: its samples against the loops of reference.py (float64, 1e-10), and its moments against the law it claims.
+"""Vicinity: its samples, compared with the loops of reference.py (float64, 1e-10), and the moments of its noise.
 
 Run: pytest tests/test_vicinity.py
 """
 
 import math
 
+import mpmath
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,7 +51,7 @@ def test_samples_are_eq_7_and_8(noise_scale, basis, rescale):
 @pytest.mark.parametrize(
     ('fraction', 'fold', 'gaussian'), [(0.5, 4, 2), (0.5, 1, 1), (0.5, 5, 3), (0, 4, 0), (1, 4, 4), (0.3, 8, 2)]
 )
-def test_gaussian_points_come_first_and_are_as_many_as_asked(fraction, fold, gaussian):
+def test_gaussian_points_come_first_and_have_the_given_share(fraction, fold, gaussian):
     latent = torch.ones(3, 64)
     samples = Vicinity(fraction, sigma=0.1, dropout=0.5).sample(latent, fold, generator())
     is_dropout = [bool(torch.isin(copy, torch.tensor([0.0, 2.0])).all()) for copy in samples]
@@ -76,14 +77,14 @@ def test_dropout_points_keep_the_mean_only_when_rescaled():
 
 
 def basis_of(name, width):
-    """Σ, read off the samples: the noise that went in is drawn again, and Eq. (7) is solved for Σ."""
+    """Σ, computed from samples: the noise is drawn again and Eq. (7) is solved for Σ."""
     vicinity = Vicinity(1.0, sigma=1.0, tau=math.inf, noise_scale='absolute', basis=name)
     projected = vicinity.sample(torch.zeros(4 * width, width, dtype=torch.float64), 1, generator())[0]
     noise = torch.empty(4 * width, width, dtype=torch.float64).normal_(generator=generator())
     return torch.linalg.lstsq(noise, projected).solution.T
 
 
-def test_bases_are_what_they_are_called():
+def test_bases_are_normalized_and_orthogonal():
     normalized, orthogonal = basis_of('normalized', 50), basis_of('orthogonal', 50)
     assert torch.allclose(normalized.norm(dim=0), torch.ones(50, dtype=torch.float64))
     assert torch.allclose(orthogonal.T @ orthogonal, torch.eye(50, dtype=torch.float64), atol=1e-12)
@@ -91,7 +92,7 @@ def test_bases_are_what_they_are_called():
 
 
 def walsh_hadamard(width):
-    """H: in row a and column b stands -1 to the number of bits that a and b have in common."""
+    """H, whose entry in row a and column b is -1 to the number of bits that a and b have in common."""
     return torch.tensor([[(-1.0) ** (a & b).bit_count() for b in range(width)] for a in range(width)]).double()
 
 
@@ -99,7 +100,7 @@ def walsh_hadamard(width):
 def test_the_hadamard_basis_is_its_dense_matrix_and_orthonormal(features, width):
     vicinity = Vicinity(1.0, sigma=0.8, tau=0.9, noise_scale='absolute', basis='hadamard')
     drawn, redrawn = generator(), generator()
-    for batch in range(2):  # each with signs of its own
+    for batch in range(2):  # with other signs
         ours = vicinity.sample(torch.zeros(N, features, dtype=torch.float64), M, drawn)
         # The same draws, in the order of Eq. 7: ε, longer where Q is no power of two, then the signs of Σ.
         noise = torch.empty(M, N, width, dtype=torch.float64).normal_(0, 0.8, generator=redrawn).clamp(-0.9, 0.9)
@@ -170,7 +171,7 @@ def test_gradients_are_summed_over_the_copies_in_every_dtype_and_memory_format(d
 
 
 class Allocations(TorchDispatchMode):
-    """Holds every tensor that an operator makes, so that no memory is used twice."""
+    """Holds every tensor that an operator makes, which keeps memory from being reused."""
 
     def __init__(self):
         super().__init__()
@@ -225,8 +226,9 @@ def test_autocast_does_not_coarsen_the_projection():
     ('argument', 'message'),
     [
         ({'gaussian_fraction': 1.1}, r'Expected gaussian_fraction to be a number in \[0, 1\], got 1\.1\.'),
-        ({'sigma': -0.1}, r'Expected sigma to be a finite number >= 0, got -0\.1\.'),
-        ({'sigma': '0.1'}, r"Expected sigma to be a finite number >= 0, got '0\.1'\."),
+        ({'sigma': -0.1}, r'Expected sigma to be a number in \[0, 1e30\], got -0\.1\.'),
+        ({'sigma': '0.1'}, r"Expected sigma to be a number in \[0, 1e30\], got '0\.1'\."),
+        ({'sigma': 1e39}, r'Expected sigma to be a number in \[0, 1e30\], got 1e\+39\.'),
         ({'tau': -1}, r'Expected tau to be a number >= 0, or None for 2 \* sigma, got -1\.'),
         ({'dropout': 1.0}, r'Expected dropout to be a number in \[0, 1\), got 1\.0\.'),
         ({'noise_scale': 'std'}, r"Expected noise_scale to be one of rms, absolute, got 'std'\."),
@@ -260,3 +262,16 @@ def test_clipped_moments_are_those_of_the_noise_that_is_drawn(sigma, tau):
     assert variance * sigma**2 == pytest.approx(drawn, rel=0.02)
     if sigma > 0:
         assert kurtosis == pytest.approx(noise.pow(4).mean().item() / drawn**2 - 3, abs=0.05)
+
+
+@pytest.mark.parametrize('bound', [1e-300, 1e-30, 1e-9, 1e-4, 0.01, 0.1, 0.5, 1.0, 2.0, 5.0, 8.0, 12.0, 30.0, 1e39])
+def test_clipped_moments_at_any_bound(bound):
+    """The closed forms of a clipped standard Gaussian, in as many digits as cancel at the smallest bound."""
+    with mpmath.workdps(1400):  # mpmath comes with torch
+        b = mpmath.mpf(min(bound, 40))  # as infinite
+        tails, density = mpmath.erfc(b / mpmath.sqrt(2)), mpmath.exp(-(b**2) / 2) / mpmath.sqrt(2 * mpmath.pi)
+        second = 1 - tails - 2 * b * density + b**2 * tails
+        fourth = 3 * (1 - tails) - 2 * (b**3 + 3 * b) * density + b**4 * tails
+        expected = float(second), float(fourth / second**2 - 3)
+    assert clipped_moments(Vicinity(sigma=1.0, tau=bound)) == pytest.approx(expected, rel=1e-13, abs=1e-13)
+    assert clipped_moments(Vicinity(sigma=0.25, tau=bound / 4)) == pytest.approx(expected, rel=1e-13, abs=1e-13)

@@ -1,12 +1,17 @@
-"""Numbers that go wrong, compared with what is promised: stop before a weight is lost, or stay finite.
+"""Numbers that go wrong: a run stops before a weight is lost, or stays finite. Odd arguments are taken or refused.
 
 pytest tests/faults/test_numbers.py
 """
 
+import json
 import math
 import re
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from composer import Callback, Trainer
@@ -16,19 +21,20 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import composer_sba.functional as sbaf
-from composer_sba import SBA, LatentExpander, Vicinity
-from composer_sba.errors import NonFiniteError
+from composer_sba import SBA, BatchAugmentation, LatentExpander, MajorityVote, Vicinity
+from composer_sba.algorithms import LastEpochsMedian, ManifoldMixup, RDrop
+from composer_sba.errors import NonFiniteError, UserError
 
 CLASSES = 5
 pytestmark = [
-    # Composer's, of a last batch that is shorter than a microbatch, and of a Trainer that was never finished
+    # Composer's, about a last batch that is shorter than a microbatch, and a Trainer that was never closed
     pytest.mark.filterwarnings('ignore:Cannot split tensor of length'),
     pytest.mark.filterwarnings('ignore:Implicitly cleaning up:ResourceWarning'),
 ]
 
 
 class Poison(nn.Module):
-    """Puts a number into the rows that reach it in training: into all of them, or behind the first ``after``."""
+    """Multiplies the rows that reach it in training by a number: all of them, or those behind the first ``after``."""
 
     def __init__(self, value: float, after: int = 0) -> None:
         super().__init__()
@@ -87,7 +93,7 @@ def test_a_network_that_diverges_stops_before_a_weight_is_lost(value: float) -> 
 
 
 @pytest.mark.parametrize('target', ['soft', 'hard'])
-def test_virtual_samples_that_overflow_are_told_from_the_network(target: str) -> None:
+def test_virtual_samples_that_overflow_are_distinguished_from_the_network(target: str) -> None:
     poison = Poison(math.nan, after=4)  # the four raw rows of a batch stay as they are
     poison.active = False
     run = trainer(network(poison), SBA('1', augment_prob=1.0, target=target), callbacks=[After(poison, 1)])
@@ -102,7 +108,7 @@ def test_virtual_samples_that_overflow_are_told_from_the_network(target: str) ->
 def test_no_checkpoint_is_written_after_a_divergence(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the value is read at the end of the batch, as on a GPU: weights are lost, the last checkpoint is not."""
+    """If the value is read at the end of the batch, as on a GPU, weights are lost, but not the last checkpoint."""
     poison = Poison(math.nan)
     monkeypatch.setattr('composer_sba.sba.is_on_cpu', lambda loss: False)
     sba = SBA(augment_prob=1.0, target=target)
@@ -115,10 +121,11 @@ def test_no_checkpoint_is_written_after_a_divergence(
     assert all(value.isfinite().all() for value in saved['model'].values()), 'the last checkpoint is not whole'
 
 
-def test_what_a_grad_scaler_leaves_out_ends_the_run_only_if_it_goes_on() -> None:
-    """Composer has no amp_fp16 on the CPU, so the state only says that it is."""
+def test_updates_that_a_grad_scaler_skips_end_the_run_after_ten_in_a_row() -> None:
+    """Composer has no amp_fp16 on the CPU; here only the state says so."""
     run = trainer(network(), SBA(augment_prob=1.0))
     (sba,) = [each for each in run.state.algorithms if isinstance(each, SBA)]
+    sba.fit_start(run.state, run.logger)
     run.state._precision = Precision.AMP_FP16
     with pytest.warns(RuntimeWarning, match='in batch 0 at layer .*GradScaler skips the update'):
         sba._check_finite(math.inf, run.state, 0)
@@ -160,7 +167,7 @@ def test_one_class_has_nothing_to_diverge() -> None:
 @pytest.mark.parametrize('norm_stats', ['raw', 'all'])
 @pytest.mark.parametrize('basis', ['identity', 'hadamard'])
 def test_one_row_is_a_batch(basis: str, norm_stats: str) -> None:
-    """Whose statistics are those of its pixels, above a cut."""
+    """Batch statistics above the cut are those of its pixels."""
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3),
         nn.Conv2d(4, 4, 3),
@@ -197,7 +204,7 @@ def test_a_last_batch_that_is_short(rows: int, microbatch: int | None) -> None:
 
 @pytest.mark.parametrize(('scale', 'finite'), [(1e4, True), (1e30, False)])
 def test_bfloat16_that_overflows_is_seen(scale: float, finite: bool) -> None:
-    """The square of 1e30 is beyond float32, in which the unit of the noise is computed: the divergence says so."""
+    """The square of 1e30 overflows float32, in which the unit of the noise is computed; the divergence shows it."""
     model = network(Poison(scale))
     expander = LatentExpander(model, '3', 4)
     with torch.autocast('cpu', torch.bfloat16), expander.armed(0):
@@ -212,3 +219,70 @@ def test_a_vote_of_nan_stays_one() -> None:
     logits[1, 0, 2] = math.nan
     voted = sbaf.majority_vote(logits)
     assert voted[0].isnan().any() and voted[1].isfinite().all(), voted
+
+
+# Every numeric argument: of real numbers, and of integers. A next one is one word here
+REAL = [
+    *((Vicinity, name) for name in ('gaussian_fraction', 'sigma', 'tau', 'dropout')),
+    *((SBA, name) for name in ('augment_prob', 'eta')),
+    *((method, 'alpha') for method in (ManifoldMixup, RDrop)),
+]
+INTEGER = [
+    *((SBA, name) for name in ('fold', 'seed')),
+    *((MajorityVote, name) for name in ('fold', 'seed')),
+    (BatchAugmentation, 'fold'),
+    (ManifoldMixup, 'seed'),
+    (LastEpochsMedian, 'num_epochs'),
+]
+TAKEN = [np.float16(0.25), np.float32(0.1), np.float64(0.1), np.longdouble(0.25), Fraction(1, 4), np.float32(1e-40)]
+TAKEN_INTEGERS = [np.int8(3), np.int64(3), np.uint64(3)]
+REFUSED = [True, np.True_, torch.tensor(0.1), np.array(0.1), '0.1', 0.1j, Decimal('0.1'), math.nan, -1, 2**70, [0.1]]
+REFUSED_INTEGERS = [np.True_, 2.0, np.float32(3), torch.tensor(3), np.array(3), '3', 2**63, np.uint64(2**63), 10**30]
+
+
+@pytest.mark.parametrize(
+    ('build', 'name', 'values', 'kind'),
+    [(build, name, TAKEN, float) for build, name in REAL]
+    + [(build, name, TAKEN_INTEGERS, int) for build, name in INTEGER],
+    ids=lambda value: value if isinstance(value, str) else getattr(value, '__name__', ''),
+)
+def test_numbers_of_other_libraries_become_python_s(build: Any, name: str, values: list[Any], kind: type) -> None:
+    for value in values:
+        built = build(**{name: value})
+        kept = getattr(built, name)
+        assert type(kept) is kind and kept == value, f'{name}={value!r} is kept as {kept!r}'
+        json.dumps(getattr(built, 'local_hparams', kept))
+        assert 'np.' not in repr(built), repr(built)
+
+
+@pytest.mark.parametrize(
+    ('build', 'name', 'values'),
+    [(*each, REFUSED) for each in REAL] + [(*each, REFUSED_INTEGERS) for each in INTEGER],
+    ids=lambda value: value if isinstance(value, str) else getattr(value, '__name__', ''),
+)
+def test_what_is_not_a_number_is_refused_in_one_line(build: Any, name: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(UserError, match=f'^Expected {name} to be .*, got .*') as refused:
+            build(**{name: value})
+        assert refused.value.argument == name and '\n' not in str(refused.value), str(refused.value)
+
+
+@pytest.mark.parametrize(
+    'vicinity',
+    [
+        Vicinity(1.0, sigma=1.0, tau=1e-9),
+        Vicinity(1.0, sigma=1.0, tau=0.0),
+        Vicinity(1.0, sigma=1e-30, tau=1e-300),
+        Vicinity(1.0, sigma=1.0, tau=1e300),
+        Vicinity(1.0, sigma=1e30, tau=1.0),
+        Vicinity(np.float32(0.5), sigma=np.float32(0.1), tau=np.float64(0.2), dropout=np.float16(0.5)),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize('layers', ['head', '0'])
+def test_a_vicinity_of_odd_numbers_trains(vicinity: Vicinity, layers: str) -> None:
+    """Also at a wide head, whose Gaussian points may be drawn as noise of its logits."""
+    net = nn.Sequential(nn.Linear(6, 256), nn.ReLU(), nn.Linear(256, CLASSES))
+    run = trainer(net, SBA(layers, augment_prob=np.float32(1.0), eta=np.float64(0.1), vicinity=vicinity))
+    run.fit()
+    assert all(value.isfinite().all() for value in run.state.model.state_dict().values())
