@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import TracebackType
 
@@ -126,6 +127,8 @@ def _run(arguments: list[str], output: Path, environment: dict[str, str], folder
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    # A resource tracker of its own: that of the tests would later remove names that other programs use by then
+    resource_tracker._resource_tracker._fd = None
     torch.set_num_threads(int(environment['OMP_NUM_THREADS']))
     try:
         if arguments[0] == '-m':

@@ -1,4 +1,4 @@
-"""Transforms of whole batches compared with those of single images: the same law, outcome by outcome.
+"""Transforms of whole batches compared with those of single images: the same distribution, outcome by outcome.
 
 Run: pytest tests/test_batch_transform.py
 """
@@ -14,40 +14,57 @@ from PIL import Image
 from scipy.stats import chisquare
 from torchvision import transforms
 
-from composer_sba.data.loader import DatasetConfig
+from composer_sba.data.config import KNOWN_DATASETS, DatasetConfig
 from composer_sba.data.transforms import BatchTransform, transform
 
 
 def both_paths(config, image, draws):
-    """``draws`` transforms of one image, by the transform for single images and by that for batches."""
+    """Transform one image ``draws`` times, with the transform for single images and with that for batches."""
     pipeline = transform(config)
     batch = torch.from_numpy(np.array(image)).permute(2, 0, 1).expand(draws, -1, -1, -1)
     return {'streaming': [pipeline(image) for _ in range(draws)], 'memory': BatchTransform(config)(batch)}
 
 
 def assert_uniform(counts, outcomes, path):
-    """Chi-square at 1 in 1,000, of draws that the seed of the test fixes."""
-    assert set(counts) <= set(outcomes), f'{path}: {len(set(counts) - set(outcomes))} of its outcomes are impossible'
-    assert set(counts) == set(outcomes), f'{path}: {len(set(outcomes) - set(counts))} of {len(outcomes)} never came'
+    """Chi-square test at 1 in 1,000; the test's seed fixes the draws."""
+    assert set(counts) <= set(outcomes), f'{path}: {len(set(counts) - set(outcomes))} outcomes are impossible'
+    assert set(counts) == set(outcomes), f'{path}: {len(set(outcomes) - set(counts))} of {len(outcomes)} never occurred'
+    if len(outcomes) == 1:
+        return
     test = chisquare(list(counts.values()))
     assert test.pvalue > 1e-3, f'{path}: chi2 {test.statistic:.1f}, {len(counts) - 1} degrees of freedom: {counts}'
 
 
-def test_every_crop_and_flip_is_as_likely_as_in_streaming():
-    image = Image.fromarray(np.random.default_rng(0).integers(1, 256, (32, 32, 3), np.uint8))
-    config = DatasetConfig('cifar10')
-    normalized = transforms.Compose(transform(config).transforms[-2:])
+@pytest.mark.parametrize(
+    ('name', 'keys', 'shift', 'flips'),
+    [
+        ('cifar10', {}, 4, (False, True)),
+        ('cifar10', {'split': 'val', 'augment': True}, 4, (False, True)),
+        ('cifar10', {'augment': False}, 0, (False,)),
+        ('cifar10', {'split': 'val'}, 0, (False,)),
+        ('cifar100', {'mean': [0.1, 0.2, 0.3], 'std': [1, 2, 3]}, 4, (False, True)),
+        ('digits', {}, 1, (False,)),
+        ('digits', {'mean': [0.5, 0.5, 0.5]}, 1, (False,)),
+    ],
+)
+def test_crops_flips_and_statistics_are_those_of_the_config(name, keys, shift, flips):
+    """Every outcome is equally likely on both paths: one crop, at most one flip, and no step twice."""
+    known = KNOWN_DATASETS[name]
+    image = Image.fromarray(np.random.default_rng(0).integers(1, 256, (known.size, known.size, 3), np.uint8))
+    statistics = transforms.Normalize(keys.get('mean', known.mean), keys.get('std', known.std))
+    normalized = transforms.Compose([transforms.ToTensor(), statistics])
     outcomes = set()
-    for top, left, flipped in product(range(9), range(9), (False, True)):
-        moved = TF.crop(TF.pad(image, [4]), top, left, 32, 32)
+    for top, left, flipped in product(range(2 * shift + 1), range(2 * shift + 1), flips):
+        moved = TF.crop(TF.pad(image, [shift]), top, left, known.size, known.size)
         outcomes.add(normalized(TF.hflip(moved) if flipped else moved).numpy().tobytes())
-    assert len(outcomes) == 162
-    for path, images in both_paths(config, image, 50 * 162).items():
-        assert_uniform(Counter(moved.numpy().tobytes() for moved in images), outcomes, path)
+    assert len(outcomes) == (2 * shift + 1) ** 2 * len(flips)
+    for path, images in both_paths(DatasetConfig(name, **keys), image, 50 * len(outcomes)).items():
+        assert {tuple(each.shape) for each in images} == {(3, known.size, known.size)}, path
+        assert_uniform(Counter(each.numpy().tobytes() for each in images), outcomes, path)
 
 
 @pytest.mark.parametrize('size', [3, 4])
-def test_cutout_has_every_centre_as_often_as_in_streaming(size):
+def test_every_cutout_centre_is_as_likely_as_in_streaming(size):
     def erased(row, column):
         square = np.zeros((8, 8), bool)
         square[
@@ -57,15 +74,15 @@ def test_cutout_has_every_centre_as_often_as_in_streaming(size):
 
     outcomes = {erased(row, column) for row in range(8) for column in range(8)}
     assert len(outcomes) == 64
-    config = DatasetConfig('digits', cutout=size)  # no pixel is the mean, so zeros are what was erased
+    config = DatasetConfig('digits', cutout=size)  # no pixel is the mean, so zeros were erased
     for path, images in both_paths(config, Image.new('RGB', (8, 8), 'white'), 50 * 64).items():
         squares = [image == 0 for image in images]
         assert all(torch.equal(square[:1].expand(3, -1, -1), square) for square in squares), path
         assert_uniform(Counter(square[0].numpy().tobytes() for square in squares), outcomes, path)
 
 
-def test_evaluation_moves_and_erases_nothing():
+def test_evaluation_neither_moves_nor_erases():
     images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
     config = DatasetConfig('cifar10', split='val', cutout=8)
-    one_by_one = torch.stack([transform(config)(TF.to_pil_image(image)) for image in images])
+    one_by_one = torch.stack([transform(config)(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in images])
     assert torch.equal(BatchTransform(config)(images), one_by_one)

@@ -1,4 +1,4 @@
-"""Images in memory compared with Streaming's: the same samples, the same again with the same seed, and what repeats.
+"""Images in memory compared with Streaming's: the same samples, repeated by the same seed, also from compressed shards.
 
 Run: pytest tests/test_memory.py
 """
@@ -8,18 +8,22 @@ from collections import Counter
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
 from composer import Callback, Trainer
 from composer.models import ComposerClassifier
 from PIL import Image
+from streaming import MDSWriter
 from torch import nn
 
 from composer_sba import BatchAugmentation
 from composer_sba.algorithms.batch_augmentation import Copies
+from composer_sba.data.config import KNOWN_DATASETS
 from composer_sba.data.in_memory import MemoryDataset
 from composer_sba.data.loader import DatasetConfig, build_dataloader
+from composer_sba.data.transforms import Normalize
 from composer_sba.errors import DatasetError
 from composer_sba.recipe.recipe import load
 from composer_sba.train import train
@@ -206,9 +210,9 @@ def test_a_recipe_chooses_it(folder):
             {'name': 'imagefolder'},
             'in_memory does not apply to imagefolder, whose images differ in size: remove the key',
         ),
-        ({'remote': 's3://x'}, 'in_memory reads the shards of local: fetch the dataset there, and remove remote'),
-        ({'num_workers': 2}, 'num_workers: 2 workers have no work with in_memory: remove the key'),
-        ({'in_memory': False, 'subset': 5}, 'subset needs in_memory: true'),
+        ({'remote': 's3://x'}, 'in_memory reads the shards of local: download the dataset there, and remove remote'),
+        ({'num_workers': 2}, 'num_workers: 2 workers are not used with in_memory: remove the key'),
+        ({'in_memory': False, 'subset': 5}, 'subset requires in_memory: true'),
         ({'subset': 0}, 'subset: expected a number of samples >= 1, got 0'),
         ({'subset': 1438}, 'subset: 1438 is more than the 1437 samples of FOLDER/train: choose a smaller one'),
     ],
@@ -225,7 +229,7 @@ BLACK = encoded(Image.new('RGB', (32, 32)))
 @pytest.mark.parametrize(
     ('image', 'label', 'message'),
     [
-        (b'no image', 0, r'sample 1 cannot be read \(cannot identify image file .+\): make it again with python -m'),
+        (b'no image', 0, r'sample 1 cannot be read \(cannot identify image file\): make it again with python -m'),
         (BLACK, 10, 'sample 1 has the label 10, expected 0 to 9: correct num_classes or the data$'),
         (
             encoded(Image.new('RGB', (8, 8))),
@@ -238,3 +242,89 @@ def test_broken_samples_are_named(tmp_path, image, label, message):
     write(tmp_path / 'train', [BLACK, image], [0, label])
     with pytest.raises(DatasetError, match=f'^{tmp_path}/train: {message}'):
         build_dataloader(DatasetConfig('cifar10', local=str(tmp_path), in_memory=True), 2)
+
+
+# Streaming leaves a shard open while it compares its hash or decompresses it.
+LEFT_OPEN = pytest.mark.filterwarnings('ignore:unclosed file .*shard:ResourceWarning')
+STATISTICS = KNOWN_DATASETS['cifar10'].mean, KNOWN_DATASETS['cifar10'].std
+OPTIONS = {'num_workers': 0, 'verify': True, 'augment': False}
+COMPRESSIONS = ['zstd', 'zstd:7', 'gz', 'bz2', 'br', 'snappy']
+
+
+def compressed(folder, compression='zstd', hashes=('xxh64',)):
+    """Forty images of CIFAR's size, in several compressed shards; returns their pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
+    columns = {'x': 'png', 'y': 'int'}
+    options = {'compression': compression, 'hashes': list(hashes), 'size_limit': 60_000}
+    with MDSWriter(columns=columns, out=str(folder / 'train'), **options) as writer:
+        for i, image in enumerate(pixels):
+            writer.write({'x': Image.fromarray(image), 'y': i % 10})
+    assert len(list((folder / 'train').glob('shard.*'))) > 1
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+@LEFT_OPEN
+@pytest.mark.parametrize('compression', COMPRESSIONS)
+def test_compressed_shards_are_read(tmp_path, compression):
+    """In memory the folder stays as it is; Streaming then decompresses into it; in memory again."""
+    pixels = compressed(tmp_path, compression)
+    stored = sorted((tmp_path / 'train').iterdir())
+    expected = multiset(Normalize(*STATISTICS)(pixels), torch.arange(40) % 10)
+    first = {'in_memory': True, 'subset': 40}
+    for keys in (first, {'in_memory': False}, {'in_memory': True}):
+        loader = build_dataloader(DatasetConfig('cifar10', local=str(tmp_path), **keys, **OPTIONS), 8)
+        assert multiset(*epoch(loader)) == expected, keys
+        unchanged = sorted((tmp_path / 'train').iterdir()) == stored
+        assert unchanged == (keys == first), keys
+
+
+@pytest.mark.parametrize(
+    ('damage', 'message'),
+    [
+        (lambda content: content[:-1] + b'!', r'shard.00000.mds.zstd has changed since it was written, its xxh64'),
+        (lambda content: content[:-1], r'shard.00000.mds.zstd has [\d,]+ bytes, index.json says [\d,]+'),
+    ],
+)
+@pytest.mark.parametrize('in_memory', [True, False])
+def test_damaged_compressed_shards_are_named(tmp_path, in_memory, damage, message):
+    compressed(tmp_path)
+    shard = tmp_path / 'train' / 'shard.00000.mds.zstd'
+    shard.write_bytes(damage(shard.read_bytes()))
+    with pytest.raises(DatasetError, match=message):
+        build_dataloader(DatasetConfig('cifar10', local=str(tmp_path), in_memory=in_memory), 8)
+
+
+@LEFT_OPEN
+@pytest.mark.parametrize('in_memory', [True, False])
+@pytest.mark.parametrize('damage', [lambda content: bytes(len(content)), lambda content: content[:-9] + b'otherwise'])
+def test_a_shard_that_cannot_be_decompressed_is_named_and_kept(tmp_path, in_memory, damage):
+    """Without hashes. Streaming's way to refuse a download is to delete it; here it is the only copy."""
+    compressed(tmp_path, 'gz', hashes=())
+    shard = tmp_path / 'train' / 'shard.00000.mds.gz'
+    shard.write_bytes(damage(shard.read_bytes()))
+    before = {path: path.read_bytes() for path in (tmp_path / 'train').iterdir()}
+    with pytest.raises(DatasetError, match=f'{tmp_path}/train.*: make it again with python -m') as caught:
+        list(build_dataloader(DatasetConfig('cifar10', local=str(tmp_path), in_memory=in_memory, num_workers=0), 8))
+    assert '\n' not in str(caught.value)
+    if in_memory:
+        assert 'shard.00000.mds.gz cannot be decompressed (' in str(caught.value)
+    for path, content in before.items():
+        assert path.exists() and path.read_bytes() == content, f'{path} is gone'
+
+
+@LEFT_OPEN
+def test_decompressed_shards_alone_are_not_deleted(tmp_path):
+    """The cache of a compressed remote has no compressed files, and Streaming would empty it once remote is removed."""
+    pixels = compressed(tmp_path / 'remote')
+    keys = {'local': str(tmp_path / 'cache'), 'num_workers': 0, 'augment': False}
+    for _ in range(2):
+        config = DatasetConfig('cifar10', remote=str(tmp_path / 'remote'), **keys)
+        loader = build_dataloader(config, 8)
+        assert len(epoch(loader)[1]) == 40
+        loader.dataset._locals_shm.buf[:4] = bytes(4)  # as when the run ends, so that the next may use the folder
+    cached = sorted((tmp_path / 'cache' / 'train').iterdir())
+    with pytest.raises(DatasetError, match=r'shard.00000.mds.zstd is missing, only decompressed shards are left: set '):
+        build_dataloader(DatasetConfig('cifar10', **keys), 8)
+    assert sorted((tmp_path / 'cache' / 'train').iterdir()) == cached
+    memory = build_dataloader(DatasetConfig('cifar10', in_memory=True, **keys), 8)
+    assert multiset(*epoch(memory)) == multiset(Normalize(*STATISTICS)(pixels), torch.arange(40) % 10)

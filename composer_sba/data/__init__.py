@@ -1,4 +1,4 @@
-"""Data sets of images in MDS shards: conversion, transforms and DataLoaders."""
+"""Datasets of images in MDS shards: conversion, transforms and DataLoaders."""
 
 from composer_sba.data.config import DatasetConfig
 from composer_sba.data.conversion import convert

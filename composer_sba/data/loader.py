@@ -1,6 +1,7 @@
-"""The DataLoader of a data set, for training or evaluation."""
+"""DataLoaders: the batches of a dataset, for training or evaluation."""
 
 import os
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -9,53 +10,65 @@ from composer.utils import dist
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from composer_sba.data.config import KNOWN, check, default_for_training, index, local, make
-from composer_sba.data.config import DatasetConfig as DatasetConfig  # who builds a DataLoader needs this file alone
+from composer_sba.data.config import DatasetConfig as DatasetConfig  # re-exported, with the two functions below
+from composer_sba.data.config import ResolvedConfig, resolve
 from composer_sba.data.conversion import convert
 from composer_sba.data.in_memory import EachOnce, MemoryDataset
 from composer_sba.data.mds_dataset import ByIndex, ImageDataset
-from composer_sba.data.mds_index import RECORD, check_hashes, remake
+from composer_sba.data.mds_index import RECORD, check_decompression, check_hashes, rebuild_remedy
 from composer_sba.data.partition import shared_samples
 from composer_sba.data.samples import Expected
+from composer_sba.data.shared_memory import fail_together
 from composer_sba.data.transforms import BatchTransform, Normalize, Pipeline, ToBytes
 from composer_sba.data.transforms import image_size as image_size
 from composer_sba.data.transforms import transform as transform
-from composer_sba.errors import DatasetError
+from composer_sba.errors import DatasetError, check_number
 
-CHEAP = 1 << 30  # bytes of shards whose hashes are compared without being asked to, in less than a second
+VERIFIED_BYTES = 1 << 30  # shards up to this size are compared with their hashes by default, in less than a second
 
 
 def dataset_classes(config: DatasetConfig) -> int:
-    """Tell the number of classes of a data set, without reading a sample.
+    """Return the number of classes of a dataset without reading a sample.
 
     Args:
-        config (DatasetConfig): The data set.
+        config (DatasetConfig): The dataset.
 
     Returns:
-        int: As the converter recorded it, else ``config.num_classes``, else as known by name.
+        int: As the converter recorded it, or ``config.num_classes``, or as known by name.
 
     Raises:
-        DatasetError: If the dataset is missing or incomplete, or these sources contradict one another.
+        DatasetError: If the dataset is missing or incomplete, or these sources contradict each other.
 
     Example:
         >>> dataset_classes(DatasetConfig('digits'))
         10
     """
-    known = check(config).num_classes
-    record = _index(config).get(RECORD, {})
-    folder = f'{local(config) / config.split}'
-    if KNOWN[config.name].size is not None and record.get('name', config.name) != config.name:
-        raise DatasetError(f'{folder} holds {record["name"]}, not {config.name}: correct name or local')
+    config = resolve(config)
+    record = _read_index(config).get(RECORD, {})
+    if config.known.size is not None and record.get('name', config.name) != config.name:
+        raise DatasetError(f'{config.folder} holds {record["name"]}, not {config.name}: correct name or local')
     recorded = record.get('num_classes')
-    fixed = known if config.name != 'imagenet' else None  # other data in ImageNet's layout may have fewer
+    fixed = config.known.num_classes if config.name != 'imagenet' else None  # its layout may hold fewer classes
     if config.num_classes is not None and config.num_classes != (recorded or fixed or config.num_classes):
         raise DatasetError(
-            f'num_classes: {config.num_classes} contradicts {folder}, which has {recorded or fixed}: remove the key'
+            f'num_classes: {config.num_classes} contradicts {config.folder}, which has {recorded or fixed}: '
+            'remove the key'
         )
-    count = recorded or config.num_classes or known
+    count = recorded or config.num_classes or config.known.num_classes
     if count is None:
-        raise DatasetError(f'{folder} does not tell its number of classes: set num_classes')
+        raise DatasetError(f'{config.folder} does not record its number of classes: set num_classes')
     return int(count)
+
+
+def dataset_size(config: DatasetConfig) -> int:
+    """Return the number of samples of a dataset; errors are those of :func:`dataset_classes`.
+
+    Example:
+        >>> dataset_size(DatasetConfig('digits'))
+        1437
+    """
+    config = resolve(config)
+    return config.subset or sum(shard['samples'] for shard in _read_index(config)['shards'])
 
 
 def build_dataloader(
@@ -66,37 +79,39 @@ def build_dataloader(
     drop_last: bool = False,
     device: torch.device | str | None = None,
 ) -> DataLoader:
-    """Build the DataLoader of a data set.
+    """Build the DataLoader of a dataset.
 
-    Evaluation (neither shuffled nor augmented): each sample once. A ``DistributedSampler`` gives all ranks as many
-    samples, up to ``world size - 1`` of them twice, which Composer takes out of the metrics again.
+    Evaluation, which neither shuffles nor augments, reads each sample once. A ``DistributedSampler`` repeats up to
+    ``world size - 1`` samples to give all ranks the same number, and Composer removes the repetitions from the metrics.
 
-    Training: no sample twice in an epoch, and each once on one rank. On more ranks each has the same number of
-    batches, or they would wait for one another for ever: the last global batch, if not full, is shared out evenly;
-    if it has fewer samples than there are ranks it is left out. Each epoch leaves out others. With ``drop_last`` a
-    last global batch that is not full is always left out. The order and the random transforms of an epoch follow
-    from the seed alone, and Composer resumes in mid-epoch, as Streaming keeps the place.
+    Training reads no sample twice in an epoch. On one rank it reads all samples. On several ranks each has the same
+    number of batches, or they would wait for each other forever: an incomplete last global batch is divided evenly, and
+    left out if it has fewer samples than ranks. Each epoch leaves out different samples. With ``drop_last`` an
+    incomplete last global batch is always left out. The order and the random transforms of an epoch depend on the seed
+    only. Composer resumes in mid-epoch because Streaming records the position.
 
-    In memory all this holds too, in another order and with other draws of the same law. There the draws of a sample
-    depend on its batch as well, and Composer resumes by skipping batches, which costs little.
+    The same holds in memory, with another order and other draws from the same distribution. There the draws of a sample
+    also depend on its batch, and Composer resumes by skipping batches, which costs little.
 
-    Where there are several ranks, call ``composer.utils.dist.initialize_dist`` with the device first.
+    On several ranks, call ``composer.utils.dist.initialize_dist`` with the device first.
 
     Args:
-        config (DatasetConfig): The data set.
-        batch_size (int): Samples of a batch of one rank, >= 1.
-        seed (int, optional): Seeds the order and the transforms unless ``config.shuffle_seed`` does. Default: ``17``.
+        config (DatasetConfig): The dataset.
+        batch_size (int): Samples in a batch of one rank, >= 1.
+        seed (int, optional): Seed of the order and the transforms unless ``config.shuffle_seed`` is set. Default:
+            ``17``.
         drop_last (bool, optional): Whether every batch must be full. Default: ``False``.
-        device (torch.device | str, optional): Where images in memory are kept. Default: the CPU.
+        device (torch.device | str, optional): Device that holds images in memory. Default: the CPU.
 
     Returns:
         torch.utils.data.DataLoader: Batches of images, shape ``(N, 3, H, W)``, float32, and labels, shape ``(N,)``,
         int64; on ``device`` if they are in memory.
 
     Raises:
-        DatasetError: If the config is wrong or the dataset missing, incomplete or too small; on iteration, or at once
-            with images in memory, if a sample is unreadable or has an impossible label. The message is one line, and
-            its last line where a worker raised.
+        DatasetError: If the config is wrong or the dataset missing, incomplete or too small, on any rank. If a sample
+            is unreadable or has an impossible label: on iteration, or at once with images in memory. The message is one
+            line; it is the last line of the traceback of a worker.
+        ValueError: If ``batch_size`` is not an integer >= 1.
 
     Example:
         >>> images, labels = next(iter(build_dataloader(DatasetConfig('digits'), batch_size=32)))
@@ -114,22 +129,21 @@ def build_dataspec(
     drop_last: bool = False,
     device: torch.device | str | None = None,
 ) -> DataSpec:
-    """Build what a Trainer takes for a data set: the batches of :func:`build_dataloader`, normalized on the device.
+    """Build the DataSpec of a dataset: the batches of :func:`build_dataloader`, normalized on the device.
 
-    Workers then hand over bytes, a quarter of the memory, and never make numbers of them.
-    Batches are the same bit by bit, and are normalized before the first algorithm sees them, so that the whole batch
-    of a rank lies on the device, whatever its microbatches. With ``config.cutout``, which erases normalized pixels, the
-    workers do all.
+    Workers pass on bytes, which take a quarter of the memory, and the device converts them. The batches are bit by bit
+    the same. They are normalized before the first algorithm runs, so a rank's whole batch is on the device, even with
+    microbatches. With ``config.cutout``, which erases normalized pixels, the workers normalize.
 
     Args:
-        config (DatasetConfig): The data set.
-        batch_size (int): Samples of a batch of one rank, >= 1.
-        seed (int, optional): As there. Default: ``17``.
-        drop_last (bool, optional): As there. Default: ``False``.
-        device (torch.device | str, optional): Where the batches are normalized. Default: the CPU.
+        config (DatasetConfig): The dataset.
+        batch_size (int): Samples in a batch of one rank, >= 1.
+        seed (int, optional): Seed, as in :func:`build_dataloader`. Default: ``17``.
+        drop_last (bool, optional): Whether every batch must be full. Default: ``False``.
+        device (torch.device | str, optional): Device that normalizes the batches. Default: the CPU.
 
     Returns:
-        composer.DataSpec: Of the DataLoader; errors are those of :func:`build_dataloader`.
+        composer.DataSpec: The DataLoader and its batch transform. Errors are those of :func:`build_dataloader`.
 
     Example:
         >>> spec = build_dataspec(DatasetConfig('digits'), batch_size=32)
@@ -157,51 +171,55 @@ def _dataloader(
     drop_last: bool,
     device: torch.device | str | None,
 ) -> DataLoader:
-    num_classes = dataset_classes(config)
-    shuffle = default_for_training(config, config.shuffle)
-    training = shuffle or default_for_training(config, config.augment)
-    shards, folder = _index(config)['shards'], local(config) / config.split
-    size = sum(shard['samples'] for shard in shards)
-    if config.subset is not None and config.subset > size:
-        raise DatasetError(f'subset: {config.subset} is more than the {size} samples of {folder}: choose a smaller one')
-    if training and not shared_samples(config.subset or size, dist.get_world_size(), batch_size, drop_last):
-        raise DatasetError(
-            f'{folder} has {config.subset or size} samples, too few for {dist.get_world_size()} ranks'
-            f'{f" with full batches of {batch_size}" if drop_last else ""}'
-        )
-    remedy = remake(folder, config.remote, make(config))
-    bytes_in_all = sum(shard['raw_data']['bytes'] for shard in shards)
-    if (bytes_in_all <= CHEAP if config.verify is None else config.verify) and dist.get_local_rank() == 0:
-        check_hashes(folder, shards, remedy)
-    expected = Expected(str(folder), num_classes, KNOWN[config.name].size, remedy)
+    config = resolve(config)
+    batch_size = check_number('batch_size', batch_size, 'an integer >= 1', lambda value: value >= 1, Integral)
     seed = seed if config.shuffle_seed is None else config.shuffle_seed
+    training = config.shuffle or config.augment
+    ranks = dist.get_world_size()
+    if ranks > 1 and not torch.distributed.is_initialized():
+        dist.initialize_dist()
+    with fail_together():
+        num_classes, shards = dataset_classes(config), _read_index(config)['shards']
+        folder, remedy = config.folder, rebuild_remedy(config.folder, config.remote, config.conversion_command)
+        size = sum(shard['samples'] for shard in shards)
+        if config.subset is not None and config.subset > size:
+            raise DatasetError(
+                f'subset: {config.subset} is more than the {size} samples of {folder}: choose a smaller one'
+            )
+        if training and not shared_samples(config.subset or size, ranks, batch_size, drop_last):
+            full = f' with full batches of {batch_size}' if drop_last else ''
+            raise DatasetError(f'{folder} has {config.subset or size} samples, too few for {ranks} ranks{full}')
+        small = sum(shard['raw_data']['bytes'] for shard in shards) <= VERIFIED_BYTES
+        if (small if config.verify is None else config.verify) and dist.get_local_rank() == 0:
+            check_hashes(folder, shards, remedy)
+        if config.remote is None and not config.in_memory:
+            check_decompression(folder, shards)
+    expected = Expected(str(folder), num_classes, config.known.size, remedy)
     if config.in_memory:
         images = MemoryDataset(
             shards, expected, BatchTransform(config, device), subset=config.subset, seed=seed, device=device
         )
-        order = EachOnce(images, batch_size, shuffle=shuffle, drop_last=drop_last)
+        order = EachOnce(images, batch_size, shuffle=config.shuffle, drop_last=drop_last)
         sampler = order if training else dist.get_sampler(images, drop_last=drop_last)
         return DataLoader(images, batch_size, sampler=sampler, drop_last=drop_last, collate_fn=lambda batch: batch)
-    # Streaming compares hashes when it fetches a shard, at gigabytes a second, but fails where there are none.
+    # Streaming compares hashes of downloads, at gigabytes a second, but fails if a shard has none.
     hashed = config.remote is not None and all('xxh64' in shard['hashes'] for shard in shards)
-    if dist.get_world_size() > 1 and not torch.distributed.is_initialized():
-        dist.initialize_dist()
     try:
         dataset = ImageDataset(
             expected=expected,
             drop_last=drop_last,
             seed=seed,
-            local=str(local(config)),
+            local=config.local,
             remote=config.remote,
             split=config.split,
             batch_size=batch_size,
-            shuffle=shuffle,
+            shuffle=config.shuffle,
             validate_hash='xxh64' if hashed else None,
             transform=pipeline,
             cache_limit=config.cache_limit,
             download_timeout=config.download_timeout,
         )
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         raise DatasetError(f'{folder}: {error}') from error
     source = dataset if training else ByIndex(dataset)
     cores = len(os.sched_getaffinity(0)) // dist.get_local_world_size()
@@ -217,19 +235,8 @@ def _dataloader(
     )
 
 
-def dataset_size(config: DatasetConfig) -> int:
-    """Count the samples of a data set; errors are those of :func:`dataset_classes`.
-
-    Example:
-        >>> dataset_size(DatasetConfig('digits'))
-        1437
-    """
-    check(config)
-    return config.subset or sum(shard['samples'] for shard in _index(config)['shards'])
-
-
-def _index(config: DatasetConfig) -> dict[str, Any]:
-    """Read the index of the split; make the digits if they do not exist yet."""
+def _read_index(config: ResolvedConfig) -> dict[str, Any]:
+    """Read the index of the split, after making the digits if they do not exist yet."""
     if config.name == 'digits' and config.remote is None:
-        convert('digits', None, local(config), exist_ok=True)
-    return index(config)
+        convert('digits', None, config.local, exist_ok=True)
+    return config.read_index()

@@ -1,4 +1,4 @@
-"""Images in MDS shards: each is checked when it is read, and its transforms draw the same again."""
+"""Images in MDS shards: a StreamingDataset that checks each sample and repeats its random transforms."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from composer_sba.data.partition import shared_samples
 from composer_sba.data.samples import Expected
-from composer_sba.data.shared_memory import claim, registration
+from composer_sba.data.shared_memory import registration
 from composer_sba.errors import DatasetError, one_line
 from composer_sba.schedule import hash_key, seeded
 
@@ -21,17 +21,17 @@ from composer_sba.schedule import hash_key, seeded
 class ImageDataset(StreamingVisionDataset):
     """RGB images and labels from MDS shards, written by :mod:`composer_sba.convert` or by Streaming's converters.
 
-    Random transforms draw from the generators of torch, NumPy and Python, which are seeded for each sample from (seed,
-    epoch, sample) and then put back: what a sample looks like depends neither on workers and ranks nor on whether the
-    run was resumed.
+    Random transforms draw from the generators of torch, NumPy and Python, which are seeded for each sample with (seed,
+    epoch, sample) and then restored. A transformed image therefore depends neither on workers and ranks nor on whether
+    the run was resumed.
 
     Args:
-        batch_size (int): Samples of a batch of one rank, as the DataLoader has it.
-        transform (Callable): From an RGB image to a tensor; of JPEGs it gets uint8 tensors of shape ``(3, H, W)`` if it
-            has an attribute ``takes_tensors`` that is true.
-        expected (Expected): What every sample must be.
+        batch_size (int): Samples in a batch of one rank, as in the DataLoader.
+        transform (Callable): Maps an RGB image to a tensor. If it has a true attribute ``takes_tensors``, JPEGs are
+            passed as uint8 tensors of shape ``(3, H, W)``.
+        expected (Expected): The properties that every sample must have.
         drop_last (bool): Whether every batch must be full.
-        seed (int): Seeds the order and the transforms.
+        seed (int): Seed of the order and the transforms.
         **kwargs (Any): Arguments of :class:`streaming.vision.StreamingVisionDataset`.
 
     Raises:
@@ -50,16 +50,15 @@ class ImageDataset(StreamingVisionDataset):
     ) -> None:
         with registration():
             super().__init__(
-                # Neighbouring seeds of Streaming have the same shuffles, one epoch apart.
+                # In Streaming, neighbouring seeds have the same shuffles, one epoch apart.
                 shuffle_seed=hash_key(seed) % 2**31,
-                # Shuffles across shards, where its default for images, 'py1s', shuffles inside one shard at a time.
+                # Shuffles across shards; the default for images, 'py1s', shuffles inside one shard at a time.
                 shuffle_algo='py1e',
                 partition_algo='each_once_full' if drop_last else 'each_once',
                 batch_size=batch_size,
                 **kwargs,
             )
-            claim(self._shm_prefix_int)
-        self.transform: Callable[[Any], Any] = transform  # by name, for Composer's RandAugment and AugMix
+        self.transform: Callable[[Any], Any] = transform  # Composer's RandAugment and AugMix look for this name
         self.expected = expected
         self.epoch = 0
         self._failure: BaseException | None = None
@@ -75,7 +74,7 @@ class ImageDataset(StreamingVisionDataset):
             tuple[torch.Tensor, int]: Image, shape ``(3, H, W)``, float32, and label.
 
         Raises:
-            DatasetError: If a shard could not be fetched, where Streaming would end the epoch early.
+            DatasetError: If a shard could not be fetched; Streaming alone would end the epoch early.
         """
         yield from super().__iter__()
         if self._failure is not None:
@@ -88,7 +87,7 @@ class ImageDataset(StreamingVisionDataset):
 
         Args:
             sample_id (int): Index of the sample in the dataset.
-            retry (int, optional): How often to fetch its shard again. Default: ``7``.
+            retry (int, optional): Attempts to fetch its shard again. Default: ``7``.
 
         Returns:
             tuple[Any, int]: The transformed image and its label.
@@ -108,27 +107,27 @@ class ImageDataset(StreamingVisionDataset):
                 self.prepare_shard(shard_id)
             return StreamingDataset.get_item(self, sample_id, retry)
         except Exception as error:
-            raise self._failure or error from None  # the thread that fetched the shard knows why it is not there
+            raise self._failure or error from None  # the error of the thread that fetched the shard is the cause
 
     def _is_checked(self, shard_id: int) -> bool:
-        """Tell whether a shard is here and its hash was compared: Streaming reads whatever file it finds."""
+        """Return whether a shard is on disk and its hash was compared; Streaming reads any file that exists."""
         shard = self.shards[shard_id]
         exists = os.path.exists(os.path.join(shard.dirname, shard.split, shard.file_pairs[0][0].basename))
-        return exists and self._shard_states[shard_id] == _ShardState.LOCAL  # a bad one is deleted before it says so
+        return exists and self._shard_states[shard_id] == _ShardState.LOCAL  # a corrupt one is deleted before LOCAL
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """Tell where in the data a run is, for its checkpoint.
+        """Return the position in the data, for a checkpoint.
 
         Args:
             num_samples (int): Samples that were read.
             from_beginning (bool): Whether they are counted from the start of the epoch.
 
         Returns:
-            dict[str, Any]: Epoch and sample to go on with, and what the order depends on.
+            dict[str, Any]: Epoch and sample to continue with, and the settings that determine the order.
         """
         state = super().state_dict(num_samples, from_beginning)
         if from_beginning and num_samples == 0:
-            # Between two epochs Streaming names the one that has ended, and a resumed run would repeat its order.
+            # Between two epochs Streaming records the one that has ended; a resumed run would repeat its order.
             state['epoch'] = max(state['epoch'], self.next_epoch)
         return state
 
@@ -139,43 +138,47 @@ class ImageDataset(StreamingVisionDataset):
             shard_id (int): The shard.
             blocking (bool, optional): Whether to wait while another worker fetches it. Default: ``True``.
         """
-        # A worker's background threads ask for each sample, and each time Streaming would lock a file: a tenth of all
-        # that a worker does for an image of ImageNet.
+        # A worker's background threads call this for each sample, and each time Streaming would lock a file, which
+        # takes a tenth of a worker's time for an image of ImageNet.
         if not blocking and shard_id in self._prepared and self._shard_states[shard_id] == _ShardState.LOCAL:
             return
         try:
             super().prepare_shard(shard_id, blocking)
         except Exception:
-            # Workers that wait for this shard would do so for ever: each shall find it missing and say so itself.
-            self.shards[shard_id].evict()
+            # Workers that wait for this shard would wait forever. LOCAL without a file, it fails in each of them.
+            shard, stream = self.shards[shard_id], self.streams[self.stream_per_shard[shard_id]]
+            if stream.safe_keep_zip:  # without a remote, the compressed file is the only copy
+                shard._evict_raw()
+            else:
+                shard.evict()
             self._shard_states[shard_id] = _ShardState.LOCAL
             raise
         if self.cache_limit is None and self._shard_states[shard_id] == _ShardState.LOCAL:
-            self._prepared.add(shard_id)  # with a limit Streaming wants to know how long ago a shard was asked for
+            self._prepared.add(shard_id)  # with a limit Streaming records when a shard was last used
 
     def on_exception(self, future: Future) -> None:
-        """Keep the exception of a thread that fetches shards, for the loop that waits for them to raise."""
+        """Store the exception of a thread that fetches shards; the loop that waits for the shards raises it."""
         if future.exception() is not None:
             self._failure = future.exception()
             self._event.set()
 
     def _prepare_thread(self, it: _Iterator) -> None:
-        with _exit_told(it):
+        with _count_exit_on_error(it):
             super()._prepare_thread(it)
 
     def _ready_thread(self, it: _Iterator) -> None:
-        with _exit_told(it):
+        with _count_exit_on_error(it):
             super()._ready_thread(it)
 
     def _get_work(self, epoch: int, sample_in_epoch: int) -> np.ndarray:
-        # The one place where each worker learns which epoch it is in, be it a resumed one.
+        # Only here does each worker learn its epoch, also after resuming.
         self.epoch = epoch
         return super()._get_work(epoch, sample_in_epoch)
 
 
 @contextlib.contextmanager
-def _exit_told(it: _Iterator) -> Iterator[None]:
-    """Tell of a thread's end if it raises: Streaming waits for two to end and counts those alone that return."""
+def _count_exit_on_error(it: _Iterator) -> Iterator[None]:
+    """Count a thread as ended if it raises: Streaming waits for two threads and counts only those that return."""
     try:
         yield
     except BaseException:
@@ -184,11 +187,11 @@ def _exit_told(it: _Iterator) -> Iterator[None]:
 
 
 class ByIndex(Dataset):
-    """A view of a dataset for evaluation, where a sampler chooses the samples.
+    """A view of a dataset for evaluation, in which a sampler chooses the samples.
 
-    PyTorch's ``DistributedSampler`` repeats samples until every rank has as many, and Composer takes just these out
-    of the metrics again. That way no sample is lost or counted twice and no rank waits for another one's batch, not
-    even with fewer samples than ranks.
+    PyTorch's ``DistributedSampler`` repeats samples until all ranks have the same number, and Composer removes the
+    repetitions from the metrics. No sample is lost or counted twice, and no rank waits for another one's batch, even
+    with fewer samples than ranks.
 
     Args:
         dataset (ImageDataset): The dataset.

@@ -1,4 +1,4 @@
-"""How the samples of an epoch are dealt to nodes, ranks and workers, each sample once."""
+"""The partition of an epoch: which node, rank and worker reads which samples, each sample once."""
 
 import functools
 
@@ -7,19 +7,19 @@ from streaming.base.partition import algos
 
 
 def shared_samples(num_samples: int, ranks: int, batch_size: int, drop_last: bool) -> int:
-    """Count the samples of an epoch that all ranks can share such that each has the same number of batches.
+    """Return how many samples of an epoch are read if all ranks have the same number of batches.
 
-    All of them, but for a last global batch that has fewer samples than there are ranks (or any last global batch
-    that is not full, with ``drop_last``): a rank without a batch would leave the others waiting for its gradients.
+    These are all samples, except those of a last global batch with fewer samples than ranks (with ``drop_last``, of any
+    incomplete one). A rank without a batch would keep the others waiting for its gradients.
 
     Args:
-        num_samples (int): Samples to share.
+        num_samples (int): Samples in the epoch.
         ranks (int): World size.
-        batch_size (int): Samples of a full batch of one rank.
+        batch_size (int): Samples in a full batch of one rank.
         drop_last (bool): Whether every batch must be full.
 
     Returns:
-        int: Samples that are read; the rest, fewer than ``ranks`` (``ranks * batch_size``), sits this epoch out.
+        int: Samples that are read. The others, fewer than ``ranks`` (``ranks * batch_size``), are left out this epoch.
 
     Example:
         >>> [shared_samples(n, ranks=2, batch_size=4, drop_last=False) for n in (8, 9, 10, 13)]
@@ -41,20 +41,20 @@ def partition(
     *,
     drop_last: bool = False,
 ) -> np.ndarray:
-    """Deal the positions of an epoch to nodes, ranks and workers, none of them twice.
+    """Distribute the positions of an epoch over nodes, ranks and workers, each position at most once.
 
-    Streaming's own algorithms repeat samples until all shares are equal, here shares may differ by one sample. The
+    Streaming's own algorithms repeat samples until all shares are equal; here shares may differ by one sample. The
     order does not depend on the number of ranks, so a run may resume on another number of them.
 
     Args:
         num_samples (int): Positions in the epoch.
-        num_canonical_nodes (int): Parts of the epoch; with as many nodes, each reads, and downloads, one.
+        num_canonical_nodes (int): Parts of the epoch. With as many nodes, each reads, and downloads, one part.
         num_physical_nodes (int): Nodes.
         ranks_per_node (int): Ranks on each node.
         workers_per_rank (int): DataLoader workers of each rank.
-        batch_size (int): Samples of a batch of one rank.
+        batch_size (int): Samples in a batch of one rank.
         drop_first (int, optional): Positions read before the run was resumed. Default: ``0``.
-        initial_physical_nodes (int, optional): Not used; Streaming passes it. Default: ``None``.
+        initial_physical_nodes (int, optional): Unused; Streaming passes it. Default: ``None``.
         drop_last (bool, optional): Whether every batch must be full. Default: ``False``.
 
     Returns:

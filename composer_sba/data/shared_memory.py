@@ -1,90 +1,155 @@
-"""Names in the machine's shared memory: one run registers at a time, and removes what ended runs left."""
+"""Registration of datasets in shared memory: one run at a time, the same on all ranks, after ended runs are removed.
+
+Streaming's processes coordinate through blocks in ``/dev/shm`` whose names begin with a number, such as
+``000000_locals``. Each dataset takes the first free number.
+"""
 
 import contextlib
 import fcntl
 import os
 import platform
-import re
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import torch.distributed
+import streaming.base.dataset
 from composer.utils import dist
 from filelock import FileLock
-from streaming.base.constant import SHM_TO_CLEAN
+from streaming.base.constant import LOCALS, SHM_TO_CLEAN
+from streaming.base.shared import SharedMemory
+from streaming.base.shared.prefix import _check_and_find_retrying, _get_path, _pack_locals
+from streaming.base.world import World
+
+from composer_sba.errors import DatasetError, one_line
 
 _SHARED_MEMORY = Path('/dev/shm')
 
 
 @contextlib.contextmanager
-def registration() -> Iterator[None]:
-    """Let the ranks of one run at a time, on this machine, choose names in shared memory for a new dataset.
-
-    Streaming takes names that nobody has (``000000_locals``, ...) by looking first, so two runs that start together
-    take the same ones; and blocks that a killed run has left make it fail or refuse the folder of the dataset. Here
-    one run chooses after another, and blocks of runs that have ended are removed first. Of several machines every run
-    takes hold in the order of their names, or two could each hold one and wait for the other.
+def fail_together() -> Iterator[None]:
+    """Raise on every rank if the block raises on one: a rank that went on alone would wait for the others forever.
 
     Yields:
-        None: While this run may choose.
+        None: While the block runs; it must not skip a collective operation when it raises.
+
+    Raises:
+        DatasetError: If the block raised on another rank; the message is that of the first such rank.
     """
-    # Where the names are: TMPDIR may be the job's own.
-    folder = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
-    lock = FileLock(folder / f'composer-sba-{os.getuid()}.lock')
-    initialized = torch.distributed.is_initialized()
-    here = platform.node()
-    with contextlib.ExitStack() as held:
-        for node in sorted(set(dist.all_gather_object(here))) if initialized else [here]:
-            if node == here and dist.get_local_rank() == 0:
-                held.enter_context(lock)
-                _remove_stale_blocks()
-            if initialized:
-                torch.distributed.barrier()
+    problem = None
+    try:
         yield
+    except Exception as error:
+        problem = error
+    messages = dist.all_gather_object('' if problem is None else one_line(problem))
+    if problem is not None:
+        raise problem
+    for message in filter(None, messages):
+        raise DatasetError(message)
 
 
-def claim(prefix: int) -> None:
-    """Mark blocks as this process's own, until it and its workers end, however they end.
+@contextlib.contextmanager
+def registration() -> Iterator[None]:
+    """Let one run at a time, on this machine, construct a ``StreamingDataset``.
 
-    Args:
-        prefix (int): The number that the names of the blocks begin with.
+    Streaming looks for a free number and takes it afterwards, so two runs that start together would take the same one.
+    Each rank would also look by itself and find another number if a run ended in between; here the first rank of each
+    node chooses for all. Blocks of ended runs would stop the next run that uses their folder; they are removed first.
+
+    Yields:
+        None: While this run may register; every rank constructs one dataset.
+
+    Raises:
+        DatasetError: If the construction failed on another rank.
     """
-    path = _SHARED_MEMORY / f'{prefix:06}_locals'
-    if dist.get_local_rank() == 0 and path.exists():
-        block = os.open(path, os.O_RDONLY)  # never closed, for its lock shall last as long as the process
-        fcntl.flock(block, fcntl.LOCK_SH)
-        os.fchmod(block, 0o700)  # says that the lock tells who lives: runs without this package hold none
+    # TMPDIR may differ between jobs, so the lock is in the folder of the blocks.
+    folder = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+    # Nodes of one run may be containers that share a machine's memory: one rank locks for all of them.
+    boot, inode = Path('/proc/sys/kernel/random/boot_id'), folder.stat()
+    memory = (boot.read_text() if boot.exists() else platform.node(), inode.st_dev, inode.st_ino)
+    memories = dist.all_gather_object(memory)
+    met = False  # whether the ranks have met in ``choose_number``
+
+    def choose_number(
+        locals_: list[str], remotes: list[str | None], world: World, retry: int = 100
+    ) -> tuple[int, SharedMemory]:
+        nonlocal met
+        number, block, problem = -1, None, ''
+        if world.is_local_leader:
+            try:
+                number, block = _register(locals_, remotes, retry)
+            except Exception as error:
+                problem = one_line(error)
+        met = True
+        answers = dist.all_gather_object((number, locals_, problem))
+        for *_, problem in answers:
+            if problem:
+                raise DatasetError(problem)
+        number, leaders_locals, _ = answers[world.rank - world.rank_of_node]
+        if locals_ != leaders_locals:
+            raise DatasetError(f'local: the ranks of one node read {leaders_locals} and {locals_}: use one folder')
+        return number, block or SharedMemory(_get_path(number, LOCALS), False)
+
+    with fail_together(), contextlib.ExitStack() as held:
+        for each in sorted(set(memories)):  # all runs lock in this order, or two could wait for each other
+            if memories.index(each) == dist.get_global_rank():
+                held.enter_context(FileLock(folder / f'composer-sba-{os.getuid()}.lock'))
+                _remove_blocks_of_ended_runs(folder)
+            dist.barrier()
+        module: Any = streaming.base.dataset
+        held.callback(setattr, module, 'get_shm_prefix', module.get_shm_prefix)
+        module.get_shm_prefix = choose_number
+        try:
+            yield
+        except Exception as error:
+            if not met:
+                dist.all_gather_object((-1, [], one_line(error)))
+            dist.barrier()  # where the constructor ends on ranks without an error
+            raise
 
 
-def _remove_stale_blocks() -> None:
-    if not _SHARED_MEMORY.is_dir():
-        return  # not Linux: there is no list of blocks
-    name = re.compile(rf'(\d{{6}})_({"|".join(SHM_TO_CLEAN)})|torch_(\d+)_\w+')
-    # Listed before looking who uses them: a run that is starting maps what it makes at once.
-    found = {path: match for path in _SHARED_MEMORY.iterdir() if (match := name.fullmatch(path.name))}
-    mapped: set[str] = set()
-    for maps in Path('/proc').glob('[0-9]*/maps') if found else ():
-        with contextlib.suppress(OSError):  # it has ended meanwhile, or is another user's
-            mapped |= set(re.findall(r'/dev/shm/(\d{6}|torch_\w+)', maps.read_text()))
-    ended: dict[str, bool] = {}  # by prefix
-    for path, (prefix, _, creator) in ((path, match.groups()) for path, match in found.items()):
-        with contextlib.suppress(FileNotFoundError):  # its owner has removed it meanwhile
+def _register(locals_: list[str], remotes: list[str | None], retry: int) -> tuple[int, SharedMemory]:
+    while True:
+        try:
+            number = max(_check_and_find_retrying(locals_, remotes, name, retry) for name in SHM_TO_CLEAN)
+        except ValueError as error:
+            if 'Reused local directory' not in str(error):
+                raise
+            raise DatasetError(
+                'another run caches a remote in this folder: choose another local, or, if nothing else is running, '
+                'call streaming.base.util.clean_stale_shared_memory()'
+            ) from error
+        content = _pack_locals(locals_, number)
+        with contextlib.suppress(FileExistsError):  # a run that does not take the lock was faster
+            block = SharedMemory(_get_path(number, LOCALS), True, len(content))
+            _claim(_SHARED_MEMORY / _get_path(number, LOCALS))
+            block.buf[: len(content)] = content
+            return number, block
+
+
+def _claim(path: Path) -> None:
+    """Lock a block until this process and its workers end, however they end, and mark it as locked."""
+    if path.exists():  # elsewhere than on Linux it is no file
+        file = os.open(path, os.O_RDONLY)  # never closed: closing would unlock
+        fcntl.flock(file, fcntl.LOCK_SH)
+        os.fchmod(file, 0o700)  # distinguishes blocks of this package from those of runs that lock nothing
+
+
+def _remove_blocks_of_ended_runs(folder: Path) -> None:
+    """Remove the blocks that this package claimed and nobody locks any more.
+
+    Other blocks stay, even if no visible process maps them: a run in another container may.
+    """
+    for path in folder.glob(f'??????_{LOCALS}'):
+        with contextlib.suppress(FileNotFoundError):  # its owner has just removed it
             file = path.stat()
-            if file.st_uid != os.getuid():
-                continue
-            if creator:
-                # Of a worker that was killed as it handed over a batch: elsewise they have a name for microseconds.
-                lost = not Path(f'/proc/{creator}').exists() and time.time() - file.st_mtime > 60
-                ended[path.name] = lost and path.name not in mapped
-            elif prefix not in ended:
-                owner = _SHARED_MEMORY / f'{prefix}_locals'
-                # Streaming maps every block that it comes across, so blocks may be mapped though their owner has ended.
-                claimed = owner.exists() and owner.stat().st_mode & 0o100
-                ended[prefix] = _is_unlocked(owner) if claimed else prefix not in mapped
-            if ended[prefix or path.name]:
-                path.unlink()
+            claimed = file.st_mode & 0o100
+            # Streaming fails at an empty block, which a process leaves that is killed as it creates one.
+            abandoned = not file.st_size and time.time() - file.st_mtime > 60
+            if file.st_uid == os.getuid() and (claimed or abandoned) and _is_unlocked(path):
+                for name in reversed(SHM_TO_CLEAN):  # the claim goes last
+                    path.with_name(path.name.replace(LOCALS, name)).unlink(missing_ok=True)
 
 
 def _is_unlocked(path: Path) -> bool:

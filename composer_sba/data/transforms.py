@@ -1,4 +1,9 @@
-"""Pixels stay bytes and become numbers on the device: what a worker need not compute, copy and hand over."""
+"""Transforms of images: one at a time in a worker, or a whole batch on the device.
+
+:func:`transform` builds the pipeline of a dataset for single images, :class:`BatchTransform` the same distribution for
+batches in memory. The other classes are their steps. Pixels stay bytes as long as possible: workers copy less, and the
+device converts and normalizes a batch at once.
+"""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -11,206 +16,80 @@ from torch import nn
 from torchvision import transforms
 from torchvision.transforms import functional as TF
 
-from composer_sba.data.config import DatasetConfig, Known, check, default_for_training, index
+from composer_sba.data.config import DatasetConfig, ResolvedConfig, resolve
 from composer_sba.data.mds_index import RECORD
 from composer_sba.data.samples import to_rgb
 from composer_sba.errors import DatasetError, check_number
 
 
-class RandomResizedCrop(nn.Module):
-    """torchvision's ``RandomResizedCrop``, which crops bytes as such.
-
-    A PIL image, of any mode, it treats as torchvision does. A uint8 tensor gets the same crop from the same draws, in
-    less than half the time, and of a photograph's pixels 1 in 250 differs from PIL's, by one of 255 levels.
-
-    Args:
-        size (int): Height and width of the result; unit: pixels.
-    """
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self._crop = transforms.RandomResizedCrop(size)
-
-    def forward(self, image: Image.Image | torch.Tensor) -> Image.Image | torch.Tensor:
-        """Crop and resize ``image``, bilinear and antialiased."""
-        if not isinstance(image, torch.Tensor):
-            return self._crop(to_rgb(image))
-        top, left, height, width = self._crop.get_params(image, self._crop.scale, self._crop.ratio)
-        crop = image[None, :, top : top + height, left : left + width]
-        # torchvision would resize it in float32, which takes three times as long, on any CPU that has AVX-512.
-        return F.interpolate(crop, self._crop.size, mode='bilinear', antialias=True)[0]
-
-
-class Pipeline(transforms.Compose):  # type: ignore[misc]  # torchvision, whose class Composer asks for, has no types
-    """Transforms of one image that need not be a PIL image, unless others than ours were put among them.
-
-    Example:
-        >>> pipeline = Pipeline([RandomResizedCrop(224), ToBytes()])
-        >>> pipeline.takes_tensors
-        True
-        >>> pipeline.transforms.insert(1, transforms.RandAugment())
-        >>> pipeline.takes_tensors
-        False
-    """
-
-    @property
-    def takes_tensors(self) -> bool:
-        """Whether what comes before a ``ToTensor`` takes a uint8 tensor as well."""
-        before = itertools.takewhile(lambda step: not isinstance(step, transforms.ToTensor), self.transforms)
-        return all(isinstance(step, RandomResizedCrop | transforms.RandomHorizontalFlip) for step in before)
-
-
-class ToBytes(transforms.ToTensor):  # type: ignore[misc]  # torchvision, whose class Composer asks for, has no types
-    """Turn a PIL image into a uint8 tensor of shape ``(C, H, W)``, and leave such a tensor alone.
-
-    A ``ToTensor`` by type: before one, Composer's RandAugment, AugMix and ColOut put their transforms of images.
-
-    Example:
-        >>> ToBytes()(Image.new('RGB', (4, 2), 'white')).unique()
-        tensor([255], dtype=torch.uint8)
-    """
-
-    def __call__(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
-        """Convert ``image``, values 0 to 255."""
-        return image if isinstance(image, torch.Tensor) else TF.pil_to_tensor(image)
-
-
-class ToFloats(ToBytes):
-    """torchvision's ``ToTensor`` for images of bytes, which takes a uint8 tensor as well."""
-
-    def __call__(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
-        """Convert ``image`` to float32, values in [0, 1]."""
-        return super().__call__(image).to(torch.float32).div(255)
-
-
-class Normalize:
-    """Turn uint8 images into normalized ones, bit by bit what ``ToTensor`` and torchvision's ``Normalize`` give.
-
-    Args:
-        mean (Sequence[float]): Of red, green and blue in [0, 1].
-        std (Sequence[float]): Their standard deviations.
-        device (torch.device | str, optional): Where the images shall be. Default: the CPU.
-
-    Example:
-        >>> Normalize([0.5] * 3, [0.25] * 3)(torch.full((2, 3, 8, 8), 255, dtype=torch.uint8)).unique()
-        tensor([2.])
-    """
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | str | None = None) -> None:
-        self.mean, self.std = (
-            torch.tensor(value, dtype=torch.float32, device=device).view(3, 1, 1) for value in (mean, std)
-        )
-        self.white = torch.full((1, 1, 1), 255.0, device=device)  # by a number a GPU would divide less exactly
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalize ``images``, shape ``(*, 3, H, W)``, to float32 on the device."""
-        images = images.to(self.mean.device, non_blocking=True)
-        return images.to(torch.float32).div_(self.white).sub_(self.mean).div_(self.std)
-
-
-class Cutout:
-    """Erases a square at a random place, each image its own.
-
-    `DeVries & Taylor, 2017 <https://arxiv.org/abs/1708.04552>`_: the centre is uniform over the image, and the square
-    is clipped at the border. Put after normalization, it erases with the mean of the data set. (Composer's CutOut cuts
-    one box for a whole batch.)
-
-    Args:
-        size (int): Side of the square, >= 1. Unit: pixels; 16 for CIFAR-10 and 8 for CIFAR-100 in the paper.
-
-    Raises:
-        ValueError: If ``size`` is no integer >= 1.
-
-    Example:
-        >>> erased = (Cutout(4)(torch.ones(3, 8, 8)) == 0).sum().item()
-        >>> 3 * 4 <= erased <= 3 * 16
-        True
-    """
-
-    def __init__(self, size: int) -> None:
-        check_number('size', size, 'an integer >= 1', lambda value: value >= 1, Integral)
-        self.size = size
-
-    def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        """Erase from a copy of ``image``, shape ``(C, H, W)``."""
-        height, width = image.shape[-2:]
-        row, column = int(torch.randint(height, ())), int(torch.randint(width, ()))
-        top, left = row - self.size // 2, column - self.size // 2
-        image = image.clone()
-        image[..., max(top, 0) : max(top + self.size, 0), max(left, 0) : max(left + self.size, 0)] = 0
-        return image
-
-
 def transform(config: DatasetConfig) -> transforms.Compose:
     """Build the transforms from an image to a normalized tensor.
 
-    Training: small images are padded, cropped and, digits excepted, flipped; others get torchvision's random resized
-    crop and flip. Evaluation: small images are left as they are, others resized and cropped at the centre.
+    For training, images of a fixed size are padded, cropped and, except digits, flipped; others get torchvision's
+    random resized crop and flip. For evaluation, images of a fixed size are left alone; others are resized and cropped
+    at the centre.
 
-    The DataLoader decodes JPEGs for a random resized crop to tensors, unless a transform that needs PIL images, as
-    Composer's RandAugment, is put before ``ToTensor``. The crops are the same, for a fifth less of a worker's time,
-    and a pixel differs from PIL's by at most one of 255 levels. In evaluation PIL does all.
+    For a random resized crop, the DataLoader decodes JPEGs to tensors unless a transform that needs PIL images, such as
+    Composer's RandAugment, is inserted before ``ToTensor``. The crops are the same and take a fifth less of a worker's
+    time; a pixel differs from PIL's by at most one of 255 levels. Evaluation uses PIL only.
 
     Args:
-        config (DatasetConfig): The data set.
+        config (DatasetConfig): The dataset.
 
     Returns:
-        torchvision.transforms.Compose: PIL image of any mode, or RGB as a uint8 tensor if its ``takes_tensors`` is
-        true -> shape ``(3, H, W)``, float32.
+        torchvision.transforms.Compose: Maps a PIL image of any mode to shape ``(3, H, W)``, float32. If its
+        ``takes_tensors`` is true, it also accepts RGB as a uint8 tensor.
 
     Raises:
-        DatasetError: If the config has a key that is wrong for this data set.
+        DatasetError: If a key of the config is wrong for this dataset.
 
     Example:
         >>> from PIL import Image
         >>> transform(DatasetConfig('cifar10'))(Image.new('L', (32, 32))).shape
         torch.Size([3, 32, 32])
     """
-    known = check(config)
-    train = default_for_training(config, config.augment)
-    flip = [transforms.RandomHorizontalFlip()] if known.flip and train else []
-    crop_size, resize_size = config.crop_size or 224, config.resize_size or 256
+    config = resolve(config)
+    known, crop_size, resize_size = config.known, config.crop_size, config.resize_size
     crop: list[Callable]
     if known.size is not None:
-        crop = [to_rgb, *([transforms.RandomCrop(known.size, padding=known.padding)] if train else [])]
-    elif train:
+        crop = [to_rgb, *([transforms.RandomCrop(known.size, padding=known.padding)] if config.augment else [])]
+    elif config.augment:
         crop = [RandomResizedCrop(crop_size)]
     elif crop_size <= resize_size:
         crop = [to_rgb, transforms.Resize(resize_size), transforms.CenterCrop(crop_size)]
     else:
         raise DatasetError(f'resize_size: {resize_size} is smaller than crop_size: {crop_size}: choose a larger one')
-    normalize = transforms.Normalize(*_mean_and_std(config, known))
-    cutout = [Cutout(config.cutout)] if config.cutout is not None and train else []
-    return Pipeline([*crop, *flip, ToFloats(), normalize, *cutout])
+    flip = [transforms.RandomHorizontalFlip()] if known.flip and config.augment else []
+    cutout = [Cutout(config.cutout)] if config.cutout is not None and config.augment else []
+    return Pipeline([*crop, *flip, ToFloats(), transforms.Normalize(*_mean_and_std(config)), *cutout])
 
 
 class BatchTransform:
-    """The transforms of small images that a config asks for, for a whole batch at once.
+    """The transforms of a dataset with images of one size, for a whole batch at once.
 
-    They have the law of :func:`transform`, and each sample has draws of its own. The draws come from torch's CPU
-    generator, and so are the same on every device.
+    Their distribution is that of :func:`transform`, with independent draws for each sample. The draws come from torch's
+    CPU generator and are the same on every device.
 
     Args:
-        config (DatasetConfig): The data set; its images are of one size.
-        device (torch.device | str, optional): The device of the batches. Default: the CPU.
+        config (DatasetConfig): The dataset.
+        device (torch.device | str, optional): Device of the batches. Default: the CPU.
 
     Raises:
-        DatasetError: If the config has a key that is wrong for this data set.
+        DatasetError: If a key of the config is wrong for this dataset.
 
     Example:
         >>> BatchTransform(DatasetConfig('digits'))(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)).shape
         torch.Size([2, 3, 8, 8])
     """
 
-    batched = True  # Copies stack the copies of a batch behind its first dimension
+    batched = True  # tells BatchAugmentation that the copies of a batch are stacked behind its first dimension
 
     def __init__(self, config: DatasetConfig, device: torch.device | str | None = None) -> None:
-        known = check(config)
-        training = default_for_training(config, config.augment)
-        self.normalize = Normalize(*_mean_and_std(config, known), device)
-        self.padding = known.padding if training else 0
-        self.flip = known.flip and training
-        self.cutout = config.cutout if training else None
+        config = resolve(config)
+        self.normalize = Normalize(*_mean_and_std(config), device)
+        self.padding = config.known.padding if config.augment else 0
+        self.flip = config.known.flip and config.augment
+        self.cutout = config.cutout if config.augment else None
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Transform ``images``, shape ``(N, 3, H, W)``, uint8, to normalized float32 of the same shape."""
@@ -229,27 +108,150 @@ class BatchTransform:
             images = padded.gather(2, source.view(size, 1, -1).expand(-1, 3, -1)).view_as(images)
         batch = self.normalize(images)
         if self.cutout:
-            rows = down - draw(height) + self.cutout // 2  # counted from the top of the square, wherever that is
+            rows = down - draw(height) + self.cutout // 2  # counted from the top of the square, which may be outside
             columns = across - draw(width) + self.cutout // 2
             erased = (rows // self.cutout == 0)[:, :, None] & (columns // self.cutout == 0)[:, None]
             batch.masked_fill_(erased[:, None], 0)
         return batch
 
 
-def _mean_and_std(config: DatasetConfig, known: Known) -> tuple[Sequence[float], Sequence[float]]:
-    """Return the config's statistics of red, green and blue, else the converter's record, else those of the name."""
-    mean, std = config.mean, config.std
-    if config.name == 'imagefolder' and (mean is None or std is None):
-        record = index(config).get(RECORD, {})
-        mean, std = mean or record.get('mean'), std or record.get('std')
-    return mean or known.mean, std or known.std
+class Pipeline(transforms.Compose):  # type: ignore[misc]  # torchvision has no types
+    """A sequence of transforms that accepts tensors unless a transform that needs a PIL image is inserted.
+
+    Example:
+        >>> pipeline = Pipeline([RandomResizedCrop(224), ToBytes()])
+        >>> pipeline.takes_tensors
+        True
+        >>> pipeline.transforms.insert(1, transforms.RandAugment())
+        >>> pipeline.takes_tensors
+        False
+    """
+
+    @property
+    def takes_tensors(self) -> bool:
+        """Whether every step before the ``ToTensor`` accepts a uint8 tensor."""
+        before = itertools.takewhile(lambda step: not isinstance(step, transforms.ToTensor), self.transforms)
+        return all(isinstance(step, RandomResizedCrop | transforms.RandomHorizontalFlip) for step in before)
+
+
+class RandomResizedCrop(nn.Module):
+    """torchvision's ``RandomResizedCrop``, faster for uint8 tensors.
+
+    A PIL image, of any mode, is cropped by torchvision. A uint8 tensor gets the same crop from the same draws in less
+    than half the time; 1 in 250 pixels of a photograph differs from PIL's, by one of 255 levels.
+
+    Args:
+        size (int): Height and width of the result. Unit: pixels.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self._crop = transforms.RandomResizedCrop(size)
+
+    def forward(self, image: Image.Image | torch.Tensor) -> Image.Image | torch.Tensor:
+        """Crop and resize ``image``, bilinear and antialiased."""
+        if not isinstance(image, torch.Tensor):
+            return self._crop(to_rgb(image))
+        top, left, height, width = self._crop.get_params(image, self._crop.scale, self._crop.ratio)
+        crop = image[None, :, top : top + height, left : left + width]
+        # torchvision would resize in float32, which takes three times as long on any CPU with AVX-512.
+        return F.interpolate(crop, self._crop.size, mode='bilinear', antialias=True)[0]
+
+
+class ToBytes(transforms.ToTensor):  # type: ignore[misc]  # torchvision has no types
+    """A transform from a PIL image to a uint8 tensor of shape ``(C, H, W)``; it leaves such a tensor alone.
+
+    It is a ``ToTensor`` because Composer's RandAugment, AugMix and ColOut insert their image transforms before one.
+
+    Example:
+        >>> ToBytes()(Image.new('RGB', (4, 2), 'white')).unique()
+        tensor([255], dtype=torch.uint8)
+    """
+
+    def __call__(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
+        """Convert ``image`` to values from 0 to 255."""
+        return image if isinstance(image, torch.Tensor) else TF.pil_to_tensor(image)
+
+
+class ToFloats(ToBytes):
+    """torchvision's ``ToTensor`` for 8-bit images, which also accepts a uint8 tensor."""
+
+    def __call__(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
+        """Convert ``image`` to float32 values in [0, 1]."""
+        return super().__call__(image).to(torch.float32).div(255)
+
+
+class Normalize:
+    """A transform from uint8 to normalized images, bit by bit equal to torchvision's ``ToTensor`` and ``Normalize``.
+
+    Args:
+        mean (Sequence[float]): Means of red, green and blue in [0, 1].
+        std (Sequence[float]): Their standard deviations.
+        device (torch.device | str, optional): Device of the result. Default: the CPU.
+
+    Example:
+        >>> Normalize([0.5] * 3, [0.25] * 3)(torch.full((2, 3, 8, 8), 255, dtype=torch.uint8)).unique()
+        tensor([2.])
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | str | None = None) -> None:
+        self.mean, self.std = (
+            torch.tensor(value, dtype=torch.float32, device=device).view(3, 1, 1) for value in (mean, std)
+        )
+        self.white = torch.full((1, 1, 1), 255.0, device=device)  # a GPU divides less exactly by a Python number
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalize ``images``, shape ``(*, 3, H, W)``, to float32 on the device."""
+        images = images.to(self.mean.device, non_blocking=True)
+        return images.to(torch.float32).div_(self.white).sub_(self.mean).div_(self.std)
+
+
+class Cutout:
+    """A transform that erases a square at a random position of each image.
+
+    Implements Cutout of `DeVries & Taylor, 2017 <https://arxiv.org/abs/1708.04552>`_: the centre is uniform over the
+    image, and the square is clipped at the border. After normalization it erases with the mean of the dataset.
+    Composer's CutOut, in contrast, erases the same box in every image of a batch.
+
+    Args:
+        size (int): Side of the square, >= 1. Unit: pixels; 16 for CIFAR-10 and 8 for CIFAR-100 in the paper.
+
+    Raises:
+        ValueError: If ``size`` is not an integer >= 1.
+
+    Example:
+        >>> erased = (Cutout(4)(torch.ones(3, 8, 8)) == 0).sum().item()
+        >>> 3 * 4 <= erased <= 3 * 16
+        True
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = check_number('size', size, 'an integer >= 1', lambda value: value >= 1, Integral)
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        """Erase a square from a copy of ``image``, shape ``(C, H, W)``."""
+        height, width = image.shape[-2:]
+        row, column = int(torch.randint(height, ())), int(torch.randint(width, ()))
+        top, left = row - self.size // 2, column - self.size // 2
+        image = image.clone()
+        image[..., max(top, 0) : max(top + self.size, 0), max(left, 0) : max(left + self.size, 0)] = 0
+        return image
 
 
 def image_size(config: DatasetConfig) -> int:
-    """Tell height and width of the images after the transforms; unit: pixels.
+    """Return height and width of the images after the transforms. Unit: pixels.
 
     Example:
         >>> image_size(DatasetConfig('cifar10')), image_size(DatasetConfig('imagenet'))
         (32, 224)
     """
-    return check(config).size or config.crop_size or 224
+    return resolve(config).crop_size
+
+
+def _mean_and_std(config: ResolvedConfig) -> tuple[Sequence[float], Sequence[float]]:
+    """Return the config's statistics of red, green and blue, or those of the converter's record, or of the name."""
+    mean, std = config.mean, config.std
+    if config.name == 'imagefolder' and (mean is None or std is None):
+        record = config.read_index().get(RECORD, {})
+        mean, std = mean or record.get('mean'), std or record.get('std')
+    return mean or config.known.mean, std or config.known.std
