@@ -16,7 +16,7 @@ from composer.utils import create_interval_scheduler, dist, format_name_with_dis
 from composer.utils.reproducibility import seed_all
 from torch import nn
 
-from composer_sba.algorithms.seed_each_batch import SeedEachBatch, sort_seed_first
+from composer_sba.algorithms.seed_each_batch import SeedEachBatch
 from composer_sba.data.loader import DatasetConfig, build_dataspec, dataset_classes
 from composer_sba.errors import RecipeError
 from composer_sba.models import classifier
@@ -32,8 +32,7 @@ from composer_sba.recipe.checkpoints import (
 from composer_sba.recipe.explain import argument_key, explain, explained, mark, marked, problem_of
 from composer_sba.recipe.merge import NAMED
 from composer_sba.recipe.recipe import DECAY_ALL, Recipe, component_arguments
-from composer_sba.recipe.registry import construct
-from composer_sba.sba import sort_sba_last
+from composer_sba.recipe.registry import algorithm_passes, construct
 
 
 def build_trainer(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
@@ -137,7 +136,7 @@ def _trainer(recipe: Recipe, parts: Mapping[str, Any]) -> Trainer:
                 **parts,
                 **(recipe.trainer_options() | {'eval_interval': _eval_interval(recipe)} | _progress(recipe)),
                 parallelism_config=recipe.parallelism,
-                algorithm_passes=[sort_sba_last, sort_seed_first, note_event],
+                algorithm_passes=[*algorithm_passes(), note_event],
             )
     except Exception as error:
         if explain(recipe.sources, error) is not None:

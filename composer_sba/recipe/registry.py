@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.optim
 from composer import algorithms, callbacks, loggers, optim
-from composer.core import Algorithm, Callback
+from composer.core import Algorithm, AlgorithmPass, Callback
 from composer.loggers import LoggerDestination
 from composer.utils import MissingConditionalImportError
 
@@ -34,6 +34,7 @@ _OWN = {
     'model': ('composer_sba.models:MODELS',),
     'optimizer': ('torch.optim:SGD', 'torch.optim:Adam', 'torch.optim:AdamW'),
 }
+_PASSES = ('composer_sba.sba:sort_sba_last', 'composer_sba.algorithms.seed_each_batch:sort_seed_first')
 _COMPOSER: dict[str, tuple[types.ModuleType, type]] = {
     'algorithms': (algorithms, Algorithm),
     'callbacks': (callbacks, Callback),
@@ -139,6 +140,11 @@ def construct(section: str, name: str, arguments: Mapping[str, Any], *supplied: 
         group = re.search(r'mosaicml\[([\w,]+)\]', str(error))
         package = f"'mosaicml[{group.group(1)}]'" if group else name
         raise ImportError(f'needs a library that is not installed: pip install {package}') from error
+
+
+def algorithm_passes() -> list[AlgorithmPass]:
+    """Return the passes that put this package's algorithms in their order, for Composer's Trainer."""
+    return [pkgutil.resolve_name(path) for path in _PASSES]
 
 
 def _scheduled(build: Build, arguments: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Recipes with mistakes in them: what people mistype, forget, nest wrongly, or mean ill by."""
+"""Recipes with mistakes: misspelled, missing, misplaced and malicious keys and values."""
 
 import copy
 import datetime
@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from composer_sba.data.loader import DatasetConfig
 from composer_sba.recipe.recipe import Recipe
 from composer_sba.recipe.registry import components
-from composer_sba.recipe.signature import _hints, fits
+from composer_sba.recipe.signature import annotations, fits
 
-# They would call a service; each needs an account there
+# These call a service and need an account there
 _ONLINE = {'mosaicml', 'remote_uploader_downloader', 'slack', 'wandb', 'mlflow', 'neptune', 'cometml'}
 
 _ODD: list[Any] = [
@@ -31,6 +31,8 @@ _ODD: list[Any] = [
         'nul\0',
         '/dev/null/x',
         '~',
+        '~/x',
+        '~nobody-of-this-name/x',
         '${seed}',
         '${nowhere}',
         '${',
@@ -44,15 +46,15 @@ _ODD: list[Any] = [
 
 @dataclass(frozen=True)
 class Mutant:
-    """A recipe's bytes, the overrides beside it, and what was done to them."""
+    """A recipe's bytes, overrides for it, and descriptions of what was changed."""
 
     content: bytes
     overrides: tuple[str, ...]
-    done: tuple[str, ...]
+    changes: tuple[str, ...]
 
 
 def base(digits: Path) -> dict[str, Any]:
-    """A recipe without mistakes that trains one batch in a moment."""
+    """Return a recipe without mistakes that trains one batch quickly."""
     data = {'name': 'digits', 'local': str(digits), 'in_memory': True, 'subset': 40}
     return {
         'model': {'name': 'digits_net', 'num_classes': 10, 'dropout': 0.1},
@@ -81,11 +83,11 @@ def base(digits: Path) -> dict[str, Any]:
     }
 
 
-def places(node: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Paths of all values below ``node``."""
+def paths(node: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the paths of all values below ``node``."""
     for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
-        yield (*at, key)
-        yield from places(value, (*at, key))
+        yield (*above, key)
+        yield from paths(value, (*above, key))
 
 
 def at(recipe: Any, path: tuple[Any, ...]) -> Any:
@@ -95,27 +97,27 @@ def at(recipe: Any, path: tuple[Any, ...]) -> Any:
 
 
 def _options(section: str | None, name: str | None) -> dict[str, Any]:
-    """The keys that a place knows, with their types."""
+    """Return the keys of a section or a component, with their types."""
     build: Any = Recipe
     if section in ('train_dataset', 'eval_dataset'):
         build = DatasetConfig
     elif section is not None and name is not None:
         build = components(section)[name]
-    ours = [key for key in inspect.signature(build).parameters if key not in ('params', 'kwargs', 'sources')]
-    return {key: _hints(build).get(key, Any) for key in ours}
+    known = [key for key in inspect.signature(build).parameters if key not in ('params', 'kwargs', 'sources')]
+    return {key: annotations(build).get(key, Any) for key in known}
 
 
 @st.composite
 def odd(draw: Any, hint: Any = Any) -> Any:
-    """A value that nobody means, three times in four one of the type that is asked for."""
+    """Draw a value that nobody means; three times in four it has the type of the annotation."""
     fitting = [value for value in _ODD if fits(hint, value)]
     return copy.deepcopy(draw(st.sampled_from(fitting if fitting and draw(st.integers(0, 3)) else _ODD)))
 
 
-_KINDS = ['value', 'value', 'option', 'option', 'component', 'misspelt', 'unknown', 'missing', 'moved']
+_KINDS = ['value', 'value', 'option', 'option', 'component', 'misspelled', 'unknown', 'missing', 'moved']
 _SECTIONS = [None, None, 'train_dataset', 'eval_dataset', 'model', 'optimizer', 'scheduler']
 _NAMES = ['__class__', '_target_', 'a.b', 'extends', 'name']
-_SPOILT = ['tag', 'tag', 'cut', 'character', 'twice', 'tab', 'bytes', 'empty', 'extends', 'alias', 'document']
+_BREAKS = ['tag', 'tag', 'cut', 'character', 'twice', 'tab', 'bytes', 'empty', 'extends', 'alias', 'document']
 _TAGS = [
     '!!python/object/apply:os.system ["touch pwned"]',
     '!!python/name:os.system',
@@ -131,18 +133,18 @@ _FORMS += ['={value}', '{key}=={value}', '{key}..x={value}']
 
 
 @st.composite
-def misspelt(draw: Any, key: str) -> str:
-    """A key with one letter more, fewer, or another."""
-    place = draw(st.integers(0, max(len(key) - 1, 0)))
+def misspelled(draw: Any, key: str) -> str:
+    """Draw a key with one letter added, removed or changed."""
+    at = draw(st.integers(0, max(len(key) - 1, 0)))
     letter = draw(st.sampled_from(string.ascii_letters + '_-. é\u200b'))
-    return draw(st.sampled_from([key[:place] + key[place + 1 :], key[:place] + letter + key[place:], key.upper()]))
+    return draw(st.sampled_from([key[:at] + key[at + 1 :], key[:at] + letter + key[at:], key.upper()]))
 
 
 @st.composite
 def edited(draw: Any, recipe: dict[str, Any]) -> str:
-    """Change ``recipe`` in one place, and tell what was done."""
+    """Change one value or key of ``recipe``; return a description."""
     kind = draw(st.sampled_from(_KINDS))
-    path = draw(st.sampled_from(list(places(recipe))))
+    path = draw(st.sampled_from(list(paths(recipe))))
     *above, key = path
     parent = at(recipe, tuple(above))
     if kind == 'value':
@@ -154,7 +156,7 @@ def edited(draw: Any, recipe: dict[str, Any]) -> str:
         if not isinstance(target, dict):
             return 'nothing'
         name = target.get('name') if section in ('model', 'optimizer', 'scheduler') else None
-        known = name in components(section) if name is not None and isinstance(name, str) else True
+        known = isinstance(name, str) and name in components(section)
         options = _options(section, name if known else None)
         option = draw(st.sampled_from(list(options)))
         target[option] = draw(odd(options[option]))
@@ -172,10 +174,10 @@ def edited(draw: Any, recipe: dict[str, Any]) -> str:
         else:
             recipe[section] = {'name': name, **({'num_classes': 10} if section == 'model' else {}), **arguments}
         return f'{section}.{name} = {arguments!r}'
-    if kind == 'misspelt' and isinstance(key, str):
-        new = draw(misspelt(key))
+    if kind == 'misspelled' and isinstance(key, str):
+        new = draw(misspelled(key))
         parent[new] = parent.pop(key)
-        return f'{path} is spelt {new!r}'
+        return f'{path} is spelled {new!r}'
     if kind == 'unknown' and isinstance(parent, dict):
         new = draw(st.text(min_size=1, max_size=8) | st.sampled_from(_NAMES))
         parent[new] = draw(odd())
@@ -191,11 +193,11 @@ def edited(draw: Any, recipe: dict[str, Any]) -> str:
 
 
 @st.composite
-def spoilt(draw: Any, text: str) -> tuple[bytes, str]:
-    """Break the text of a recipe rather than its content."""
+def broken(draw: Any, text: str) -> tuple[bytes, str]:
+    """Break the text of a recipe; return it with a description."""
     lines = text.splitlines(keepends=True)
     place = draw(st.integers(0, len(lines) - 1))
-    kind = draw(st.sampled_from(_SPOILT))
+    kind = draw(st.sampled_from(_BREAKS))
     if kind == 'tag':
         tag = draw(st.sampled_from(_TAGS))
         key = draw(st.sampled_from(['seed', 'callbacks', 'optimizer', 'x']))
@@ -231,8 +233,8 @@ def spoilt(draw: Any, text: str) -> tuple[bytes, str]:
 
 @st.composite
 def overriding(draw: Any, recipe: dict[str, Any]) -> str:
-    """An override, more or less."""
-    path = [each for each in draw(st.sampled_from(list(places(recipe)))) if isinstance(each, str)]
+    """Draw an override, right or wrong."""
+    path = [each for each in draw(st.sampled_from(list(paths(recipe)))) if isinstance(each, str)]
     key = '.'.join(path) or 'seed'
     value, form = draw(st.sampled_from(_VALUES)), draw(st.sampled_from(_FORMS))
     return form.format(key=key, value=value)
@@ -240,20 +242,16 @@ def overriding(draw: Any, recipe: dict[str, Any]) -> str:
 
 @st.composite
 def mutants(draw: Any, digits: Path) -> Mutant:
-    """A recipe with one to three mistakes."""
+    """Draw a recipe with one to three mistakes."""
     recipe = base(digits)
-    done = [draw(edited(recipe)) for _ in range(draw(st.sampled_from([0, 1, 1, 1, 2])))]
+    changes = [draw(edited(recipe)) for _ in range(draw(st.sampled_from([0, 1, 1, 1, 2])))]
     text = yaml.safe_dump(recipe, allow_unicode=True, sort_keys=False)
     content, overrides = text.encode('utf-8', 'surrogatepass'), ()
-    what = (
-        draw(st.sampled_from(['values', 'values', 'values', 'values', 'text', 'override']))
-        if done
-        else draw(st.sampled_from(['text', 'override']))
-    )
-    if what == 'text':
-        content, told = draw(spoilt(text))
-        done.append(told)
-    elif what == 'override':
+    also = draw(st.sampled_from(['text', 'override', *['nothing'] * 4 * bool(changes)]))
+    if also == 'text':
+        content, change = draw(broken(text))
+        changes.append(change)
+    elif also == 'override':
         overrides = tuple(draw(st.lists(overriding(base(digits)), min_size=1, max_size=2)))
-        done += overrides
-    return Mutant(content, overrides, tuple(done))
+        changes += overrides
+    return Mutant(content, overrides, tuple(changes))

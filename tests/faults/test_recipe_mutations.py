@@ -1,6 +1,6 @@
-"""Recipes with mistakes: each trains a batch, or is refused in one line that leaves nothing behind.
+"""Recipes with mistakes: each trains a batch, or ends in one line that names its key and leaves no files.
 
-pytest tests/faults/test_recipe_mutations.py; MUTATIONS=1200 pytest tests/faults -k mutated --hypothesis-seed=1 -s
+pytest tests/faults/test_recipe_mutations.py. For a campaign, add --campaign 1200 --hypothesis-seed=1 -s
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import streaming.base.shared.memory
 import torch
-from hypothesis import HealthCheck, Phase, given, note, settings
+from hypothesis import given, note
 from hypothesis import strategies as st
 from mutations import Mutant, mutants
 
@@ -29,18 +29,17 @@ from composer_sba.train import Summary, main
 # Composer's, of a Trainer that was never finished
 pytestmark = pytest.mark.filterwarnings('ignore:Implicitly cleaning up:ResourceWarning')
 
-MUTATIONS = int(os.environ.get('MUTATIONS', '0'))
-SECONDS = 60  # the longest that one batch may take
-MEMORY = 3 << 30  # bytes that a mutant may ask for
+SECONDS = 60  # the longest time for one batch
+MEMORY = 3 << 30  # bytes that a mutant may allocate
 
-LINE = re.compile(r'error: (\S+\.yaml|command line): (.+: .|expected )')  # the key; that no key could be read
-LOGS = {'log.txt', 'tensorboard_logs'}  # a logger's, begun before the first batch; they may say why there was none
+LINE = re.compile(r'error: (\S+\.yaml|command line): (.+: .|expected )')  # with a key, or without one that can be read
+LOGS = {'log.txt', 'tensorboard_logs'}  # loggers start these before the first batch
 
 
 @contextlib.contextmanager
 def confined(folder: Path) -> Iterator[None]:
-    """Work in ``folder``, with so much time and memory, and leave the process as it was."""
-    before, limit = os.getcwd(), resource.getrlimit(resource.RLIMIT_AS)
+    """Work in ``folder`` with limits on time and memory, and restore the process afterwards."""
+    before, home, limit = os.getcwd(), os.environ['HOME'], resource.getrlimit(resource.RLIMIT_AS)
     ends: list[Any] = []
     mapped = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
     late = signal.signal(signal.SIGALRM, _too_late)
@@ -49,6 +48,7 @@ def confined(folder: Path) -> Iterator[None]:
     handlers, level = logging.getLogger().handlers[:], logging.getLogger().level
     try:
         os.chdir(folder)
+        os.environ['HOME'] = str(folder)
         resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, limit[1]))
         signal.alarm(SECONDS)
         yield
@@ -57,6 +57,7 @@ def confined(folder: Path) -> Iterator[None]:
         signal.signal(signal.SIGALRM, late)
         resource.setrlimit(resource.RLIMIT_AS, limit)
         os.chdir(before)
+        os.environ['HOME'] = home
         memory.atexit = shared
         for end in ends:
             end()
@@ -66,64 +67,56 @@ def confined(folder: Path) -> Iterator[None]:
 
 
 class TooLateError(BaseException):
-    """Nobody may catch it."""
+    """Not an Exception: no code under test catches it."""
 
 
 def _too_late(*_: Any) -> None:
-    raise TooLateError(f'not through after {SECONDS} s')
+    raise TooLateError(f'not finished after {SECONDS} s')
 
 
-def left(folder: Path) -> set[str]:
-    """What is in a folder; datasets that were made on first use are whole, and stay, with their locks."""
-    made = [index.parent.parent for index in folder.rglob('train/index.json')]
-    kept = {path for each in made for path in (each, *each.rglob('*'), *each.parents)}
+def files(folder: Path) -> set[str]:
+    """Return what is in a folder, without datasets that were made on first use, their locks and logs."""
+    datasets = [index.parent.parent for index in folder.rglob('train/index.json')]
+    kept = {path for each in datasets for path in (each, *each.rglob('*'), *each.parents)}
     found = [path for path in folder.rglob('*') if path not in kept and path.name not in LOGS]
     return {str(path.relative_to(folder)) for path in found if path.suffix != '.lock'}
 
 
 def run(mutant: Mutant) -> tuple[int, str, set[str]]:
-    """Exit code, standard error, and what is there that was not before."""
-    with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
+    """Run the command; return its exit code, its standard error and the files that are new."""
+    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        folder = Path(place)
+        folder = Path(name)
         (folder / 'recipe.yaml').write_bytes(mutant.content)
-        before = left(folder)
-        with tempfile.TemporaryFile('w+') as said, tempfile.TemporaryFile('w+') as printed:  # real ones, for progress
-            with confined(folder), contextlib.redirect_stderr(said), contextlib.redirect_stdout(printed):
+        before = files(folder)
+        with tempfile.TemporaryFile('w+') as stderr, tempfile.TemporaryFile('w+') as stdout:  # progress bars need files
+            with confined(folder), contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(stdout):
                 code = main(['-f', 'recipe.yaml', '--', *mutant.overrides])
-            said.seek(0)
-            return code, said.read(), left(folder) - before
+            stderr.seek(0)
+            return code, stderr.read(), files(folder) - before
 
 
 @pytest.fixture
 def one_batch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever its duration is, a run ends after a batch."""
+    """End every run after one batch, whatever its duration is."""
     monkeypatch.setattr(Summary, 'batch_end', lambda self, state, logger: state.stop_training(), raising=False)
     yield
     print(f'{len(OUTCOMES)} mutants, exit codes {Counter(OUTCOMES.values())}')
 
 
-OUTCOMES: dict[Mutant, int] = {}  # exit codes; what is drawn twice counts once
+OUTCOMES: dict[Mutant, int] = {}  # exit codes; a mutant that is drawn twice counts once
 
 
 @pytest.mark.usefixtures('one_batch')
 @given(data=st.data())
-@settings(
-    max_examples=MUTATIONS or 60,
-    derandomize=not MUTATIONS,
-    database=None,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-    phases=[Phase.generate],  # a mutant is small as it is
-)
 def test_a_mutated_recipe_trains_or_is_refused_in_one_line(digits_folder: Path, data: st.DataObject) -> None:
     mutant = data.draw(mutants(digits_folder))
     note(mutant.content.decode('utf-8', 'replace'))
-    code, said, new = run(mutant)
+    code, stderr, new = run(mutant)
     OUTCOMES[mutant] = code
-    lines = said.splitlines()
-    assert code in (0, 2), f'{mutant.done}: exit code {code}'
-    assert 'Traceback' not in said, f'{mutant.done}: {said}'
+    lines = stderr.splitlines()
+    assert code in (0, 2), f'{mutant.changes}: exit code {code}'
+    assert 'Traceback' not in stderr, f'{mutant.changes}: {stderr}'
     if code == 2:
-        assert len(lines) == 1 and LINE.match(lines[0]), f'{mutant.done}: {said}'
-        assert not new, f'{mutant.done}: {sorted(new)} are left after {said}'
+        assert len(lines) == 1 and LINE.match(lines[0]), f'{mutant.changes}: {stderr}'
+        assert not new, f'{mutant.changes}: {sorted(new)} are left after {stderr}'
