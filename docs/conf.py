@@ -24,6 +24,7 @@ exclude_patterns = ['_build']
 nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 nb_merge_streams = True
+nb_output_stderr = 'remove'  # warnings of libraries, with paths of the machine that builds the site
 
 myst_enable_extensions = ['attrs_inline', 'colon_fence', 'deflist', 'dollarmath', 'substitution']
 myst_heading_anchors = 3
