@@ -60,7 +60,7 @@ def test_existing_output_is_refused_unless_overwritten(tmp_path: Path) -> None:
     out = tmp_path / 'out'
     convert('imagefolder', image_folder(tmp_path / 'a'), out)
     other = small_folder(tmp_path / 'b')
-    with pytest.raises(DatasetError, match=r'out holds a dataset already: pass --overwrite'):
+    with pytest.raises(DatasetError, match=r'out already holds a dataset: pass --overwrite'):
         convert('imagefolder', other, out)
     assert convert('imagefolder', other, out, exist_ok=True) == {}
     assert record(out / 'val')['num_classes'] == 3
@@ -69,7 +69,7 @@ def test_existing_output_is_refused_unless_overwritten(tmp_path: Path) -> None:
     precious = tmp_path / 'precious'
     precious.mkdir()
     (precious / 'thesis.tex').write_text('years of work')
-    with pytest.raises(DatasetError, match=r'precious exists and is no MDS dataset'):
+    with pytest.raises(DatasetError, match=r'precious exists and is not an MDS dataset'):
         convert('imagefolder', other, precious, overwrite=True)
     assert visible(precious) == ['thesis.tex']
     assert visible(tmp_path) == ['a', 'b', 'out', 'precious']
@@ -81,7 +81,7 @@ def test_failed_overwrite_keeps_the_old_dataset(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match='not an image'):
         convert('imagefolder', text_file(tmp_path / 'b'), tmp_path / 'out', overwrite=True)
     assert content(tmp_path / 'out') == before
-    with pytest.raises(DatasetError, match=r'out would be replaced together with --source .*out/images in it: choose'):
+    with pytest.raises(DatasetError, match=r'out would be replaced, and --source .*out/images with it: choose'):
         convert('imagefolder', small_folder(tmp_path / 'out' / 'images'), tmp_path / 'out', overwrite=True)
     assert len(content(tmp_path / 'out' / 'images')) == 4
 

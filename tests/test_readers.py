@@ -107,15 +107,12 @@ def queue(root: Path) -> None:
     os.mkfifo(small_folder(root) / 'train' / 'ant' / 'queue')
 
 
-HIDDEN = 'that (is|are) hidden or made by the operating system'
-
-
 @pytest.mark.parametrize(
     ('make', 'counts', 'left_out'),
     [
         (small_folder, (2, 2), None),
-        (linked_folders, (8, 8), '1 entry beside train and val: SOURCE/pool$'),
-        (linked_in_links, (4, 2), '1 entry beside train and val: SOURCE/pool$'),
+        (linked_folders, (8, 8), '1 entry .beside train and val.: SOURCE/pool$'),
+        (linked_in_links, (4, 2), '1 entry .beside train and val.: SOURCE/pool$'),
         (linked_class, (3, 3), None),
         (lambda root: small_folder(root, 'train/ant/sub/1.png'), (3, 2), None),
         (
@@ -123,19 +120,23 @@ HIDDEN = 'that (is|are) hidden or made by the operating system'
             (2, 2),
             '1 entry .*hidden.*checkpoints',
         ),
-        (lambda root: small_folder(root, 'train/ant/._0.png', 'val/bee/._0.png'), (2, 2), '2 entries that are hidden'),
+        (
+            lambda root: small_folder(root, 'train/ant/._0.png', 'val/bee/._0.png'),
+            (2, 2),
+            '2 entries .hidden, or made by the operating system.: SOURCE/train',
+        ),
         (lambda root: small_folder(root, 'train/ant/@eaDir/0.png'), (2, 2), '1 entry .*: SOURCE/train/ant/@eaDir$'),
         (lambda root: small_folder(root, 'train/__MACOSX/ant/._0.png'), (2, 2), '1 entry .*: SOURCE/train/__MACOSX$'),
-        (lambda root: small_folder(root, '.cache/0.png'), (2, 2), '1 entry .*hidden .*: SOURCE/.cache$'),
+        (lambda root: small_folder(root, '.cache/0.png'), (2, 2), '1 entry .hidden, or .*: SOURCE/.cache$'),
         (
             lambda root: small_folder(root, *(f'train/{i}.png' for i in range(5))),
             (2, 2),
-            '5 entries beside the class folders: SOURCE/train/0.png, SOURCE/train/1.png, SOURCE/train/2.png, ...$',
+            '5 entries .beside the class folders.: SOURCE/train/0.png, SOURCE/train/1.png, SOURCE/train/2.png, ...$',
         ),
-        (lambda root: small_folder(root, 'test/ant/0.png'), (2, 2), '1 entry beside train and val: SOURCE/test$'),
-        (lambda root: small_folder(root / 'set', 'b/0.png'), (2, 2), '1 entry beside train and val: SOURCE/set/b$'),
-        (lambda root: small_folder(root / 'set', '../b/0.png'), (2, 2), '1 entry beside set: SOURCE/b$'),
-        (queue, (2, 2), '1 entry that are neither files nor folders: SOURCE/train/ant/queue$'),
+        (lambda root: small_folder(root, 'test/ant/0.png'), (2, 2), '1 entry .beside train and val.: SOURCE/test$'),
+        (lambda root: small_folder(root / 'set', 'b/0.png'), (2, 2), '1 entry .beside train and val.: SOURCE/set/b$'),
+        (lambda root: small_folder(root / 'set', '../b/0.png'), (2, 2), '1 entry .beside set.: SOURCE/b$'),
+        (queue, (2, 2), '1 entry .neither a file nor a folder.: SOURCE/train/ant/queue$'),
     ],
 )
 def test_what_is_left_out_is_logged(
@@ -284,7 +285,7 @@ def archive_of_a_broken_image(root: Path) -> Path:
         ('cifar10', small_folder, r"has 2 classes, CIFAR-10 has 10: choose 'imagefolder'"),
         ('cifar10', evil_pickle, r'data_batch_3: not a readable CIFAR batch \(.*posix.system is not plain data'),
         ('cifar10', batch_missing, r'data_batch_4: not a readable CIFAR batch \(.*No such file'),
-        ('digits', small_folder, r'digits come with scikit-learn and take no --source'),
+        ('digits', small_folder, r'digits come with scikit-learn: remove --source .*/source'),
     ],
 )
 def test_mistakes_end_in_one_line_and_leave_nothing(

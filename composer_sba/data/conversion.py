@@ -113,7 +113,7 @@ def convert(
         if paths:
             names = ', '.join(str(images.location(path)) for path in paths[:3]) + ', ...' * (len(paths) > 3)
             entries = 'entry' if len(paths) == 1 else 'entries'
-            _log.warning('%s: left out %d %s %s: %s', source, len(paths), entries, reason, names)
+            _log.warning('%s: left out %d %s (%s): %s', source, len(paths), entries, reason, names)
     return counts
 
 
@@ -125,11 +125,11 @@ def _refuse_existing(out: Path, source: Path | None, overwrite: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not _is_dataset(out):
-        raise DatasetError(f'{out} exists and is no MDS dataset: choose another --out, or remove it yourself')
+        raise DatasetError(f'{out} exists and is not an MDS dataset: choose another --out, or remove it yourself')
     if not overwrite:
-        raise DatasetError(f'{out} holds a dataset already: pass --overwrite to replace it, or choose another --out')
+        raise DatasetError(f'{out} already holds a dataset: pass --overwrite to replace it, or choose another --out')
     if source is not None and Path(os.path.realpath(source)).is_relative_to(out):
-        raise DatasetError(f'{out} would be replaced together with --source {source} in it: choose another --out')
+        raise DatasetError(f'{out} would be replaced, and --source {source} with it: choose another --out')
 
 
 def _try_to_move(out: Path, replaced: Path) -> None:
@@ -160,7 +160,7 @@ def _write(source: Source, name: str, out: Path) -> dict[str, int]:
                 raise DatasetError(f'the {split} split has no images: nothing was converted')
             measured = 0
             if split == 'train':
-                # Neighbours on disk are neighbours in a shard, and a shuffle while streaming reaches only so far.
+                # Streaming's shuffle mixes nearby samples only, and files of one class are neighbours on disk.
                 order = np.random.default_rng(SHUFFLE_SEED).permutation(len(samples))
                 samples = [samples[i] for i in order]
                 measured = STATISTICS_IMAGES if name == 'imagefolder' else 0
@@ -247,7 +247,7 @@ def _moments(image: Image.Image) -> np.ndarray:
 
 
 class _Budget:
-    """Bytes that threads share: one that needs more than is free waits, and one that needs all runs alone."""
+    """A number of bytes that threads share: a thread waits until its part is free, or all if it needs more."""
 
     def __init__(self, size: int) -> None:
         self._size = self._free = size

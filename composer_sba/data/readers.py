@@ -46,12 +46,14 @@ class Source:
 
 def _digits(source: Path | None, scratch: Path) -> Source:
     if source is not None:
-        raise DatasetError(f'digits come with scikit-learn and take no --source, got {source}')
+        raise DatasetError(f'digits come with scikit-learn: remove --source {source}')
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ModuleNotFoundError as error:
-        raise DatasetError("digits come with scikit-learn, not installed: pip install 'composer-sba[demo]'") from error
+        raise DatasetError(
+            "digits need scikit-learn, which is not installed: pip install 'composer-sba[demo]'"
+        ) from error
     pixels, labels = load_digits(return_X_y=True)
     images = (pixels * 15).astype(np.uint8).reshape(-1, 8, 8)  # 0..16 -> 0..240: exact, and bright enough to look at
     parts = train_test_split(np.arange(len(labels)), test_size=360, random_state=0, stratify=labels)
@@ -60,8 +62,8 @@ def _digits(source: Path | None, scratch: Path) -> Source:
 
 
 def _cifar(num_classes: int, source: Path | None, scratch: Path) -> Source:
-    root, location, left_out = _find_root(source, scratch)
-    found = _class_folders(root, location, left_out) if (root / 'train').is_dir() else _cifar_batches(root, location)
+    folder = _Folder(source, scratch)
+    found = folder.read_classes() if (folder.root / 'train').is_dir() else _cifar_batches(folder)
     if len(found.classes) != num_classes:
         raise DatasetError(
             f'{source} has {len(found.classes)} classes, CIFAR-{num_classes} has {num_classes}: choose '
@@ -71,10 +73,10 @@ def _cifar(num_classes: int, source: Path | None, scratch: Path) -> Source:
 
 
 def _imagefolder(source: Path | None, scratch: Path) -> Source:
-    root, location, left_out = _find_root(source, scratch)
-    if not (root / 'train').is_dir():
+    folder = _Folder(source, scratch)
+    if not (folder.root / 'train').is_dir():
         raise DatasetError(f'{source} holds CIFAR batches, no image files: choose cifar10 or cifar100')
-    return _class_folders(root, location, left_out)
+    return folder.read_classes()
 
 
 READERS: dict[str, Callable[[Path | None, Path], Source]] = {
@@ -86,120 +88,116 @@ READERS: dict[str, Callable[[Path | None, Path], Source]] = {
 
 # --- folders of images ------------------------------------------------------------------------------------------------
 
-_Location = Callable[[Path], Path]
-_LeftOut = defaultdict[str, list[Path]]
-
 # Folders that macOS, a NAS or a file system adds. Some hold small copies of the images.
 _SYSTEM_FOLDERS = ('__MACOSX', '@eaDir', '#recycle', '$RECYCLE.BIN', 'System Volume Information', 'lost+found')
 
 
-def _find_root(source: Path | None, scratch: Path) -> tuple[Path, _Location, _LeftOut]:
-    """Return the folder that holds ``train`` or CIFAR's batches: the source, what it unpacks to, or a folder in it."""
-    if source is None or not source.exists():
-        raise DatasetError(f'--source {source} does not exist: give a folder of images or an archive of one')
-    folder = source
-    if not source.is_dir():
-        folder = scratch
-        unpack(source, folder)
-    left_out: _LeftOut = defaultdict(list)
-    entries = [Path(entry.path) for entry in _visible(folder, left_out)]
-    roots = [root for root in (folder, *entries) if any((root / name).exists() for name in ('train', 'batches.meta'))]
-    if not roots:
-        raise DatasetError(f'{source} has no train/<class>/ folders and no CIFAR batches: nothing to convert')
-    root = roots[0]
-    if root == folder:
-        left_out.clear()
-    elif len(roots) > 1:
-        names = ', '.join(each.name for each in roots[:5])
-        raise DatasetError(f'{source} holds {len(roots)} data sets ({names}): give one of them as --source')
-    else:
-        left_out[f'beside {root.name}'] = [entry for entry in entries if entry != root]
-    refuse_links(folder)
-    return root, lambda path: source / path.relative_to(folder), left_out
+class _Folder:
+    """Folder of a data set: the source, what an archive unpacks to, or the only data set in one of these.
 
+    Args:
+        source (Path, optional): Folder or archive that the user gave.
+        scratch (Path): Folder to unpack an archive to.
+    """
 
-def _class_folders(root: Path, location: _Location, left_out: _LeftOut) -> Source:
-    held_out = next((root / name for name in ('val', 'test') if (root / name).is_dir()), None)
-    if held_out is None:
-        raise DatasetError(f'{location(root)} has no val/<class>/ or test/<class>/ beside train/<class>/')
-    splits = {'train': root / 'train', 'val': held_out}
-    left_out[f'beside train and {held_out.name}'] = [
-        Path(entry.path) for entry in _visible(root, left_out) if Path(entry.path) not in splits.values()
-    ]
-    folders = {split: _folder_of_each_class(folder, location, left_out) for split, folder in splits.items()}
-    classes = list(folders['train'])
-    if classes != list(folders['val']):
-        odd = sorted({*classes} ^ {*folders['val']})
-        problem = f'train and {held_out.name} differ in their classes: only one of them has {odd[:5]}'
-        raise DatasetError(f'{location(root)}: {problem}')
-    files = {
-        split: {name: list(_files(folders[split][name], location, left_out)) for name in classes} for split in splits
-    }
-    for split, of_class in files.items():
-        empty = [name for name in classes if not of_class[name]]
-        if empty and len(empty) < len(classes):
-            raise DatasetError(
-                f'{location(splits[split])} has no images of {len(empty)} of its {len(classes)} classes, {empty[:5]}: '
-                'add images, or remove the classes from both splits'
-            )
-    return Source(
-        classes,
-        {
-            split: [(path, label) for label, paths in enumerate(of_class.values()) for path in paths]
-            for split, of_class in files.items()
-        },
-        left_out,
-        location,
-    )
-
-
-def _folder_of_each_class(split: Path, location: _Location, left_out: _LeftOut) -> dict[str, Path]:
-    """Return the class folders of a split by name, sorted; names are in Unicode's composed form, NFC."""
-    folders: dict[str, Path] = {}
-    strays = []
-    for entry in _visible(split, left_out):
-        name = unicodedata.normalize('NFC', entry.name)
-        if not entry.is_dir():
-            strays.append(Path(entry.path))
-        elif name in folders:
-            raise DatasetError(f'{location(split)} has two folders {name!r}, in two forms of Unicode: merge them')
+    def __init__(self, source: Path | None, scratch: Path) -> None:
+        if source is None or not source.exists():
+            raise DatasetError(f'--source {source} does not exist: give a folder of images or an archive of one')
+        self.source = self.folder = source
+        if not source.is_dir():
+            self.folder = scratch
+            unpack(source, scratch)
+        self.left_out: dict[str, list[Path]] = defaultdict(list)
+        entries = self._visible(self.folder)
+        marks = ('train', 'batches.meta')
+        roots = [root for root in (self.folder, *entries) if any((root / mark).exists() for mark in marks)]
+        if not roots:
+            raise DatasetError(f'{source} has no train/<class>/ folders and no CIFAR batches: nothing to convert')
+        self.root = roots[0]
+        if self.root == self.folder:
+            self.left_out.clear()  # read_classes() will look at it
+        elif len(roots) > 1:
+            names = ', '.join(root.name for root in roots[:5])
+            raise DatasetError(f'{source} holds {len(roots)} data sets ({names}): give one of them as --source')
         else:
-            folders[name] = Path(entry.path)
-    if not folders and strays:
-        raise DatasetError(
-            f'{location(split)} has {len(strays):,} files and no class folders: move each image to '
-            f'{split.name}/<class>/, as extract_ILSVRC.sh in imagenet/ of pytorch/examples does for ImageNet'
-        )
-    if not folders:
-        raise DatasetError(f'{location(split)} has no class folders: expected {split.name}/<class>/<image files>')
-    left_out['beside the class folders'] += strays
-    return dict(sorted(folders.items()))
+            self.left_out[f'beside {self.root.name}'] = [entry for entry in entries if entry != self.root]
+        refuse_links(self.folder)
 
+    def location(self, path: Path) -> Path:
+        """Return where the user finds a file, which may be in an archive."""
+        return self.source / path.relative_to(self.folder)
 
-def _files(folder: Path, location: _Location, left_out: _LeftOut, above: tuple[str, ...] = ()) -> Iterator[Path]:
-    """Yield all files below a folder, also in linked folders, sorted by their paths."""
-    real = os.path.realpath(folder)
-    if real in above:
-        raise DatasetError(f'{location(folder)} contains itself, through a link in this path: remove the link')
-    for entry in _visible(folder, left_out):
-        path = Path(entry.path)
-        if entry.is_dir():
-            yield from _files(path, location, left_out, (*above, real))
-        elif entry.is_file():
-            yield path
-        else:
-            left_out['that are neither files nor folders'].append(path)
+    def read_classes(self) -> Source:
+        """Return the images in the class folders of both splits."""
+        held_out = next((name for name in ('val', 'test') if (self.root / name).is_dir()), None)
+        if held_out is None:
+            raise DatasetError(f'{self.location(self.root)} has no val/<class>/ or test/<class>/ beside train/<class>/')
+        beside = [entry for entry in self._visible(self.root) if entry.name not in ('train', held_out)]
+        self.left_out[f'beside train and {held_out}'] = beside
+        folders = {
+            split: self._class_folders(self.root / name) for split, name in (('train', 'train'), ('val', held_out))
+        }
+        classes = list(folders['train'])
+        if classes != list(folders['val']):
+            odd = sorted({*classes} ^ {*folders['val']})
+            problem = f'train and {held_out} differ in their classes: only one of them has {odd[:5]}'
+            raise DatasetError(f'{self.location(self.root)}: {problem}')
+        splits = {}
+        for split, of_class in folders.items():
+            files = {name: list(self._files(folder)) for name, folder in of_class.items()}
+            empty = [name for name in classes if not files[name]]
+            if 0 < len(empty) < len(classes):
+                raise DatasetError(
+                    f'{self.location(of_class[empty[0]].parent)} has no images of {len(empty)} of its {len(classes)} '
+                    f'classes, {empty[:5]}: add images, or remove the classes from both splits'
+                )
+            splits[split] = [(path, label) for label, name in enumerate(classes) for path in files[name]]
+        return Source(classes, splits, self.left_out, self.location)
 
+    def _class_folders(self, split: Path) -> dict[str, Path]:
+        """Return the class folders of a split by name, sorted; names are in Unicode's composed form, NFC."""
+        folders: dict[str, Path] = {}
+        strays = []
+        for entry in self._visible(split):
+            name = unicodedata.normalize('NFC', entry.name)
+            if not entry.is_dir():
+                strays.append(entry)
+            elif name in folders:
+                problem = f'has two folders {name!r}, in two forms of Unicode'
+                raise DatasetError(f'{self.location(split)} {problem}: merge them')
+            else:
+                folders[name] = entry
+        if not folders:
+            problem = f'has {len(strays):,} files and no class folders'
+            remedy = f'move each image to {split.name}/<class>/'
+            hint = ', as extract_ILSVRC.sh in imagenet/ of pytorch/examples does for ImageNet' if strays else ''
+            raise DatasetError(f'{self.location(split)} {problem}: {remedy}{hint}')
+        self.left_out['beside the class folders'] += strays
+        return dict(sorted(folders.items()))
 
-def _visible(folder: Path, left_out: _LeftOut) -> list[os.DirEntry[str]]:
-    """Return the entries of a folder sorted by name, without those that are hidden or that a system adds."""
-    visible = []
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.name.startswith('.') or entry.name in _SYSTEM_FOLDERS:
-            left_out['that are hidden or made by the operating system'].append(Path(entry.path))
-        else:
-            visible.append(entry)
-    return visible
+    def _files(self, folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+        """Yield all files below a folder, also in linked folders, sorted by their paths."""
+        real = os.path.realpath(folder)
+        if real in above:
+            problem = f'{self.location(folder)} contains itself, through a link in this path'
+            raise DatasetError(f'{problem}: remove the link')
+        for entry in self._visible(folder):
+            if entry.is_file():
+                yield entry
+            elif entry.is_dir():
+                yield from self._files(entry, (*above, real))
+            else:
+                self.left_out['neither a file nor a folder'].append(entry)
+
+    def _visible(self, folder: Path) -> list[Path]:
+        """Return the entries of a folder, sorted, without those that are hidden or that a system adds."""
+        visible = []
+        for entry in sorted(folder.iterdir()):
+            if entry.name.startswith('.') or entry.name in _SYSTEM_FOLDERS:
+                self.left_out['hidden, or made by the operating system'].append(entry)
+            else:
+                visible.append(entry)
+        return visible
 
 
 def refuse_links(folder: Path) -> None:
@@ -211,10 +209,10 @@ def refuse_links(folder: Path) -> None:
             if not os.path.islink(path):
                 continue
             if not os.path.exists(path):
-                raise DatasetError(f'{path} is a link that leads nowhere: remove it')
+                raise DatasetError(f'{path} is a broken link: remove it')
             if os.path.commonpath([root, os.path.realpath(path)]) != root:
                 raise DatasetError(
-                    f'{path} is a link out of {folder}, to {os.path.realpath(path)}: put the files themselves there'
+                    f'{path} links to {os.path.realpath(path)}, outside {folder}: copy the files into the folder'
                 )
 
 
@@ -232,7 +230,8 @@ class _DataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f'{module}.{name} is not plain data')
 
 
-def _cifar_batches(root: Path, location: _Location) -> Source:
+def _cifar_batches(folder: _Folder) -> Source:
+    root = folder.root
     if (root / 'batches.meta').is_file():
         meta, files = 'batches.meta', {'train': [f'data_batch_{i}' for i in range(1, 6)], 'val': ['test_batch']}
     else:
@@ -253,7 +252,7 @@ def _cifar_batches(root: Path, location: _Location) -> Source:
             splits[split] = samples
     except (OSError, EOFError, pickle.UnpicklingError, KeyError, ValueError, AttributeError, TypeError) as error:
         problem = f'not a readable CIFAR batch ({error!r}): download the archive again'
-        raise DatasetError(f'{location(path)}: {problem}') from error
+        raise DatasetError(f'{folder.location(path)}: {problem}') from error
     return Source(classes, splits)
 
 
@@ -383,7 +382,7 @@ def _refuse_other_formats(archive: Path) -> None:
 
 
 class _Limits:
-    """What an archive may contain: paths within it, files and folders alone, and plausibly many bytes."""
+    """Limits of what an archive may contain: no links, no paths that lead out of it, not too many bytes."""
 
     def __init__(self, archive: Path, folder: Path) -> None:
         self.archive, self.bytes = archive, 0
@@ -394,21 +393,18 @@ class _Limits:
     def add(self, size: int) -> None:
         self.bytes += size
         if self.bytes > self.plausible:
-            problem = f'expected at most {MAX_RATIO} times its {self.archive.stat().st_size:,} bytes'
-            raise DatasetError(f'{self.archive}: {problem}, got {self.bytes:,} and more: no archive of images')
+            problem = f'unpacks to {self.bytes:,} bytes or more, over {MAX_RATIO} times its size, which images do not'
+            raise DatasetError(f'{self.archive} {problem}: do not trust it')
         if self.bytes > self.free:
-            raise DatasetError(f'{self.archive}: needs more than the {self.free:,} bytes that are free: make room')
+            raise DatasetError(f'{self.archive}: needs more than the {self.free:,} free bytes: free some space')
 
     def refuse_path(self, name: str) -> None:
         if name.startswith(('/', '\\')) or '..' in name.replace('\\', '/').split('/'):
-            raise DatasetError(
-                f'{self.archive}: expected files inside the archive, got the path {name!r}: do not trust it'
-            )
+            raise DatasetError(f'{self.archive}: the path {name!r} leads out of the folder: do not trust it')
 
     def refuse_link(self, name: str) -> None:
         raise DatasetError(
-            f'{self.archive}: expected files, got the link {name}: unpack it yourself if you trust it, and give the '
-            'folder'
+            f'{self.archive} contains a link, {name}: unpack it yourself if you trust it, and give the folder'
         )
 
     def filter_tar(self, member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
