@@ -42,11 +42,11 @@ def test_a_run_leaves_checkpoint_recipe_and_summary(capsys: pytest.CaptureFixtur
     assert load(folder / 'recipe.yaml').max_duration == '2ba'
     assert 'sba/kl' in (tmp_path / 'log.txt').read_text()
     assert any((tmp_path / 'tb').rglob('events.*'))
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     rows = ['eval accuracy', 'eval cross-entropy', 'eval calibration error', 'train loss', 'images/s', 'wall time']
     for row in [*rows, '100.0 % of steps', 'SBA KL']:
-        assert row in said.out
-    assert said.err == ''
+        assert row in output.out
+    assert output.err == ''
 
 
 @pytest.mark.parametrize('terminal', [True, False])
@@ -55,9 +55,9 @@ def test_a_bar_is_for_a_terminal_and_lines_for_a_file(
 ) -> None:
     monkeypatch.setattr(sys.stderr, 'isatty', lambda: terminal)
     assert main(['-f', RECIPE, 'max_duration=2ep', 'save_folder=null']) == 0
-    said = capfd.readouterr().err
-    assert ('ba/s' in said) == terminal, said
-    assert said.count('Train sba/kl') == (0 if terminal else 2), said
+    output = capfd.readouterr().err
+    assert ('ba/s' in output) == terminal, output
+    assert output.count('Train sba/kl') == (0 if terminal else 2), output
 
 
 def test_the_demo_learns_the_digits() -> None:
@@ -105,8 +105,8 @@ def test_autoresume_resumes_a_run_and_never_restarts_it(capsys: pytest.CaptureFi
 )
 def test_a_mistake_found_while_building(capsys: pytest.CaptureFixture[str], override: str, line: str) -> None:
     assert main(['-f', RECIPE, *SHORT, 'device=cpu', 'save_folder=null', override]) == 2
-    said = capsys.readouterr().err.strip()
-    assert said.startswith('error: ') and line in said and '\n' not in said
+    error = capsys.readouterr().err.strip()
+    assert error.startswith('error: ') and line in error and '\n' not in error
 
 
 def test_a_batch_that_does_not_divide(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,13 +37,13 @@ def test_secrets_stay_out_of_everything_that_a_run_writes(
     more += ['run_name=x-${oc.env:WANDB_API_KEY}', 'log_to_console=true', 'load_ignore_keys=["a?sig=hunter2hunter2"]']
     assert main(options(digits_folder, *more)) == 0
     assert main(options(digits_folder, *more, '--dry-run')) == 0
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     written = {str(path): path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
-    written |= {'stderr': said.err.encode()}
+    written |= {'stderr': output.err.encode()}
     recipe = (tmp_path / 'run' / 'recipe.yaml').read_text()
     assert 'run_name: x-<hidden>' in recipe and 'a?sig=<hidden>' in recipe, recipe
     for secret in ('hunter2hunter2', SECRETS['AWS_SECRET_ACCESS_KEY']):
-        assert [place for place, content in written.items() if secret.encode() in content] == []
+        assert [path for path, content in written.items() if secret.encode() in content] == []
 
 
 def test_a_message_hides_the_password_of_a_remote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -125,6 +125,6 @@ def test_a_checkpoint_that_cannot_be_loaded_is_named(
 def test_a_recipe_runs_no_code(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / 'recipe.yaml').write_text(f'extends: {RECIPE}\n{text}')
     assert main(['-f', 'recipe.yaml', *SHORT, 'save_folder=null']) == 2
-    said = capsys.readouterr().err
-    assert re.fullmatch(r'error: recipe\.yaml: .+\n', said), said
+    error = capsys.readouterr().err
+    assert re.fullmatch(r'error: recipe\.yaml: .+\n', error), error
     assert not (tmp_path / 'pwned').exists()
