@@ -4,8 +4,10 @@ Run: pytest tests/test_study.py
 """
 
 import json
+import os
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,7 +19,8 @@ from composer_sba.study.__main__ import main
 from composer_sba.study.flops import flops_per_image
 from composer_sba.study.plan import plan
 from composer_sba.study.records import read_records
-from composer_sba.study.runner import Curve
+from composer_sba.study.runner import Curve, run_all
+from composer_sba.study.runs import Run
 from composer_sba.train import train
 from programs import start
 
@@ -66,6 +69,12 @@ class TestCommit:
     def test_it_is_unknown_inside_the_repository_of_another_project(self) -> None:
         self._commit('results/runs.jsonl')  # as with an environment in a project's checkout
         assert provenance.commit() == 'unknown'
+
+
+def _fail(run: Run, results: Path, shared: object, scratch: Path, folder: Path, *_: object) -> None:
+    os.chdir(folder)
+    (scratch / f'{run.hash}.log').write_bytes(b'bytes \xff of s3://me:hunter2@host/data\n\n')
+    sys.exit(3)
 
 
 @pytest.mark.xdist_group('study')
@@ -122,6 +131,22 @@ class TestRuns:
         assert resumed['flops'] == pytest.approx(6 * 1437 * flops_per_image(load(YAMLS / 'digits_sba.yaml')))
         assert resumed['images_per_second'] == pytest.approx(6 * 1437 / resumed['train_seconds'], rel=0.01)
         assert str(tmp_path) not in json.dumps(resumed) and 'runs/study' not in json.dumps(resumed)
+
+    def test_the_output_of_a_failure_may_be_anything(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr('composer_sba.study.runner.train_run', _fail)
+        code, output = self._run(capsys, *SBA)
+        assert code == 1, output
+        assert re.search(r'FAILED with code 3, see runs/study/\w+\.log: bytes . of s3://me:<hidden>@host/data;', output)
+
+    @pytest.mark.parametrize(('given', 'threads'), [('3', 3), ('3,2', 3), ('', None), ('0', None), ('many', None)])
+    def test_each_run_has_the_given_threads_or_its_share_of_the_cores(
+        self, given: str, threads: int | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv('OMP_NUM_THREADS', given)
+        assert run_all([], [], Path('results/methods.jsonl'), jobs=1, scratch=Path('runs')) == 0
+        assert int(os.environ['OMP_NUM_THREADS']) == (threads or len(os.sched_getaffinity(0)))
 
     # Composer, of the run that has nothing left to train
     @pytest.mark.filterwarnings('ignore:The ``compute`` method of metric')

@@ -26,7 +26,7 @@ def test_both_networks_learn_and_sba_is_less_certain():
 def test_the_figure_is_the_same_each_time(tmp_path):
     first, second = (tmp_path / name for name in ('first.png', 'second.png'))
     lines = draw_vicinity(first, steps=20)
-    assert [line.partition(':')[0] for line in lines] == ['plain', 'with SBA'], lines
+    assert [line.partition(':')[0] for line in lines] == ['without SBA', 'with SBA'], lines
     assert draw_vicinity(second, steps=20) == lines
     assert first.read_bytes() == second.read_bytes() and first.stat().st_size > 20_000
 

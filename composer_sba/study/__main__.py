@@ -21,9 +21,10 @@ from composer_sba.errors import UserError, one_line
 from composer_sba.recipe.merge import shipped
 from composer_sba.recipe.redact import redact
 from composer_sba.study.flops import training_flops
-from composer_sba.study.plan import MAX_COST, STUDIES, Run, plan
+from composer_sba.study.plan import MAX_COST, STUDIES, plan
 from composer_sba.study.records import Record, read_records
 from composer_sba.study.runner import run_all
+from composer_sba.study.runs import Run
 from composer_sba.study.step_timing import DTYPES, STEP_KINDS, Options, benchmark
 from composer_sba.vicinity import Basis
 

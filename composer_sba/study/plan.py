@@ -1,23 +1,20 @@
 """The runs of a study: every combination of recipe, setting and seed."""
 
-import hashlib
-import json
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
-
 from composer_sba.errors import UserError
-from composer_sba.recipe.recipe import Recipe, component_arguments, load
-from composer_sba.recipe.registry import canonical, construct
+from composer_sba.recipe.recipe import Recipe, load
+from composer_sba.recipe.registry import canonical
 from composer_sba.study.display_names import scaled_duration
 from composer_sba.study.flops import flops_per_image
 from composer_sba.study.paper import TABLE_1
 from composer_sba.study.recipe_index import BASELINE, RecipeFamily, check_names, families
+from composer_sba.study.runs import Run, cut_layers
 
 ETAS = (0.0, 1e-3, 0.01, 0.1, 1.0, 10.0)
 TABLE_1_METHODS = (BASELINE, 'cutout', 'cutout_ba', 'ba', 'sba')
@@ -33,56 +30,6 @@ SEARCH: dict[str, Sequence[float]] = {
     'vicinity.dropout': (0.1, 0.3, 0.5),
 }
 MAX_COST = 1.3  # of a setting of `search`, as a multiple of the baseline's operations
-
-# The keys that do not change the trained model: how a run is observed and stored. They are not part of its hash.
-_INCIDENTAL = (
-    *('run_name', 'device', 'dist_timeout', 'loggers', 'autoresume', 'load_path', 'progress_bar', 'log_to_console'),
-    *('console_log_interval', 'python_log_level', 'save_folder', 'save_filename', 'save_latest_filename'),
-    *('save_interval', 'save_num_checkpoints_to_keep', 'save_overwrite', 'save_weights_only'),
-)
-_INCIDENTAL_DATA = ('local', 'remote', 'num_workers', 'cache_limit', 'download_timeout', 'verify')
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training of a study.
-
-    Args:
-        study (str): One of ``STUDIES``.
-        network, dataset, method (str): The parts of the recipe's file name.
-        setting (dict): The values that the study varies, for example ``{'eta': 0.1}``.
-        recipe (Recipe): The complete recipe.
-    """
-
-    study: str
-    network: str
-    dataset: str
-    method: str
-    setting: dict[str, Any]
-    recipe: Recipe = field(repr=False)
-
-    @property
-    def name(self) -> str:
-        """The name of the run in lines of output."""
-        setting = ''.join(f' {key}={value}' for key, value in self.setting.items())
-        return f'{self.network} {self.dataset} {self.method}{setting} seed {self.recipe.seed}'
-
-    def with_seed(self, seed: int) -> 'Run':
-        """Return the same run with another seed."""
-        return replace(self, recipe=replace(self.recipe, seed=seed))
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """The part of the recipe that decides which model is trained."""
-        facts = {key: value for key, value in self.recipe.to_dict().items() if key not in _INCIDENTAL}
-        for section in ('train_dataset', 'eval_dataset'):
-            facts[section] = {k: v for k, v in (facts[section] or {}).items() if k not in _INCIDENTAL_DATA}
-        return facts
-
-    @property
-    def hash(self) -> str:
-        """Twelve hexadecimal digits, equal for equal facts."""
-        return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def plan(
@@ -215,19 +162,6 @@ def _trials(sba: list[Path], overrides: Sequence[str], trials: int) -> Iterator[
             yield variant
 
 
-def cut_layers(recipe: Recipe) -> list[str]:
-    """Return the names of the network's stages that have parameters, and the head.
-
-    Example:
-        >>> cut_layers(load('yamls/resnet44_cifar10_baseline.yaml'))
-        ['stem', 'stage1', 'stage2', 'stage3', 'head']
-    """
-    network: nn.Module = construct('model', recipe.model['name'], component_arguments(recipe.model))
-    last = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
-    stages = [name for name, stage in network.named_children() if stage is not last and [*stage.parameters()]]
-    return [*stages, 'head']
-
-
 def _load(variant: _Variant, overrides: Sequence[str], epochs_scale: float = 1.0) -> Recipe:
     varied = {_key(text) for text in variant.varied}
     for text in overrides:
@@ -240,7 +174,7 @@ def _load(variant: _Variant, overrides: Sequence[str], epochs_scale: float = 1.0
 
 
 def _applies(override: str, algorithms: Mapping[str, Any]) -> bool:
-    """Whether an override applies to a run with these algorithms: the argument of an algorithm needs the algorithm."""
+    """Return whether an override applies to a run with these algorithms: an argument needs its algorithm."""
     section, *names = _key(override)
     return section != 'algorithms' or len(names) < 2 or names[0] in algorithms
 

@@ -161,7 +161,7 @@ def _problem(line: bytes) -> str:
 
 
 def _matches(value: Any, hint: Any) -> bool:
-    """Whether a value read from JSON has the type of a field; the items of lists and mappings are not compared."""
+    """Return whether a JSON value has the type of a field; the items of lists and mappings are not compared."""
     alternatives = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     kinds = tuple(get_origin(each) or each for each in alternatives)
     # JSON does not distinguish 1 from 1.0

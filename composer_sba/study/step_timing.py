@@ -30,9 +30,9 @@ from composer_sba.latent.expander import LatentExpander
 from composer_sba.recipe.recipe import Recipe, component_arguments, load
 from composer_sba.recipe.registry import construct
 from composer_sba.study.display_names import display_name
-from composer_sba.study.plan import cut_layers
 from composer_sba.study.provenance import hardware, software
 from composer_sba.study.recipe_index import families
+from composer_sba.study.runs import cut_layers
 from composer_sba.vicinity import Basis, Vicinity
 
 STEP_KINDS = ('plain', 'unarmed', 'sba', 'latent_ba', 'naive', 'ba')

@@ -1,8 +1,8 @@
 """The figure of the vicinal distribution: raw and virtual points in two dimensions, and the decisions of two networks.
 
 The data are two interleaved crescents, one for each class. The cut layer is the input of the network, which makes the
-plane of the points the latent space. The network is trained twice from the same start and on the same batches: plain
-and with SBA.
+plane of the points the latent space. The network is trained twice from the same initial weights and on the same
+batches: without and with SBA.
 """
 
 from pathlib import Path
@@ -39,7 +39,7 @@ def draw_vicinity(path: Path, steps: int = STEPS) -> list[str]:
     """
     train, labels = crescents(60, seed=SEED)
     test, test_labels = crescents(10_000, seed=SEED + 1)
-    networks = {'plain': fit(train, labels, 0.0, steps), 'with SBA': fit(train, labels, ETA, steps)}
+    networks = {'without SBA': fit(train, labels, 0.0, steps), 'with SBA': fit(train, labels, ETA, steps)}
     lines = []
     for name, network in networks.items():
         with torch.no_grad():
@@ -59,7 +59,7 @@ def draw_vicinity(path: Path, steps: int = STEPS) -> list[str]:
         _draw_points(first, train, labels)
         first.legend(loc='lower left', frameon=False, handletextpad=0, fontsize=8)
         for axes, (name, network) in zip(others, networks.items(), strict=True):
-            axes.set_title(f'decisions, {name}')
+            axes.set_title(f'decisions {name}')
             _draw_regions(axes, network)
             _draw_points(axes, train, labels)
         for axes in (first, *others):
