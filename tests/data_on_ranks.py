@@ -1,4 +1,4 @@
-"""One rank of ``test_data.py``: prints, as a line of JSON, the labels that it reads and those that its metrics count.
+"""One rank of ``test_data.py``; prints the labels that it reads and that its metrics count, as a line of JSON.
 
 Run: python -m composer.cli -n 2 tests/data_on_ranks.py FOLDER '[[size, batch size, workers, drop last], ...]'
 """
@@ -18,7 +18,7 @@ from composer_sba.errors import DatasetError
 
 
 class Labels(Metric):
-    """How often evaluation counted each label, over all ranks."""
+    """The number of times that evaluation counted each label, over all ranks."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Labels(Metric):
         return self.counts.sum()
 
 
-counted: list[float] = []  # by the last Labels: Composer hands on single numbers only
+counted: list[float] = []  # by the last Labels, for Composer passes on single numbers only
 
 
 class Mean(ComposerModel):
@@ -70,7 +70,7 @@ def rank_result(folder: str, size: int, batch_size: int, workers: int, drop_last
         evaluation = build_dataloader(DatasetConfig(**keys, split='val'), batch_size)
         fit: dict[str, Any] = {}
         if 'error' not in result:
-            train = build_dataloader(DatasetConfig(**keys), batch_size)  # Composer takes none that was iterated before
+            train = build_dataloader(DatasetConfig(**keys), batch_size)  # Composer refuses one that was iterated before
             fit = {'train_dataloader': train, 'max_duration': '1ep'}
         model = Mean(size)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -78,7 +78,7 @@ def rank_result(folder: str, size: int, batch_size: int, workers: int, drop_last
         trainer.eval(eval_dataloader=evaluation)
         result['evaluated'] = list(counted)
         if fit:
-            trainer.fit()  # ends, if every rank has a batch whenever another has one
+            trainer.fit()  # ends only if every rank has a batch whenever another has one
             result['trained'] = trainer.state.timestamp.sample.value
         trainer.close()
     return result

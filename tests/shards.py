@@ -18,7 +18,7 @@ def encoded(image: Image.Image, format: str = 'PNG') -> bytes:
 
 
 def write(folder: Path, images: list[Any], labels: list[int] | None = None, encoding: str = 'bytes') -> None:
-    """An MDS split as Streaming writes it: columns i, x and y, several shards."""
+    """Write an MDS split of several shards, with the columns i, x and y of Streaming's converters."""
     columns = {'i': 'int', 'x': encoding, 'y': 'int'}
     with MDSWriter(columns=columns, out=str(folder), size_limit=8000, hashes=['xxh64']) as writer:
         for i, (image, label) in enumerate(zip(images, labels or range(len(images)), strict=True)):
@@ -30,7 +30,7 @@ def small_images(size: int) -> list[Image.Image]:
 
 
 def dataset(folder: Path, size: int) -> dict[str, Any]:
-    """Write ``size`` samples, each of a class of its own; returns the keys of the config that reads them."""
+    """Write ``size`` samples, each of its own class; return the keys of the config that reads them."""
     for split in ('train', 'val'):
         write(folder / split, [encoded(image) for image in small_images(size)])
     keys = {'name': 'imagefolder', 'num_classes': size, 'crop_size': 8, 'resize_size': 8}

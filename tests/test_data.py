@@ -1,4 +1,4 @@
-"""What a DataLoader yields compared with what is stored: each sample once, the same again with the same seed.
+"""Samples that a DataLoader yields compared with those that are stored: each once, and repeated by the same seed.
 
 Run: python -m pytest tests/test_data.py
 """
@@ -32,7 +32,7 @@ def test_each_sample_once_in_training_and_evaluation(tmp_path: Path, size: int, 
         assert sorted(epoch) == list(range(size)), f'{len(epoch)} samples, {len(set(epoch))} distinct, stored: {size}'
     assert len(train) == -(-size // 4)
     if size > 4:
-        assert list(range(size)) != epochs[0] != epochs[1], 'not shuffled anew'
+        assert list(range(size)) != epochs[0] != epochs[1], 'not shuffled again'
     evaluation = build_dataloader(DatasetConfig(**keys, split='val', num_workers=workers), 4)
     assert [labels(evaluation) for _ in range(2)] == [list(range(size))] * 2
 
@@ -72,7 +72,7 @@ def test_two_ranks_read_each_sample_once(tmp_path: Path, run_ranks: Callable[...
             assert all(result['evaluated'] == [1] * size for result in results), f'{case}: {results[0]["evaluated"]}'
 
 
-def test_seed_decides_order_and_augmentation_whatever_the_workers(digits_folder: Path) -> None:
+def test_the_seed_determines_order_and_augmentation_with_any_workers(digits_folder: Path) -> None:
     def epochs(seed: int, workers: int = 0) -> list[torch.Tensor]:
         config = DatasetConfig('digits', local=str(digits_folder), num_workers=workers)
         loader = build_dataloader(config, 100, seed=seed)
@@ -102,9 +102,9 @@ class Seen(Callback):
         self.batches.append((images.double().sum().item(), labels.tolist()))
 
 
-@pytest.mark.filterwarnings('ignore:Cannot split tensor of length:UserWarning')  # of the last batch of an epoch
+@pytest.mark.filterwarnings('ignore:Cannot split tensor of length:UserWarning')  # the last batch of an epoch
 @pytest.mark.parametrize('checkpoint', ['ep0-ba2-rank0.pt', 'ep1-ba3-rank0.pt', 'ep1-ba5-rank0.pt'])
-def test_resumed_run_sees_what_the_unbroken_run_sees(tmp_path: Path, digits_folder: Path, checkpoint: str) -> None:
+def test_a_resumed_run_sees_the_same_batches(tmp_path: Path, digits_folder: Path, checkpoint: str) -> None:
     def run(**options: Any) -> list[tuple[float, list[int]]]:
         seen = Seen()
         network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
@@ -117,7 +117,7 @@ def test_resumed_run_sees_what_the_unbroken_run_sees(tmp_path: Path, digits_fold
         trainer.close()
         return seen.batches
 
-    interval = '1ep' if 'ep1-ba3' in checkpoint else '1ba'  # between two epochs Composer's file has the next one's name
+    interval = '1ep' if 'ep1-ba3' in checkpoint else '1ba'  # between two epochs Composer names the file after the next
     unbroken = run(save_folder=str(tmp_path), save_interval=interval)
     resumed = run(load_path=str(tmp_path / checkpoint))
     assert resumed == unbroken[int(checkpoint[6]) :]
@@ -130,7 +130,7 @@ def test_digits_have_the_statistics_we_normalize_with(tmp_path: Path) -> None:
     assert abs(images.mean().item()) < 1e-3 and abs(images.std().item() - 1) < 1e-3, (images.mean(), images.std())
 
 
-def test_converted_image_folder_brings_classes_and_statistics(tmp_path: Path) -> None:
+def test_a_converted_image_folder_records_classes_and_statistics(tmp_path: Path) -> None:
     for split in ('train', 'val'):
         for name, grey in (('dark', 10), ('light', 240)):
             (tmp_path / 'source' / split / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What transforms make of an image: every shift and flip that they should draw, and the size they promise.
+"""Transforms of single images: every shift and flip occurs, and the size is the documented one.
 
 Run: python -m pytest tests/test_image_transform.py
 """

@@ -1,4 +1,4 @@
-"""Datasets that are incomplete, or not where their remote should be: refused before a sample is read.
+"""Indexes: incomplete datasets and missing remotes are refused before a sample is read.
 
 Run: python -m pytest tests/test_index.py
 """
@@ -26,6 +26,11 @@ def no_samples(folder: Path) -> None:
     (folder / 'val' / 'index.json').write_text('{"version": 2, "shards": []}')
 
 
+def outside(folder: Path) -> None:
+    path = folder / 'val' / 'index.json'
+    path.write_text(path.read_text().replace('shard.00000', '../shard.00000'))
+
+
 INDEX, SHARD = 'val/index.json', 'val/shard.00000.mds'
 MAKE = r'python -m composer_sba.convert imagefolder --source \.\.\. --out \S+mds'
 
@@ -41,6 +46,10 @@ MAKE = r'python -m composer_sba.convert imagefolder --source \.\.\. --out \S+mds
         (remove(SHARD), rf'{SHARD} is missing, index.json lists it: make it again with {MAKE}'),
         (rewrite(SHARD, b'cut'), rf'{SHARD} has 3 bytes, index.json says [\d,]+: make it again with {MAKE}'),
         (no_samples, rf'mds/val holds no samples: make it again with {MAKE}'),
+        (
+            outside,
+            rf"{INDEX} is not the index of an MDS dataset \(ValueError\('a shard outside its folder'\)\): make it",
+        ),
     ],
 )
 def test_incomplete_datasets_are_refused_before_training(
@@ -54,7 +63,7 @@ def test_incomplete_datasets_are_refused_before_training(
         assert '\n' not in str(caught.value)
 
 
-def test_remote_that_is_not_there(tmp_path: Path) -> None:
+def test_a_remote_that_does_not_exist(tmp_path: Path) -> None:
     config = DatasetConfig('cifar10', local=str(tmp_path / 'cache'), remote=str(tmp_path / 'nowhere'))
     with pytest.raises(DatasetError, match=r'nowhere/train/index.json cannot be fetched \(.+\): check remote'):
         dataset_classes(config)

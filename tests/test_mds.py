@@ -1,4 +1,4 @@
-"""Shards as they are asked for and fetched: once, checked before they are read, and no wait for one that fails.
+"""Shards that are fetched: requested once, compared with their hash before they are read, never awaited in vain.
 
 Run: python -m pytest tests/test_mds.py
 """
@@ -21,15 +21,15 @@ from shards import dataset, labels
 pytestmark = [
     # Streaming leaves a fetched shard open while it compares its hash.
     pytest.mark.filterwarnings('ignore:unclosed file .*shard:ResourceWarning'),
-    # PyTorch's DataLoader, when it ends workers after one of them has raised; it then waits 5 s for each.
+    # PyTorch's DataLoader, as it ends workers after one of them has raised; it then waits 5 s for each.
     pytest.mark.filterwarnings(
         'ignore:Exception in thread QueueFeederThread:pytest.PytestUnhandledThreadExceptionWarning'
     ),
 ]
 
 
-def test_a_shard_is_asked_for_once_and_not_with_each_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each time Streaming locks a file. With a limit it wants to know what was asked for last."""
+def test_a_shard_is_requested_once_and_not_for_each_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streaming locks a file for each request. With a limit it records the last use of a shard."""
     asked: list[int] = []
     prepare_shard = StreamingDataset.prepare_shard
 
@@ -46,14 +46,12 @@ def test_a_shard_is_asked_for_once_and_not_with_each_sample(tmp_path: Path, monk
         assert [len(labels(loader)) for _ in range(2)] == [97, 97]
         shards = set(range(loader.dataset.num_shards))
         assert set(asked) == shards and len(shards) > 1
-        # Streaming's thread, which asks, may be behind when an epoch ends
+        # Streaming's requesting thread may be behind when an epoch ends
         assert len(asked) == len(shards) if once else len(asked) > 2 * len(shards), (cache, len(asked), len(shards))
 
 
 @pytest.mark.parametrize(('split', 'workers'), [('train', 0), ('train', 2), ('val', 0)])
-def test_shard_that_cannot_be_fetched_is_neither_a_short_epoch_nor_a_wait_for_ever(
-    tmp_path: Path, split: str, workers: int
-) -> None:
+def test_a_shard_that_cannot_be_fetched_ends_the_epoch_with_an_error(tmp_path: Path, split: str, workers: int) -> None:
     keys = dataset(tmp_path / 'remote', 97) | {'local': str(tmp_path / 'cache'), 'remote': str(tmp_path / 'remote')}
     loader = build_dataloader(DatasetConfig(**keys, split=split, num_workers=workers), 4)
     (tmp_path / 'remote' / split / 'shard.00001.mds').write_bytes(b'not what was hashed')
@@ -61,11 +59,11 @@ def test_shard_that_cannot_be_fetched_is_neither_a_short_epoch_nor_a_wait_for_ev
         list(loader)
     last = str(caught.value).strip().splitlines()[-1]
     assert 'Checksum failure' in last and f'delete {tmp_path}/cache/{split} to fetch it again' in last, last
-    assert not (tmp_path / 'cache' / split / 'shard.00001.mds').exists(), 'the next run would take the bad shard'
+    assert not (tmp_path / 'cache' / split / 'shard.00001.mds').exists(), 'the next run would read the bad shard'
 
 
-def test_a_worker_both_of_whose_threads_fail_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Streaming waits for threads that return; here the one that looks ahead fails, and then the one that reads on."""
+def test_an_epoch_ends_though_both_threads_of_a_worker_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streaming waits for threads that return; here the thread that fetches fails, and then the thread that reads."""
 
     def fails_too(self: StreamingDataset, it: Any) -> None:
         assert self._event.wait(60)
@@ -90,10 +88,10 @@ def test_a_worker_both_of_whose_threads_fail_is_not_waited_for(tmp_path: Path, m
     assert len(said) == 1 and 'a shard cannot be fetched' in said[0], said
 
 
-def test_no_sample_is_taken_from_a_shard_before_its_hash_was_compared(
+def test_no_sample_is_read_from_a_shard_before_its_hash_was_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker wants to read a shard that another has fetched and not checked; it looks whole, but one bit differs."""
+    """A worker reads a shard that another has fetched but not compared yet; one bit of it differs."""
     keys = dataset(tmp_path / 'remote', 97) | {'local': str(tmp_path / 'cache'), 'remote': str(tmp_path / 'remote')}
     stored = tmp_path / 'remote' / 'train' / 'shard.00001.mds'
     broken = bytearray(stored.read_bytes())

@@ -39,7 +39,7 @@ def folder(digits_folder):
 
 @pytest.fixture
 def loader(folder):
-    """``loader(batch_size, seed=17, **keys)`` gives a DataLoader of the digits, in memory unless the keys say no."""
+    """``loader(batch_size, seed=17, **keys)`` builds a DataLoader of the digits, in memory by default."""
 
     def build(batch_size=100, *, seed=17, drop_last=False, **keys):
         config = DatasetConfig('digits', **({'local': folder, 'in_memory': True, 'num_workers': 0} | keys))
@@ -75,7 +75,7 @@ def test_evaluation_has_the_batches_that_streaming_has(loader):
             assert ours[0].dtype == torch.float32 and ours[1].dtype == torch.int64
 
 
-def test_seed_and_epoch_decide_order_and_transforms(loader):
+def test_seed_and_epoch_determine_order_and_transforms(loader):
     def epochs(seed, **keys):
         epochs_of_it = loader(seed=seed, cutout=2, **keys)
         return [epoch(epochs_of_it) for _ in range(2)]
@@ -84,7 +84,7 @@ def test_seed_and_epoch_decide_order_and_transforms(loader):
         assert torch.equal(images[0], again[0])
     labels = [labels for seed in (1, 2) for _, labels in epochs(seed)]
     for i, j in product(range(4), range(4)):
-        assert i == j or not torch.equal(labels[i], labels[j]), 'two epochs have one order'
+        assert i == j or not torch.equal(labels[i], labels[j]), 'two epochs have the same order'
     images = [images for seed in (1, 2) for images, _ in epochs(seed, shuffle=False)]
     for i, j in product(range(4), range(4)):
         assert i == j or not torch.equal(images[i], images[j]), 'two epochs have the same crops'
@@ -93,7 +93,7 @@ def test_seed_and_epoch_decide_order_and_transforms(loader):
     assert torch.equal(epoch(chosen)[0], epochs(1)[1][0])
 
 
-def test_batches_of_one_epoch_have_draws_of_their_own(loader):
+def test_batches_of_one_epoch_have_different_draws(loader):
     train = loader(64)
     train.dataset.images[:] = train.dataset.images[0].clone()
     batches = [images.numpy().tobytes() for images, _ in train]
@@ -116,7 +116,7 @@ class Seen(Callback):
 
 
 def fit(loader, algorithms=(), **options):
-    """Train for three epochs, whatever ``options`` say else; returns the weights and the batches."""
+    """Train for three epochs by default; return the weights and the batches."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.Dropout(), nn.ReLU(), nn.Linear(32, 10))
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
@@ -131,7 +131,7 @@ def fit(loader, algorithms=(), **options):
     return nn.utils.parameters_to_vector(network.parameters()).detach(), seen.batches
 
 
-@pytest.mark.filterwarnings('ignore:Cannot split tensor of length:UserWarning')  # of the last batch of an epoch
+@pytest.mark.filterwarnings('ignore:Cannot split tensor of length:UserWarning')  # the last batch of an epoch
 @pytest.mark.parametrize('checkpoint', ['ep0-ba2-rank0.pt', 'ep1-ba5-rank0.pt'])
 def test_a_run_resumed_in_mid_epoch_ends_with_the_same_bits(tmp_path, loader, checkpoint):
     weights, batches = fit(loader(512, cutout=2), save_folder=str(tmp_path), save_interval='1ba')
@@ -149,7 +149,7 @@ def test_batches_that_cannot_be_filled_are_refused(loader, folder):
         loader(6, subset=5, drop_last=True)
 
 
-def test_a_subset_is_the_same_whatever_the_seed(loader):
+def test_a_subset_does_not_depend_on_the_seed(loader):
     everything = loader(augment=False, shuffle=False)
     chosen = torch.randperm(1437, generator=torch.Generator().manual_seed(0))[:500]
     expected = multiset(everything.dataset.images[chosen].float(), everything.dataset.labels[chosen])
@@ -159,7 +159,7 @@ def test_a_subset_is_the_same_whatever_the_seed(loader):
         assert multiset(part.dataset.images.float(), part.dataset.labels) == expected
 
 
-def test_copies_of_one_image_have_crops_of_their_own(loader):
+def test_copies_of_one_image_have_different_crops(loader):
     train = loader(64, subset=640)
     originals = {
         TF.pad(image, [1])[:, top : top + 8, left : left + 8].numpy().tobytes(): i
@@ -177,12 +177,12 @@ def test_copies_of_one_image_have_crops_of_their_own(loader):
             (original,) = {originals[image.numpy().tobytes()] for image in copies}
             assert train.dataset.labels[original] == label
             different += len({image.numpy().tobytes() for image in copies})
-    # Of 9 crops, 4 draws meet 9 (1 - (8/9)^4) on average, 3.39.
+    # Four draws from 9 crops give 9 (1 - (8/9)^4) = 3.39 different ones on average.
     assert different / 640 == pytest.approx(3.39, abs=0.1)
 
 
 @pytest.mark.filterwarnings('ignore:Cannot split tensor of length:UserWarning')
-def test_batch_augmentation_trains_on_them(loader):
+def test_batch_augmentation_trains_on_the_copies(loader):
     _, batches = fit(loader(512), [BatchAugmentation(fold=3)])
     assert [len(images) for images, _ in batches] == [1536, 1536, 1239] * 3
     for images, labels in batches:
@@ -190,7 +190,7 @@ def test_batch_augmentation_trains_on_them(loader):
         assert not torch.equal(images[::3], images[1::3])
 
 
-def test_a_recipe_chooses_it(folder):
+def test_a_recipe_reads_into_memory(folder):
     keys = [f'local={folder}', 'in_memory=true']
     overrides = [f'{section}.{key}' for section in ('train_dataset', 'eval_dataset') for key in keys]
     overrides += ['max_duration=2ba', 'progress_bar=false', 'save_folder=null', 'device=cpu']

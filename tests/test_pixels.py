@@ -1,4 +1,4 @@
-"""Bytes that become numbers on the device: the same batches, bit by bit, as workers would make; crops beside PIL's.
+"""Bytes that are normalized on the device: the same batches bit by bit as from workers, and crops close to PIL's.
 
 pytest tests/test_pixels.py
 """
@@ -26,13 +26,13 @@ from composer_sba.data.transforms import Normalize, Pipeline, RandomResizedCrop,
 from shards import encoded, write
 
 NUMBERS = np.random.default_rng(0)
-QUARTER_TURN = Image.Exif()  # which torchvision's ImageFolder does not heed either
+QUARTER_TURN = Image.Exif()  # torchvision's ImageFolder ignores it as well
 QUARTER_TURN[0x0112] = 6
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> dict[str, Any]:
-    """JPEGs of several sizes and modes; the keys of the config that reads them."""
+    """Write JPEGs of several sizes and modes; return the keys of the config that reads them."""
     pixels = [NUMBERS.integers(0, 256, (50 + 3 * i, 60 - 2 * i, 3), np.uint8) for i in range(12)]
     images = [Image.fromarray(each).convert('L' if i % 5 == 0 else 'RGB') for i, each in enumerate(pixels)]
     for split in ('train', 'val'):
@@ -42,12 +42,12 @@ def folder(tmp_path: Path) -> dict[str, Any]:
 
 
 def photograph(height: int, width: int) -> Image.Image:
-    """Smooth colours, as JPEG is made for."""
+    """Draw smooth colours, for which JPEG is designed."""
     noise = NUMBERS.integers(0, 256, (height // 6, width // 6, 3), np.uint8)
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
 
 
-class AsItCame:
+class Unchanged:
     takes_tensors = True
 
     def __call__(self, image: Any) -> Any:
@@ -68,13 +68,13 @@ def test_batches_are_those_of_the_dataloader(folder: dict[str, Any], keys: dict[
         assert torch.equal(images, same_images) and torch.equal(labels, same_labels)
 
 
-def test_in_memory_there_is_nothing_left_to_do() -> None:
+def test_batches_in_memory_are_already_normalized() -> None:
     config = DatasetConfig('digits', in_memory=True)
     for theirs, ours in zip(build_dataloader(config, 500), batches(build_dataspec(config, 500)), strict=True):
         assert torch.equal(ours[0], theirs[0])
 
 
-def test_workers_hand_over_bytes(folder: dict[str, Any]) -> None:
+def test_workers_return_bytes(folder: dict[str, Any]) -> None:
     images, _ = next(iter(build_dataspec(DatasetConfig(**folder, num_workers=0), 4).dataloader))
     assert images.dtype == torch.uint8 and images.shape == (4, 3, 24, 24)
 
@@ -112,12 +112,12 @@ def test_a_tensor_has_the_pixels_of_the_image(mode: str, options: dict[str, Any]
     assert pixels.dtype == torch.uint8 and torch.equal(pixels, pil_to_tensor(image))
 
 
-def test_of_a_broken_jpeg_pil_says_what_is_wrong() -> None:
+def test_pil_reports_what_is_wrong_with_a_broken_jpeg() -> None:
     with pytest.raises(OSError, match='image file is truncated'):
         decode(encoded(photograph(100, 100), 'JPEG')[:-500], tensors=True)
 
 
-@pytest.mark.parametrize('size', [(375, 500), (90, 61), (40, 400)])  # the last is wider than any crop may be
+@pytest.mark.parametrize('size', [(375, 500), (90, 61), (40, 400)])  # the last is wider than any crop
 def test_a_tensor_is_cropped_as_an_image(size: tuple[int, int]) -> None:
     file, crop = encoded(photograph(*size), 'JPEG'), RandomResizedCrop(96)
     assert isinstance(decode(file, tensors=True), torch.Tensor)
@@ -152,18 +152,18 @@ def test_tensors_and_images_give_one_batch(folder: dict[str, Any], workers: int,
         assert far.max() <= 1, far.max()
 
 
-def test_jpegs_of_streamings_converter_become_tensors(tmp_path: Path) -> None:
+def test_jpegs_from_streamings_converter_become_tensors(tmp_path: Path) -> None:
     write(tmp_path / 'train', [photograph(40, 60)], encoding='jpeg')
     config = DatasetConfig('imagefolder', local=str(tmp_path), num_classes=1, num_workers=0)
     dataset: Any = build_dataspec(config, 1).dataloader.dataset
-    dataset.transform = AsItCame()
+    dataset.transform = Unchanged()
     pixels, _ = dataset.get_item(0)
     assert isinstance(pixels, torch.Tensor), type(pixels)
     assert torch.equal(pixels, pil_to_tensor(StreamingDataset.get_item(dataset, 0)['x']))
 
 
 @pytest.mark.parametrize('shape', [(3, 5, 7), (2, 3, 5, 7), (2, 4, 3, 5, 7)])
-def test_every_byte_is_what_torchvision_makes_of_it(shape: tuple[int, ...]) -> None:
+def test_every_byte_is_normalized_as_by_torchvision(shape: tuple[int, ...]) -> None:
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     reference = transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])
     images = torch.from_numpy(NUMBERS.integers(0, 256, shape, np.uint8))

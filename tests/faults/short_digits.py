@@ -1,4 +1,4 @@
-"""The recipe of the digits, for one batch: what tests of whole runs give to ``train``."""
+"""Arguments of ``train`` for tests of whole runs: the recipe of the digits, for one batch."""
 
 from pathlib import Path
 

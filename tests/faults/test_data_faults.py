@@ -1,6 +1,6 @@
-"""Data, disks and remotes that fail: one line each, and what was good before stays good.
+"""Data, disks and remotes that fail: one line each, and nothing that was good is lost.
 
-pytest tests/faults/test_data_faults.py; tests that fill a disk mount a small one, for which they must be root
+pytest tests/faults/test_data_faults.py; tests that fill a disk mount a small one, which requires root
 """
 
 import io
@@ -19,9 +19,10 @@ import torch
 from PIL import Image
 from streaming import MDSWriter
 
-from composer_sba import data
 from composer_sba.convert import main as convert_main
+from composer_sba.data import DatasetConfig, build_dataloader, loader
 from composer_sba.data.conversion import convert
+from composer_sba.errors import DatasetError
 from composer_sba.recipe.recipe import load
 from composer_sba.train import main, train
 
@@ -30,7 +31,7 @@ RECIPE = str(ROOT / 'yamls' / 'digits_sba.yaml')
 SHORT = ['max_duration=1ba', 'progress_bar=false', 'eval_subset_num_batches=1']
 
 pytestmark = [
-    # PyTorch's and Composer's, of a save that came to nothing and a Trainer that was never finished
+    # PyTorch and Composer warn about a failed save and a Trainer that was never closed
     pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning'),
     pytest.mark.filterwarnings('ignore:Implicitly cleaning up:ResourceWarning'),
 ]
@@ -38,7 +39,7 @@ pytestmark = [
 
 @pytest.fixture
 def digits(digits_folder: Path, tmp_path: Path) -> Path:
-    """A copy to be damaged."""
+    """A copy to damage."""
     return Path(shutil.copytree(digits_folder, tmp_path / 'digits'))
 
 
@@ -47,7 +48,7 @@ def disk(folder: Path, options: str) -> Iterator[Path]:
     mounted = subprocess.run(
         ['mount', '-t', 'tmpfs', '-o', options, 'none', str(folder)], capture_output=True, text=True
     )
-    if mounted.returncode:  # only root may mount; a full disk cannot be had otherwise without harm to the real one
+    if mounted.returncode:  # only root may mount, and the real disk must not be filled
         pytest.skip(f'cannot mount a small disk: {mounted.stderr.strip()}')
     yield folder
     subprocess.run(['umount', '--lazy', str(folder)], check=True)
@@ -82,7 +83,7 @@ def cut(path: Path) -> None:
 
 
 def rewrite(image: bytes | None, label: int) -> Callable[[Path], None]:
-    """In place of the first sample: with hashes that are right."""
+    """Replace the first sample, with correct hashes."""
 
     def change(shard: Path) -> None:
         folder = shard.parent
@@ -142,11 +143,11 @@ def test_a_damaged_dataset_ends_in_one_line(
     assert 'eval_dataset' in line or 'digits/val' in line, line
 
 
-def test_a_flipped_byte_goes_unseen_only_if_one_says_so(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flipped_byte_is_found_unless_verify_is_off(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flip(digits / 'train' / SHARD)
     skip = ['save_folder=null', 'train_dataset.verify=false']
     train(load(RECIPE, [*SHORT, *skip, f'train_dataset.local={digits}', f'eval_dataset.local={digits}']))
-    monkeypatch.setattr(data, 'CHEAP', 1000)  # bytes: now the shards are too many to be read without being asked
+    monkeypatch.setattr(loader, 'VERIFIED_BYTES', 1000)  # now the shards are too large to be compared by default
     assert run(digits, 'save_folder=null') == 0
     assert run(digits, 'save_folder=null', 'train_dataset.verify=true') == 2
 
@@ -174,7 +175,7 @@ def test_a_disk_that_fills_in_a_conversion(
     out = small_disk / 'mds'
     convert('imagefolder', images(tmp_path / 'small_images', 8), out)
     before = content(out)
-    source = str(images(tmp_path / 'images', 400))  # of random pixels: half a megabyte each
+    source = str(images(tmp_path / 'images', 400))  # random pixels: half a megabyte each
     assert convert_main(['imagefolder', '--source', source, '--out', str(out), '--overwrite']) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(r'mds: the conversion failed: .*No space left on device', line), line
@@ -187,7 +188,7 @@ def test_a_disk_that_fills_in_a_conversion(
 def test_a_disk_that_fills_as_a_checkpoint_is_written(
     small_disk: Path, digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The run ends in one line; with room made, the same command goes on to the bits of the unbroken run."""
+    """The run ends in one line; once there is space, the same command ends with the bits of the unbroken run."""
     torch.set_num_threads(1)
     keys = ['max_duration=12ba', 'eval_interval=100ep', 'save_interval=1ba', 'save_num_checkpoints_to_keep=-1']
     keys += ['autoresume=true', 'save_overwrite=false', 'train_dataset.in_memory=true']
@@ -224,7 +225,22 @@ def test_a_folder_that_cannot_be_written(
     assert re.search('the conversion failed: .*Read-only file system', line) and '\n' not in line, line
 
 
-def test_a_folder_whose_place_is_taken_by_a_file(
+def test_compressed_shards_on_a_disk_that_cannot_be_written(small_disk: Path, tmp_path: Path) -> None:
+    """In memory they are read; Streaming decompresses them into their folder, or into another as its cache."""
+    with MDSWriter(columns={'x': 'png', 'y': 'int'}, out=str(small_disk / 'train'), compression='gz') as writer:
+        for label in range(10):
+            writer.write({'x': Image.new('RGB', (32, 32)), 'y': label})
+    subprocess.run(['mount', '-o', 'remount,ro', str(small_disk)], check=True)
+    keys = {'name': 'cifar10', 'local': str(small_disk)}
+    remedy = f'set remote to {small_disk} and local to a new folder'
+    with pytest.raises(DatasetError, match=f'^{small_disk}/train is read-only, but .* decompressed: {remedy}$'):
+        build_dataloader(DatasetConfig(**keys), 5)
+    for readable in {'in_memory': True}, {'remote': str(small_disk), 'local': str(tmp_path / 'new'), 'num_workers': 0}:
+        labels = torch.cat([labels for _, labels in build_dataloader(DatasetConfig(**keys | readable), 5)])
+        assert sorted(labels.tolist()) == list(range(10))
+
+
+def test_a_folder_whose_parent_is_a_file(
     digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / 'file').write_text('in the way')
@@ -238,7 +254,7 @@ def test_a_folder_whose_place_is_taken_by_a_file(
 
 @pytest.fixture
 def silent_server() -> Iterator[str]:
-    """Takes connections and never answers."""
+    """Accept connections and never answer."""
     server = socket.create_server(('127.0.0.1', 0))
     taken = []
 
