@@ -7,15 +7,11 @@ import random
 import time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
-from composer_sba.errors import RecipeError
-from composer_sba.recipe.checkpoints import find_damage, repair_latest, report_unwritten
-from composer_sba.recipe.merge import Sources
+from composer_sba.recipe.checkpoints import find_damage, repair_latest
 
 CONTENT = {'weights': torch.arange(20.0), 'name': 'digits'}
 
@@ -128,32 +124,3 @@ def test_several_checkpoints_beyond_the_link_are_left_alone(tmp_path: Path) -> N
     others = [save(tmp_path, 10), save(tmp_path, 15)]
     repair_latest(tmp_path / 'latest-rank0.pt')
     assert latest(tmp_path) == 5 and all(path.exists() for path in others)
-
-
-# --- checkpoints that cannot be written -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ('errors', 'reason'),
-    [
-        ([OSError(28, 'No space left on device')], '[Errno 28] No space left on device'),
-        ([OSError(28, 'No space left on device'), RuntimeError('unexpected pos 64')], '[Errno 28] No space left'),
-        ([RuntimeError('PytorchStreamWriter failed writing')], 'PytorchStreamWriter failed writing'),
-    ],
-)
-def test_a_checkpoint_that_cannot_be_written(errors: list[Exception], reason: str) -> None:
-    """PyTorch raises a RuntimeError of its own after that of the disk."""
-
-    def run_event(*_: Any) -> None:
-        try:
-            raise errors[0]
-        except OSError:
-            raise errors[-1]  # noqa: B904  # torch.save gives no cause either
-
-    saver: Any = SimpleNamespace(run_event=run_event)
-    report_unwritten(saver, Sources())
-    with pytest.raises(RecipeError) as caught:
-        saver.run_event()
-    line = str(caught.value)
-    assert line.startswith(f'recipe: save_folder: a checkpoint cannot be written ({reason}'), line
-    assert line.endswith('): fix that and start again with autoresume=true'), line

@@ -27,7 +27,6 @@ from composer_sba.recipe.checkpoints import (
     loading_problem,
     only_data,
     repair_latest,
-    report_unwritten,
 )
 from composer_sba.recipe.explain import argument_key, explain, explained, mark, marked, problem_of
 from composer_sba.recipe.merge import NAMED
@@ -70,10 +69,9 @@ def build_trainer(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
         parts['train_dataloader'] = _data(recipe, 'train_dataset', rows)
         parts['eval_dataloader'] = _data(recipe, 'eval_dataset', recipe.device_eval_batch_size or rows)
         trainer = _trainer(recipe, parts)
-        savers = [each for each in trainer.state.callbacks if isinstance(each, CheckpointSaver)]
         folder = _local_folder(recipe)
-        for saver in savers:
-            report_unwritten(saver, recipe.sources)
+        for saver in [each for each in trainer.state.callbacks if isinstance(each, CheckpointSaver)]:
+            mark(saver, 'save_folder', {})
             if recipe.autoresume and folder is not None and dist.get_global_rank() == 0:
                 adopt_checkpoints(saver, folder)
         return trainer

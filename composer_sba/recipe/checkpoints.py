@@ -1,6 +1,5 @@
 """Checkpoints: loaded as data that runs no code, checked for damage, and repaired after a run was killed."""
 
-import functools
 import logging
 import os
 import pickle
@@ -21,7 +20,6 @@ from composer.loggers import Logger
 from torch.torch_version import TorchVersion
 
 from composer_sba.errors import one_line
-from composer_sba.recipe.merge import Sources
 
 _TRUSTED = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'  # PyTorch's variable: a user who sets it to 1 trusts the checkpoint
 _ONLY_DATA = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'  # PyTorch's variable too; it overrules the argument of torch.load
@@ -85,14 +83,7 @@ def loading_problem(path: str, error: BaseException) -> str:
 
 
 def find_damage(path: Path) -> str | None:
-    """Compare a checkpoint with the checksums in it, which ``torch.load`` ignores.
-
-    Args:
-        path (Path): A file that ``torch.save`` has written. Other files, and those without checksums, pass.
-
-    Returns:
-        str | None: What is damaged, for an error message; None for an intact checkpoint.
-    """
+    """Return what the checksums in a checkpoint, which ``torch.load`` ignores, show to be damaged; None if nothing."""
     try:
         if not zipfile.is_zipfile(path):
             return None
@@ -153,30 +144,6 @@ def adopt_checkpoints(saver: CheckpointSaver, folder: Path) -> None:
     own = {str(folder / Path(name).name): time for name, time in record.items() if (folder / Path(name).name).exists()}
     saver.all_saved_checkpoints_to_timestamp = own
     saver.saved_checkpoints = list(own)
-
-
-def report_unwritten(saver: CheckpointSaver, sources: Sources) -> None:
-    """Make a saver raise a RecipeError of one line if a checkpoint cannot be written, for example on a full disk.
-
-    Args:
-        saver (CheckpointSaver): Composer's, which is changed in place.
-        sources (Sources): Those of the recipe that is run.
-    """
-    run_event = saver.run_event
-
-    @functools.wraps(run_event)
-    def reporting(*args: Any, **kwargs: Any) -> None:
-        try:
-            run_event(*args, **kwargs)
-        except (OSError, RuntimeError) as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OSError):  # torch.save raises a RuntimeError after it
-                cause = cause.__context__
-            reason = one_line(cause or error)
-            problem = f'a checkpoint cannot be written ({reason}): fix that and start again with autoresume=true'
-            raise sources.error('save_folder', problem) from error
-
-    vars(saver)['run_event'] = reporting
 
 
 class RestOfEpoch(Callback):

@@ -16,36 +16,24 @@ _NO_MEMORY = ("can't allocate memory", 'out of memory')  # on the CPU, PyTorch r
 
 
 def mark(component: Any, entry: str, arguments: Mapping[str, Any]) -> None:
-    """Make the exceptions of a component carry the key of the recipe that they are about.
-
-    Args:
-        component (Any): An algorithm, callback or logger, which is changed in place.
-        entry (str): The key of its entry, such as ``'algorithms.sba'``.
-        arguments (Mapping[str, Any]): The arguments that the entry gives.
-    """
+    """Make the exceptions of an algorithm, callback or logger carry the key of its entry in the recipe."""
     for name in _CALLED:
         if hasattr(component, name):
             setattr(component, name, marked(getattr(component, name), entry, arguments))
 
 
 def marked(call: Callable[..., Any], entry: str, arguments: Mapping[str, Any]) -> Callable[..., Any]:
-    """Wrap a function: its exceptions carry a key of the recipe as ``recipe_key``. The arguments are :func:`mark`'s."""
+    """Wrap a function of an entry: its exceptions carry the key of the entry, or of its argument, as ``recipe_key``."""
 
     @functools.wraps(call)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return call(*args, **kwargs)
         except Exception as error:
-            if recipe_key(error) is None:
-                vars(error)['recipe_key'] = argument_key(entry, arguments, error)
+            vars(error).setdefault('recipe_key', argument_key(entry, arguments, error))
             raise
 
     return wrapped
-
-
-def recipe_key(error: BaseException) -> str | None:
-    """Return the key of the recipe that an exception carries."""
-    return vars(error).get('recipe_key')
 
 
 def argument_key(entry: str, arguments: Mapping[str, Any], error: BaseException) -> str:
@@ -73,45 +61,42 @@ def explain(sources: Sources, error: BaseException, *, begun: bool = False) -> R
     Args:
         sources (Sources): Those of the recipe that is run.
         error (BaseException): What was raised.
-        begun (bool, optional): Whether a batch has been trained. From then on, other exceptions than
-            :class:`.UserError` are taken for bugs. Default: ``False``.
+        begun (bool, optional): Whether a batch has been trained. From then on, an exception of a component is taken for
+            a bug, unless it is a :class:`.UserError` or an OSError. Default: ``False``.
 
     Returns:
         RecipeError | None: None if the recipe is not to blame.
     """
-    key, problem = recipe_key(error), problem_of(error)
     if isinstance(error, RecipeError):
         return error
+    key, problem = vars(error).get('recipe_key'), problem_of(error)
     if _is_out_of_memory(error):
         remedy = 'lower global_train_batch_size, device_train_microbatch_size or the fold of an algorithm'
         return RecipeError(f'{sources.file}: the run does not fit into memory ({problem}): {remedy}')
-    if key is not None and (isinstance(error, UserError) or not begun):
+    if key == 'save_folder' and isinstance(error, OSError | RuntimeError):
+        reason = one_line(_system_error(error) or error)
+        problem = f'a checkpoint cannot be written ({reason}): fix that and start again with autoresume=true'
+        return sources.error(key, problem)
+    if key is not None and (isinstance(error, UserError | OSError) or not begun):
         return sources.error(key, problem)
     return RecipeError(f'{sources.file}: {problem}') if isinstance(error, UserError) else None
 
 
 @contextmanager
 def explained(sources: Sources, begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Raise a RecipeError for the exceptions of a block that :func:`explain` describes.
+    """Raise what :func:`explain` returns for the exceptions of a block.
 
     Other exceptions keep their traceback. If a component of the recipe raised one, a line on stderr names its entry.
-
-    Args:
-        sources (Sources): Those of the recipe that is run.
-        begun (Callable, optional): Tells whether a batch has been trained when the exception is raised.
     """
     try:
         yield
     except Exception as error:
-        explanation = explain(sources, error, begun=begun())
-        if explanation is error:
-            raise
-        if explanation is not None:
-            raise explanation from error
-        key = recipe_key(error)
-        if key is not None:
+        explanation, key = explain(sources, error, begun=begun()), vars(error).get('recipe_key')
+        if explanation is None and key is not None:
             print(f'error: {sources.error(key, "it failed in training, with the traceback below")}', file=sys.stderr)
-        raise
+        if explanation is None or explanation is error:
+            raise
+        raise explanation from error
 
 
 def _dotted_keys(arguments: Mapping[str, Any], at: str = '') -> Iterator[str]:
@@ -124,3 +109,8 @@ def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _NO_MEMORY)
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """Return the error of the operating system behind an exception: after it, torch.save raises a RuntimeError."""
+    return error if error is None or isinstance(error, OSError) else _system_error(error.__context__)

@@ -37,17 +37,17 @@ def options(digits_folder: Path, tmp_path: Path) -> list[str]:
     return ['-f', RECIPE, *data, *more, f'save_folder={tmp_path}/runs/mine']
 
 
-def raised(recipe: Recipe, error: Exception) -> Exception:
-    """Return an exception that SBA raises in a run of the recipe."""
+def raised(recipe: Recipe, error: Exception, entry: str = 'algorithms.sba') -> Exception:
+    """Return an exception that a component raises in a run of the recipe."""
 
     class Raising(SBA):
         def match(self, event: Event, state: Any) -> bool:
             raise error
 
-    sba = Raising()
-    mark(sba, 'algorithms.sba', recipe.algorithms['sba'])
+    component = Raising()
+    mark(component, entry, recipe.algorithms['sba'])
     with pytest.raises(type(error)):
-        sba.match(Event.FIT_START, None)
+        component.match(Event.FIT_START, None)
     return error
 
 
@@ -108,6 +108,30 @@ def test_too_little_memory_has_a_remedy(recipe: Recipe, error: Exception, begun:
     assert isinstance(explanation, RecipeError)
     assert f'{RECIPE}: the run does not fit into memory (' in str(explanation)
     assert 'lower global_train' in str(explanation)
+
+
+NO_SPACE = OSError(28, 'No space left on device')
+AFTER_IT = RuntimeError('unexpected pos 64')
+AFTER_IT.__context__ = NO_SPACE
+CHECKPOINT = 'save_folder: a checkpoint cannot be written ({}): fix that and start again with autoresume=true'
+
+
+@pytest.mark.parametrize('begun', [True, False])
+@pytest.mark.parametrize(
+    ('entry', 'error', 'line'),
+    [
+        ('save_folder', NO_SPACE, CHECKPOINT.format('[Errno 28] No space left on device')),
+        ('save_folder', AFTER_IT, CHECKPOINT.format('[Errno 28] No space left on device')),
+        ('save_folder', RuntimeError('failed writing'), CHECKPOINT.format('failed writing')),
+        ('loggers.file', OSError(28, 'No space left on device'), 'loggers.file: [Errno 28] No space left on device'),
+    ],
+)
+def test_a_full_disk_is_described_in_one_line(
+    recipe: Recipe, entry: str, error: Exception, line: str, begun: bool
+) -> None:
+    vars(error).pop('recipe_key', None)
+    explanation = str(explain(recipe.sources, raised(recipe, error, entry), begun=begun))
+    assert explanation.partition('.yaml: ')[2] == line
 
 
 @pytest.mark.parametrize('kept', [True, False])
