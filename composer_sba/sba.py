@@ -161,6 +161,9 @@ class SBA(HookedAlgorithm):
         for name in ('eta', 'augment_prob'):
             if getattr(self, name) == 0:
                 warnings.warn(f'SBA with {name}=0 does not change training.', NoEffectWarning, stacklevel=2)
+        if target == 'soft' and layers in ('head', ['head']) and not self.vicinity.has_noise(self.fold):
+            problem = 'SBA at the head with a vicinity without noise does not change training.'
+            warnings.warn(problem, NoEffectWarning, stacklevel=2)
         names = (
             'layers',
             'fold',

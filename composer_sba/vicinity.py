@@ -87,6 +87,11 @@ class Vicinity:
         """Return p, how many of ``fold`` virtual samples are Gaussian points; the others are dropout points."""
         return math.floor(self.gaussian_fraction * fold + 0.5)
 
+    def has_noise(self, fold: int) -> bool:
+        """Return whether any of ``fold`` virtual samples differs from the raw sample."""
+        gaussian = self.num_gaussian(fold)
+        return (gaussian > 0 and self.bound > 0) or (gaussian < fold and self.dropout > 0)
+
     def unit(self, latent: torch.Tensor) -> torch.Tensor:
         """Return the unit of σ and τ: a raw latent batch's root mean square, or 1. Shape ``()``, float32 or wider."""
         dtype = torch.promote_types(latent.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""A small network trained with ManifoldMixup, or without, from one fixed start."""
+"""A small network that is trained with or without ManifoldMixup from fixed weights."""
 
 import torch
 from composer.models import ComposerClassifier

@@ -1,4 +1,4 @@
-"""A small network for SBA, trained from one fixed start for a few batches, and what it logs."""
+"""A small network for SBA, trained for a few batches from fixed weights, and its log."""
 
 import torch
 from composer import Trainer
@@ -25,7 +25,7 @@ class Net(nn.Module):
 
 
 def trainer_of(model, data, batch_size, algorithms, *, shuffle=False, momentum=0.0, **options):
-    """Composer's Trainer on the CPU, quiet, from one seed; return it and what it will log."""
+    """Return Composer's Trainer on the CPU, with a fixed seed and without progress bar, and its log."""
     log = InMemoryLogger()
     trainer = Trainer(
         model=model,
@@ -42,7 +42,7 @@ def trainer_of(model, data, batch_size, algorithms, *, shuffle=False, momentum=0
 
 
 def make_trainer(algorithms, *, dtype=torch.float32, loss_fn=None, duration='2ep', **options):
-    """Net and its data, from one fixed start; return the Trainer and what it will log."""
+    """Return a Trainer of Net, from fixed weights and data, and its log."""
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(ROWS, 3, 8, 8, dtype=dtype), torch.randint(CLASSES, (ROWS,)))
     model = ComposerClassifier(Net().to(dtype), num_classes=CLASSES, **({'loss_fn': loss_fn} if loss_fn else {}))
@@ -51,7 +51,7 @@ def make_trainer(algorithms, *, dtype=torch.float32, loss_fn=None, duration='2ep
 
 
 def train(algorithms, **options):
-    """Train Net for a few batches; return the Trainer and what it logged."""
+    """Train Net for a few batches; return the Trainer and its log."""
     trainer, log = make_trainer(algorithms, **options)
     trainer.fit()
     return trainer, log

@@ -1,4 +1,4 @@
-"""What the algorithms attach to a Trainer: gone whichever way a fit or an evaluation ends, and never somebody else's.
+"""What the algorithms attach to a Trainer is removed whichever way a fit or an evaluation ends.
 
 Run: pytest tests/test_attachment.py
 """
@@ -18,7 +18,7 @@ from composer_sba.algorithms import ManifoldMixup, RDrop
 from composer_sba.errors import UserError
 from small_training import logged, trainer_of
 
-# Composer says it of mixed labels whose sum is rounded below 1.
+# Composer's, about mixed labels whose sum is rounded below 1
 pytestmark = pytest.mark.filterwarnings('ignore:Some targets have less than 1 total probability')
 ROWS, BATCH, CLASSES = 24, 8, 3
 
@@ -213,7 +213,7 @@ def weights(trainer):
 
 @pytest.mark.parametrize('method', list(METHODS))
 def test_one_list_of_algorithms_for_two_trainers(method):
-    """Both are built, then both are fitted: the same runs as with a list for each."""
+    """Both are built, then both are fitted: they run as with a list for each."""
     algorithms = [METHODS[method]()]
     shared = [make_trainer(algorithms)[0] for _ in range(2)]
     expected, log = make_trainer([METHODS[method]()])
@@ -299,8 +299,8 @@ def test_sba_and_majority_vote_share_a_network():
     assert len(votes) == 6
 
 
-def test_a_checkpoint_written_before_close_was_watched_loads_without_a_warning(tmp_path):
-    """Earlier versions had no callback of their own; pytest turns Composer's warning into an error."""
+def test_a_checkpoint_of_an_earlier_version_loads_without_a_warning(tmp_path):
+    """Earlier versions added no callback; pytest turns Composer's warning about that into an error."""
     trainer, _ = make_trainer([SBA()], save_folder=str(tmp_path), save_interval='1ep')
     trainer.fit()
     path = tmp_path / 'ep1-ba3-rank0.pt'

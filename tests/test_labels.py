@@ -15,7 +15,7 @@ import composer_sba.functional as sbaf
 from composer_sba import SBA, LatentExpander, Vicinity
 from small_training import SEED, logged, trainer_of
 
-# Composer says it of smoothed labels whose sum is rounded below 1.
+# Composer's, about smoothed labels whose sum is rounded below 1
 pytestmark = pytest.mark.filterwarnings('ignore:Some targets have less than 1 total probability')
 ROWS, BATCH, CLASSES = 24, 8, 3
 WEIGHTS = torch.tensor([0.1, 1.0, 5.0], dtype=torch.float64)

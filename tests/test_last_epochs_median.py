@@ -1,4 +1,4 @@
-"""LastEpochsMedian against medians counted out by hand from what Composer logged, resumed and not.
+"""LastEpochsMedian, compared with medians of the values that Composer logged, in resumed runs too.
 
 Run: pytest tests/test_last_epochs_median.py
 """
@@ -27,7 +27,7 @@ ACCURACY, LOSS = 'eval/MulticlassAccuracy', 'eval/CrossEntropy'
 
 
 def make_trainer(median, *, epochs='7ep', evaluators=None, metrics=None, **options):
-    """Six batches an epoch of labels that are noise, so that every evaluation has another value."""
+    """Six batches an epoch; labels are noise, and every evaluation has another value."""
     torch.manual_seed(0)
     x, y = torch.randn(48, 6), torch.randint(4, (48,))
     model = ComposerClassifier(nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4)), num_classes=4)
@@ -56,7 +56,7 @@ def values(log, name):
 
 
 def middle(numbers):
-    """The median, by counting how many numbers lie on either side."""
+    """The median, by counting the numbers on either side."""
     sides = [(sum(a < n for a in numbers), sum(a > n for a in numbers), n) for n in numbers]
     half = len(numbers) / 2
     middles = {n for below, above, n in sides if below <= half and above <= half}
@@ -67,10 +67,10 @@ def test_the_median_is_that_of_the_last_epochs_alone():
     rng = random.Random(0)
     for _ in range(200):
         epochs = rng.sample(range(20), rng.randint(1, 12))
-        noted = {epoch: rng.choice([rng.random(), 0.5]) for epoch in epochs}
+        seen = {epoch: rng.choice([rng.random(), 0.5]) for epoch in epochs}
         num_epochs = rng.randint(1, 6)
-        window = [noted[e] for e in noted if max(noted) - e < num_epochs]
-        assert last_epochs_median(noted, num_epochs) == pytest.approx(middle(window)), (noted, num_epochs)
+        window = [seen[e] for e in seen if max(seen) - e < num_epochs]
+        assert last_epochs_median(seen, num_epochs) == pytest.approx(middle(window)), (seen, num_epochs)
     assert math.isnan(last_epochs_median({1: 0.5, 2: math.nan, 3: 0.6}))
     assert last_epochs_median({1: math.nan, 2: 0.5, 3: 0.6}, num_epochs=2) == pytest.approx(0.55)
 
@@ -119,7 +119,7 @@ def test_the_evaluation_after_fit_end_counts_and_is_logged():
     assert values(log, f'median_last3/{LOSS}')[-1] == median.medians[LOSS]
 
 
-def test_evaluators_are_told_apart_and_evaluation_outside_fit_is_left_out():
+def test_evaluators_are_kept_apart_and_evaluation_outside_a_fit_is_ignored():
     median = LastEpochsMedian(num_epochs=2)
     other = DataLoader(TensorDataset(torch.randn(40, 6), torch.randint(4, (40,))), 40)
     trainer, log = make_trainer(median, epochs='3ep', evaluators=lambda data: [
@@ -138,7 +138,7 @@ def test_evaluators_are_told_apart_and_evaluation_outside_fit_is_left_out():
     assert median.medians == medians
 
 
-def test_another_fit_goes_on_and_a_clock_set_back_begins_anew():
+def test_another_fit_continues_and_a_reset_clock_starts_again():
     median = LastEpochsMedian(num_epochs=2)
     trainer, log = make_trainer(median, epochs='2ep')
     trainer.fit()
@@ -149,7 +149,7 @@ def test_another_fit_goes_on_and_a_clock_set_back_begins_anew():
     assert median.medians[LOSS] == pytest.approx(values(log, f'metrics/{LOSS}')[-1])
 
 
-def test_metrics_of_many_numbers_are_left_out():
+def test_metrics_that_are_several_numbers_are_ignored():
     median = LastEpochsMedian()
     trainer, _ = make_trainer(median, epochs='1ep', metrics=MulticlassAccuracy(4, average=None))
     trainer.fit()
@@ -159,7 +159,7 @@ def test_metrics_of_many_numbers_are_left_out():
 
 @pytest.mark.parametrize(('interval', 'file', 'epochs'), [('1ep', 'ep4-ba24', 4), ('5ba', 'ep4-ba25', 5)])
 def test_a_resumed_run_reports_the_same(tmp_path, interval, file, epochs):
-    """From the end of an epoch, and from within one that is evaluated before and after."""
+    """Resumed at the end of an epoch, and within one that is evaluated before and after."""
     whole, parts = LastEpochsMedian(), LastEpochsMedian()
     saving = {'save_folder': str(tmp_path), 'save_interval': interval}
     trainer, _ = make_trainer(whole, eval_interval=interval, **saving)
@@ -181,17 +181,17 @@ def test_no_more_is_kept_than_reported():
     assert [list(each) for each in median.state_dict()['values'].values()] == [[5, 6], [5, 6]]
 
 
-def test_training_is_as_it_was():
+def test_training_is_unchanged():
     def final(median):
         trainer, _ = make_trainer(median)
         trainer.fit()
         return torch.cat([each.flatten() for each in trainer.state.model.parameters()]), torch.get_rng_state()
 
-    for plain, noted in zip(final([]), final(LastEpochsMedian()), strict=True):
-        assert torch.equal(plain, noted)
+    for plain, reported in zip(final([]), final(LastEpochsMedian()), strict=True):
+        assert torch.equal(plain, reported)
 
 
-def test_in_a_recipe(tmp_path, monkeypatch):
+def test_a_recipe_reports_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = ['max_duration=3ep', 'progress_bar=false', 'save_folder=null', f'loggers.file.filename={tmp_path}/log']
     settings += ['train_dataset.local=digits', 'eval_dataset.local=digits']
@@ -202,11 +202,11 @@ def test_in_a_recipe(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('num_epochs', [0, 2.5, True, '5'])
-def test_a_number_of_epochs_that_is_none_is_refused(num_epochs):
+def test_a_number_of_epochs_below_1_or_not_an_integer_is_refused(num_epochs):
     with pytest.raises(ValueError, match=rf'^Expected num_epochs to be an integer >= 1, got {num_epochs!r}\.$'):
         LastEpochsMedian(num_epochs)
 
 
-def test_a_recipe_names_the_key_of_what_is_refused():
+def test_a_recipe_s_error_names_the_key():
     with pytest.raises(UserError, match=r"callbacks\.last_epochs_median\.epochs: unknown key; .* 'num_epochs'"):
         load(RECIPE, ['callbacks.last_epochs_median.epochs=3'])

@@ -4,6 +4,7 @@ Run: pytest tests/test_sba.py
 """
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -198,6 +199,38 @@ def test_bad_arguments_are_named(arguments, message):
 def test_settings_without_effect_warn(name):
     with pytest.warns(NoEffectWarning, match=f'^SBA with {name}=0 does not change training'):
         SBA(**{name: 0})
+
+
+NOISELESS = [
+    Vicinity(1.0, sigma=0.0),
+    Vicinity(1.0, tau=0.0),
+    Vicinity(0.0, dropout=0.0),
+    Vicinity(0.5, sigma=0, dropout=0),
+]
+
+
+@pytest.mark.parametrize('vicinity', NOISELESS, ids=repr)
+def test_a_vicinity_without_noise_warns_at_the_head(vicinity):
+    with pytest.warns(NoEffectWarning, match='^SBA at the head with a vicinity without noise does not change training'):
+        sba = SBA(augment_prob=1.0, eta=1.0, vicinity=vicinity)
+    _, log = train([sba], duration='2ba')
+    assert logged(log, 'sba/kl') == [0.0] * 2
+
+
+@pytest.mark.parametrize(
+    ('layers', 'arguments'),
+    [
+        ('head', {'target': 'hard'}),
+        ('block', {}),
+        (['stem', 'head'], {}),
+        ('head', {'vicinity': Vicinity(0.5, sigma=0)}),
+    ],
+)
+def test_other_settings_do_not_warn(layers, arguments):
+    """The raw label is another target, and dropout above a cut differs between rows."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        SBA(layers, **({'vicinity': NO_NOISE} | arguments))
 
 
 def test_a_misspelt_layer_stops_the_trainer_before_training():

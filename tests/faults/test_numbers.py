@@ -80,7 +80,7 @@ class After(Callback):
 
 @pytest.mark.parametrize('value', [math.nan, math.inf])
 def test_a_network_that_diverges_stops_before_a_weight_is_lost(value: float) -> None:
-    """NaN or Inf in the latent batch, so in all logits."""
+    """NaN or Inf in the latent batch, and therefore in all logits."""
     poison = Poison(value)
     run = trainer(network(poison), SBA(augment_prob=1.0), callbacks=[After(poison, 2)])
     with pytest.raises(NonFiniteError) as caught:
@@ -149,14 +149,14 @@ def test_activations_without_variance_have_no_noise(basis: str) -> None:
         assert latent.grad.isfinite().all()
 
 
-def test_a_dead_layer_trains_on() -> None:
+def test_training_continues_with_a_dead_layer() -> None:
     run = trainer(network(Poison(0.0)), SBA(augment_prob=1.0))
     run.state.model.module[4].bias.data.zero_()
     run.fit()
     assert all(value.isfinite().all() for value in run.state.model.state_dict().values())
 
 
-def test_one_class_has_nothing_to_diverge() -> None:
+def test_the_divergence_of_one_class_is_zero() -> None:
     logits, virtual = torch.randn(3, 1, requires_grad=True), torch.randn(4, 3, 1, requires_grad=True)
     kl = sbaf.soft_label_kl(logits, virtual, stop_gradient=False)
     kl.backward()
@@ -186,7 +186,7 @@ def test_one_row_is_a_batch(basis: str, norm_stats: str) -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_one_row_that_a_layer_cannot_take_is_refused_as_without_sba() -> None:
+def test_one_row_that_a_layer_cannot_take_raises_as_without_sba() -> None:
     run = trainer(network(above=nn.BatchNorm1d(8)), SBA('1', augment_prob=1.0), rows=9)
     with pytest.raises(ValueError, match='Expected more than 1 value per channel'):
         run.fit()
@@ -203,7 +203,7 @@ def test_a_last_batch_that_is_short(rows: int, microbatch: int | None) -> None:
 
 
 @pytest.mark.parametrize(('scale', 'finite'), [(1e4, True), (1e30, False)])
-def test_bfloat16_that_overflows_is_seen(scale: float, finite: bool) -> None:
+def test_an_overflow_in_bfloat16_shows_in_the_divergence(scale: float, finite: bool) -> None:
     """The square of 1e30 overflows float32, in which the unit of the noise is computed; the divergence shows it."""
     model = network(Poison(scale))
     expander = LatentExpander(model, '3', 4)
@@ -214,7 +214,7 @@ def test_bfloat16_that_overflows_is_seen(scale: float, finite: bool) -> None:
     assert bool(kl.isfinite()) == finite, f'{kl}, rms {virtual.float().square().mean().sqrt()}'
 
 
-def test_a_vote_of_nan_stays_one() -> None:
+def test_a_vote_with_nan_is_nan() -> None:
     logits = torch.randn(3, 2, 4)
     logits[1, 0, 2] = math.nan
     voted = sbaf.majority_vote(logits)
@@ -280,6 +280,7 @@ def test_what_is_not_a_number_is_refused_in_one_line(build: Any, name: str, valu
     ids=repr,
 )
 @pytest.mark.parametrize('layers', ['head', '0'])
+@pytest.mark.filterwarnings('ignore:SBA at the head with a vicinity without noise')
 def test_a_vicinity_of_odd_numbers_trains(vicinity: Vicinity, layers: str) -> None:
     """Also at a wide head, whose Gaussian points may be drawn as noise of its logits."""
     net = nn.Sequential(nn.Linear(6, 256), nn.ReLU(), nn.Linear(256, CLASSES))
