@@ -106,12 +106,12 @@ class SBA(HookedAlgorithm):
         the cut accept one.
 
     Note:
-        Runs on AFTER_LOAD (layers are found), FIT_START (hooks go in), BATCH_START (coin), BEFORE_FORWARD to
-        AFTER_BACKWARD (armed), AFTER_FORWARD (``state.outputs`` is the raw rows' again), BEFORE_BACKWARD
-        (``state.loss`` gains the term, in float32), BATCH_END (logs) and FIT_END (hooks leave). After a fit that broke
-        off, hooks leave with the next fit, ``eval()``, ``predict()`` or ``close()`` of the Trainer. State saved: none;
-        the coin, the layer and the noise are functions of (seed, batch), so a resumed run and a retried batch repeat
-        them. SBA should run last: see :func:`sort_sba_last`.
+        Runs on AFTER_LOAD (finds the layers), FIT_START (installs hooks), BATCH_START (draws the coin), BEFORE_FORWARD
+        to AFTER_BACKWARD (hooks are armed), AFTER_FORWARD (``state.outputs`` is the raw rows' again), BEFORE_BACKWARD
+        (adds the term to ``state.loss``, in float32), BATCH_END (logs) and FIT_END (removes hooks). The hooks of an
+        interrupted fit are removed by the Trainer's next ``fit()``, ``eval()``, ``predict()`` or ``close()``. State
+        saved: none; the coin, the layer and the noise are functions of (seed, batch), so a resumed run and a retried
+        batch repeat them. SBA should run last: see :func:`sort_sba_last`.
 
         Logs once a batch: ``sba/augmented`` (0 or 1) and ``sba/augment_prob``; on augmented batches also ``sba/kl``
         (nats, this rank's mean), ``sba/layer`` (index in ``layers``) and ``sba/virtual_agreement`` (share of virtual
@@ -215,7 +215,7 @@ class SBA(HookedAlgorithm):
         find_layers(network_of(state.model), self.layers)
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Put the hooks in; torch.compile, which must see them, compiles at the first forward pass."""
+        """Install the hooks; torch.compile, which must see them, compiles at the first forward pass."""
         self.attach(state)
         if callable(self.augment_prob):
             ratio, parameters = schedule_ratio(state), inspect.signature(self.augment_prob).parameters
@@ -311,7 +311,7 @@ class SBA(HookedAlgorithm):
             self._check_finite(self._unchecked.item(), state, state.timestamp.batch.value - 1)
         logger.log_metrics(metrics)
 
-    def _put_in(self, state: State) -> None:
+    def _install(self, state: State) -> None:
         run_seed = state.rank_zero_seed if self.seed is None else self.seed
         network = network_of(state.model)
         if self._expander is not None and self._expander.model is network and self._run_seed == run_seed:
@@ -323,7 +323,7 @@ class SBA(HookedAlgorithm):
         self._run_seed = run_seed
         self._cuts_checked = False
 
-    def _take_out(self, state: State | None) -> None:
+    def _uninstall(self, state: State | None) -> None:
         if self._expander is not None:
             self._disarm()
             self._expander.remove()

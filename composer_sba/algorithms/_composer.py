@@ -28,11 +28,11 @@ from composer_sba.errors import CutLayerError, NonFiniteError, UserError
 
 
 class AttachedAlgorithm(Algorithm):
-    """An algorithm that changes a Trainer's model or state for the length of a fit, and then changes it back.
+    """An algorithm that changes a Trainer's model or state for the length of a fit.
 
-    A subclass implements :meth:`_put_in` and :meth:`_take_out`, and one method for each further event, named after it.
-    The change is taken out when the fit ends, before the next one if the fit broke off, and when the Trainer is closed.
-    Composer tells algorithms nothing when a fit raises.
+    A subclass implements :meth:`_install` and :meth:`_uninstall`, and one method for each further event, named after
+    the event. The change is undone when the fit ends, and when the Trainer is closed. Composer runs no event when a fit
+    raises; the change of such a fit is undone before the next one.
     """
 
     instead_of_two: ClassVar[str]  # what to write instead of two of these in one list of algorithms
@@ -60,7 +60,7 @@ class AttachedAlgorithm(Algorithm):
         state.callbacks.append(DetachOnClose(self))  # after loading: checkpoints of earlier versions do not have it
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Attach to the Trainer that fits, whichever was built last with this algorithm."""
+        """Attach to the Trainer that fits; another one may have been built with this algorithm since."""
         self.attach(state)
 
     def fit_end(self, state: State, logger: Logger) -> None:
@@ -68,11 +68,11 @@ class AttachedAlgorithm(Algorithm):
         self.detach()
 
     def is_attached_to(self, state: State) -> bool:
-        """Return whether this Trainer's model and state are changed now."""
+        """Return whether the algorithm is attached to the Trainer of this state."""
         return self._state is not None and self._state() is state
 
     def attach(self, state: State) -> None:
-        """Attach, in place of what a fit that broke off has left on the same network."""
+        """Attach to a Trainer, after undoing what interrupted fits left on the same network."""
         self.detach()
         network = network_of(state.model)
         for other in list(self._all_attached):
@@ -80,36 +80,36 @@ class AttachedAlgorithm(Algorithm):
                 other.detach()
         self._network, self._state = network, weakref.ref(state)
         self._all_attached.add(self)
-        self._put_in(state)
+        self._install(state)
 
     def detach(self) -> None:
-        """Take out what :meth:`attach` put in, if anything."""
+        """Undo what :meth:`attach` changed, if anything."""
         state = None if self._state is None else self._state()
-        self._take_out(state)
+        self._uninstall(state)
         self._network = self._state = None
         self._all_attached.discard(self)
 
-    def _put_in(self, state: State) -> None:
+    def _install(self, state: State) -> None:
         raise NotImplementedError
 
-    def _take_out(self, state: State | None) -> None:
+    def _uninstall(self, state: State | None) -> None:
         raise NotImplementedError
 
 
 class DetachOnClose(Callback):
-    """The callback that detaches an algorithm: Composer closes callbacks, not algorithms. State saved: none."""
+    """A callback that detaches an algorithm, since Composer closes callbacks and not algorithms. State saved: none."""
 
     def __init__(self, algorithm: AttachedAlgorithm) -> None:
         self.algorithm = algorithm
 
     def close(self, state: State, logger: Logger) -> None:
-        """Detach the algorithm, unless another Trainer has it by now."""
+        """Detach the algorithm, unless it is attached to another Trainer."""
         if self.algorithm.is_attached_to(state):
             self.algorithm.detach()
 
 
 class HookedAlgorithm(AttachedAlgorithm):
-    """An algorithm with hooks in the network, which also go when an evaluation follows a fit that broke off."""
+    """An algorithm with hooks in the network; those of an interrupted fit are also removed before an evaluation."""
 
     def eval_standalone_start(self, state: State, logger: Logger) -> None:
         """Detach before ``Trainer.eval()``; evaluations within a fit have no such event."""
@@ -131,7 +131,7 @@ class RowMultiplier(AttachedAlgorithm):
     _rows: int | float | None = None  # the state's microbatch size at the last batch, in rows
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
-        """Note the microbatch size, which ``'auto'`` may have halved before this attempt at the batch."""
+        """Record the microbatch size, which ``'auto'`` may have halved before this attempt at the batch."""
         self._rows = state.device_train_microbatch_size
 
     def fit_end(self, state: State, logger: Logger) -> None:
@@ -139,12 +139,12 @@ class RowMultiplier(AttachedAlgorithm):
         self._rows = state.device_train_microbatch_size
         self.detach()
 
-    def _put_in(self, state: State) -> None:
+    def _install(self, state: State) -> None:
         if isinstance(state.device_train_microbatch_size, int):
             state.device_train_microbatch_size *= self.rows_per_input
         self._rows = state.device_train_microbatch_size
 
-    def _take_out(self, state: State | None) -> None:
+    def _uninstall(self, state: State | None) -> None:
         # Another size than ours is one that the user gave to the next fit.
         if state is not None and isinstance(self._rows, int) and state.device_train_microbatch_size == self._rows:
             state.device_train_microbatch_size = max(self._rows // self.rows_per_input, 1)

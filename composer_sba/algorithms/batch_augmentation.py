@@ -81,9 +81,10 @@ class BatchAugmentation(RowMultiplier):
 
     Note:
         Runs on FIT_START (a DataLoader that makes copies replaces the training DataLoader), AFTER_DATALOADER (copies
-        become rows) and FIT_END. The dataset's ``transform`` is replaced only while a training sample is read, so
-        the dataset serves evaluation or another Trainer as it is, even after a fit that broke off. Algorithms that add
-        to the dataset's transform, such as RandAugment, work before and after this one in the list.
+        become rows) and FIT_END (the training DataLoader is back). The dataset's ``transform`` is replaced only while
+        a training sample is read. Evaluation or another Trainer on the same dataset therefore sees no copies, even
+        after an interrupted fit. Algorithms that add to the dataset's transform, such as RandAugment, work before and
+        after this one in the list.
         ``device_train_microbatch_size`` counts inputs, not copies, whether it is a number or ``'auto'``. Time strings
         count inputs too. State saved: none.
     """
@@ -109,7 +110,7 @@ class BatchAugmentation(RowMultiplier):
         state.batch_set_item(self.input_key, inputs)
         state.batch_set_item(self.target_key, target)
 
-    def _put_in(self, state: State) -> None:
+    def _install(self, state: State) -> None:
         loader = state.dataloader
         dataset: Any = loader.dataset if isinstance(loader, DataLoader) else None
         if not isinstance(loader, DataLoader) or not callable(getattr(dataset, 'transform', None)):
@@ -117,12 +118,12 @@ class BatchAugmentation(RowMultiplier):
                 'BatchAugmentation applies the transform of the training dataset M times, and '
                 f'{type(dataset).__name__} has none: give the dataset a transform= that returns a tensor.',
             )
-        super()._put_in(state)
+        super()._install(state)
         self._loader = CopyingLoader(loader, self.fold)
         _replace_loader(state, self._loader)
 
-    def _take_out(self, state: State | None) -> None:
-        super()._take_out(state)
+    def _uninstall(self, state: State | None) -> None:
+        super()._uninstall(state)
         if state is not None and self._loader is not None and state.dataloader is self._loader:
             _replace_loader(state, self._loader.original)
         self._loader = None

@@ -37,10 +37,10 @@ class MajorityVote(HookedAlgorithm):
         CutLayerError: When the Trainer is built or at the first batch, if a layer or the model cannot be cut.
 
     Note:
-        Runs on AFTER_LOAD (layers are found), at the start of an evaluation or a prediction (hooks go in), around its
-        forward passes, and at its end (hooks leave). ``state.outputs`` is then log-probabilities, shape ``(N, K)``. If
-        an evaluation breaks off, hooks leave with the next fit, evaluation or prediction, or with ``Trainer.close()``.
-        State saved: none.
+        Runs on AFTER_LOAD (finds the layers), at the start of an evaluation or a prediction (installs hooks), before
+        and after its forward passes (``state.outputs`` becomes log-probabilities, shape ``(N, K)``), and at its end
+        (removes hooks). The hooks of an interrupted evaluation are removed by the next fit, evaluation or prediction,
+        or by ``Trainer.close()``. State saved: none.
 
     Example:
         >>> from composer import Trainer
@@ -84,11 +84,11 @@ class MajorityVote(HookedAlgorithm):
         find_layers(network_of(state.model), self.layers)
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Detach from an evaluation that broke off."""
+        """Detach from an interrupted evaluation."""
         self.detach()
 
     def eval_start(self, state: State, logger: Logger) -> None:
-        """Put the hooks in."""
+        """Install the hooks."""
         self.attach(state)
 
     def eval_batch_start(self, state: State, logger: Logger) -> None:
@@ -114,10 +114,10 @@ class MajorityVote(HookedAlgorithm):
         state.outputs = sbaf.majority_vote(torch.cat([raw[None], virtual]))
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         self.detach()
 
-    def _put_in(self, state: State) -> None:
+    def _install(self, state: State) -> None:
         network = network_of(state.model)
         if self._expander is not None and self._expander.model is network:
             self._expander.attach()
@@ -125,7 +125,7 @@ class MajorityVote(HookedAlgorithm):
             self._expander = LatentExpander(network, self.layers, self.fold, self.vicinity, seed=self.seed)
             self._cuts_checked = False
 
-    def _take_out(self, state: State | None) -> None:
+    def _uninstall(self, state: State | None) -> None:
         if self._expander is not None:
             self._expander.disarm()
             self._expander.remove()

@@ -92,13 +92,14 @@ class ManifoldMixup(HookedAlgorithm):
         CutLayerError: When the Trainer is built or at the first batch, if the rows of a layer cannot be mixed.
 
     Note:
-        Runs on AFTER_LOAD (layers are found), FIT_START (hooks go in), BEFORE_FORWARD (draws), BEFORE_LOSS (labels in
-        the batch become mixed ones, float, and stay so, as with Composer's MixUp; train metrics see the original ones),
-        BATCH_END (logs ``manifold_mixup/mixing``, which is λ, and ``manifold_mixup/layer``, an index in ``layers``) and
-        FIT_END (hooks leave). Rows are mixed once in training's forward pass, and again in the backward pass if
-        activation checkpointing repeats it. At any other time, and after an exception, the hooks do nothing; after a
-        fit that broke off they leave with the next fit, ``eval()``, ``predict()`` or ``close()`` of the Trainer. Draws
-        are functions of (seed, rank, batch, microbatch), never of the global random stream. State saved: none.
+        Runs on AFTER_LOAD (finds the layers), FIT_START (installs hooks), BEFORE_FORWARD (draws), BEFORE_LOSS (labels
+        in the batch become mixed ones, float, and stay so, as with Composer's MixUp; train metrics see the original
+        ones), BATCH_END (logs ``manifold_mixup/mixing``, which is λ, and ``manifold_mixup/layer``, an index in
+        ``layers``) and FIT_END (removes hooks). Rows are mixed once in training's forward pass, and again in the
+        backward pass if activation checkpointing repeats it. At any other time, and after an exception, the hooks do
+        nothing. Those of an interrupted fit are removed by the Trainer's next ``fit()``, ``eval()``, ``predict()`` or
+        ``close()``. Draws are functions of (seed, rank, batch, microbatch), never of the global random stream. State
+        saved: none.
 
     Example:
         >>> from composer import Trainer
@@ -140,7 +141,7 @@ class ManifoldMixup(HookedAlgorithm):
         find_layers(network_of(state.model), self.layers)
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        """Put the hooks back, if a callback has predicted or evaluated."""
+        """Install the hooks again if a callback has predicted or evaluated."""
         if not self.is_attached_to(state):
             self.attach(state)
 
@@ -187,7 +188,7 @@ class ManifoldMixup(HookedAlgorithm):
         """Log what was drawn."""
         logger.log_metrics({'manifold_mixup/mixing': self._mixing.item(), 'manifold_mixup/layer': self._layer})
 
-    def _put_in(self, state: State) -> None:
+    def _install(self, state: State) -> None:
         assert self._network is not None
         if self._pass.model is not self._network:
             self._pass = ForwardWindow(self._network)
@@ -196,7 +197,7 @@ class ManifoldMixup(HookedAlgorithm):
         self._handles = [cut.hook(partial(self._at_cut, index)) for index, cut in enumerate(self._cuts)]
         self._cuts_checked = False
 
-    def _take_out(self, state: State | None) -> None:
+    def _uninstall(self, state: State | None) -> None:
         self._pass.remove()
         for handle in self._handles:
             handle.remove()
