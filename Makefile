@@ -47,7 +47,7 @@ test-nightly: $(INSTALLED)
 	.venv/bin/python -m pytest --numprocesses auto --dist loadgroup --durations 10 -m '' --campaign $(CAMPAIGN)
 
 study-smoke: $(INSTALLED)
-	.venv/bin/python -m composer_sba.study rivals --datasets digits --seeds 2 --jobs 2 --epochs-scale 0.25 \
+	.venv/bin/python -m composer_sba.study methods --datasets digits --seeds 2 --jobs 2 --epochs-scale 0.25 \
 		--results runs/study-smoke --set train_dataset.in_memory=true eval_dataset.in_memory=true
 	.venv/bin/python -m composer_sba.study report --results runs/study-smoke --page runs/study-smoke/report.md
 
