@@ -143,6 +143,6 @@ def test_results_of_a_study_hold_no_secret(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv('MY_TOKEN', 'hunter2hunter2')
     keys = ['train_dataset.remote=s3://me:hunter2hunter2@bucket', 'loggers.slack.channel_id=hunter2hunter2']
     recipe = load(RECIPE, [*keys, 'callbacks.checkpoint_saver.folder=s3://hunter2hunter2/x'])
-    run = Run('rivals', 'digits', 'digits', 'sba', {}, recipe)
+    run = Run('methods', 'digits', 'digits', 'sba', {}, recipe)
     assert 'hunter2' in json.dumps(recipe.to_dict())
     assert 'hunter2' not in json.dumps(redact(run.facts)), run.facts
