@@ -14,10 +14,10 @@ from composer.core.passes import sort_to_back, sort_to_front
 from composer.loggers import Logger
 
 from composer_sba import functional as sbaf
+from composer_sba.algorithms._attachment import HookedAlgorithm
 from composer_sba.algorithms._composer import (
     BatchMeans,
     FiniteGuard,
-    HookedAlgorithm,
     add_term,
     at_epoch_start,
     check_model,

@@ -12,7 +12,7 @@ from composer.core import State
 from composer.loggers import Logger
 from torch.utils.data import DataLoader, get_worker_info
 
-from composer_sba.algorithms._composer import RowMultiplier
+from composer_sba.algorithms._attachment import RowMultiplier
 from composer_sba.errors import UserError, check_fold
 
 

@@ -8,7 +8,8 @@ from composer.core import Event, State
 from composer.loggers import Logger
 
 from composer_sba import functional as sbaf
-from composer_sba.algorithms._composer import HookedAlgorithm, forward_on_batch, network_of
+from composer_sba.algorithms._attachment import HookedAlgorithm
+from composer_sba.algorithms._composer import forward_on_batch, network_of
 from composer_sba.errors import check_fold, check_layers, check_seed
 from composer_sba.latent.expander import LatentExpander
 from composer_sba.latent.layers import find_layers

@@ -14,7 +14,8 @@ from composer.utils import dist
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from composer_sba.algorithms._composer import HookedAlgorithm, forward_on_batch, network_of
+from composer_sba.algorithms._attachment import HookedAlgorithm
+from composer_sba.algorithms._composer import forward_on_batch, network_of
 from composer_sba.errors import CutLayerError, check_layers, check_number, check_seed
 from composer_sba.latent.cut_check import check_cut
 from composer_sba.latent.forward_window import ForwardWindow

@@ -12,7 +12,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from torchvision.ops import StochasticDepth
 
 from composer_sba import functional as sbaf
-from composer_sba.algorithms._composer import BatchMeans, RowMultiplier
+from composer_sba.algorithms._attachment import RowMultiplier
+from composer_sba.algorithms._composer import BatchMeans
 from composer_sba.algorithms.batch_augmentation import batch_augment
 from composer_sba.errors import UserError, check_number
 
