@@ -35,7 +35,7 @@ def one_process():
 def test_ranks_agree_on_coin_layer_and_loss_and_draw_their_own_noise(run_ranks, one_process, nproc):
     assert set(CHOSEN) == {0, 1, 2}, f'{CHOSEN} leaves a layer out: train for more batches'
     said = run_ranks(SCRIPT, nproc, *WRAPPER, timeout=300)
-    printed = [json.loads(line) for line in said.splitlines() if line.startswith('{')]
+    printed = [json.loads(line) for line in said.splitlines() if line.startswith('{"')]
     for strategy, wrapper in WRAPPER.items():
         ranks = [rank for rank in printed if rank['strategy'] == strategy]
         assert [rank['rank'] for rank in ranks] == list(range(nproc))
@@ -83,7 +83,7 @@ def batches(ranks):
 
 def launched(run_ranks, nproc, keys):
     said = run_ranks(ROOT / 'tests' / 'train_on_ranks.py', nproc, RECIPE, *KEYS, *keys, timeout=300)
-    return batches([json.loads(line) for line in said.splitlines() if line.startswith('{')])
+    return batches([json.loads(line) for line in said.splitlines() if line.startswith('{"')])
 
 
 @pytest.mark.parametrize('nproc', [1, pytest.param(4, marks=pytest.mark.nightly)])

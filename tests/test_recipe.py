@@ -244,6 +244,7 @@ def test_norm_and_bias_are_exempt_from_decay(recipe: Path) -> None:
         ('algorithms.sba.fold=0', 'algorithms.sba.fold: Expected fold'),
         ('optimizer.lr=-1', 'optimizer: Invalid learning rate: -1'),
         ('optimizer.decay_norm_and_bias=1', 'optimizer.decay_norm_and_bias: expected bool, got 1'),
+        ('optimizer.differentiable=true', 'optimizer.differentiable: cannot be used: Composer takes no gradients'),
         ('max_duration=5epp', "max_duration: expected int or a time such as '5ep' or '100ba', got '5epp'"),
         ('max_duration="5"', "max_duration: expected int or a time such as '5ep' or '100ba', got '5'"),
         (

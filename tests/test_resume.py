@@ -187,7 +187,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(
     chance, limit = random.Random(17), campaign or 3
     recipe, keys = (RECIPE, EVERYTHING) if data == 'digits' else (CIFAR10_RECIPE, request.getfixturevalue('cifar10'))
     command = [ROOT / 'train.py', '-f', recipe, *keys, f'algorithms.sba.granularity={coins}']
-    command += [f'max_duration={12 + limit}ep', 'progress_bar=false', 'eval_interval=10ep', 'save_interval=5ba']
+    command += [f'max_duration={5 + limit}ep', 'progress_bar=false', 'eval_interval=10ep', 'save_interval=5ba']
     command += ['autoresume=true', 'save_overwrite=false', 'save_num_checkpoints_to_keep=2']
 
     def begin(folder: Path) -> Program:

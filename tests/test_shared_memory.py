@@ -81,7 +81,7 @@ def test_ranks_agree_though_a_run_ends_or_one_of_them_fails(
     block(f'{number:06}_{LOCALS}', _pack_locals(['/another/run'], number))
     script = Path(__file__).with_name('registration_on_ranks.py')
     printed = run_ranks(script, 2, str(tmp_path), str(number), timeout=120)
-    ranks = [json.loads(line) for line in printed.splitlines() if line.startswith('{')]
+    ranks = [json.loads(line) for line in printed.splitlines() if line.startswith('{"')]
     assert len(ranks) == 2
     for outcome in ranks:
         assert outcome.pop('a run ends') == outcome.pop('afterwards') == 8, ranks

@@ -229,6 +229,8 @@ def _range_errors(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _single_errors(section: str, entry: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if DECAY_ALL in entry and section != 'optimizer':
         yield DECAY_ALL, f'belongs to optimizer, not to {section}'
+    if section == 'optimizer' and entry.get('differentiable'):
+        yield 'differentiable', 'cannot be used: Composer takes no gradients through an update; remove the key'
     if not isinstance(entry.get(DECAY_ALL, True), bool):
         yield DECAY_ALL, f'expected bool, got {as_yaml(entry[DECAY_ALL])}'
     classes = entry.get('num_classes')
