@@ -38,7 +38,7 @@ from composer_sba.errors import (
     check_seed,
 )
 from composer_sba.latent.expander import LatentExpander, NormStats
-from composer_sba.latent.layers import find_layers
+from composer_sba.latent.layers import find_layers, forget_compiled_code
 from composer_sba.vicinity import Vicinity, as_vicinity
 
 Target = Literal['soft', 'hard']
@@ -317,6 +317,7 @@ class SBA(HookedAlgorithm):
         if self._expander is not None and self._expander.model is network and self._run_seed == run_seed:
             self._expander.attach()  # the same hooks again, which code that was compiled in an earlier fit calls
         else:
+            forget_compiled_code(state.model)
             self._expander = LatentExpander(
                 network, self.layers, self.fold, self.vicinity, norm_stats=self.norm_stats, seed=run_seed
             )

@@ -31,7 +31,7 @@ def check_cut(model: nn.Module, cut: CutLayer, forward: Forward, *, rows_may_mix
     obstacle. Batch normalization and dropout modules, which :mod:`composer_sba.latent.batch_layers` handles, are left
     out. A skip connection around the cut fails because its rows are only half as many.
 
-    The check leaves parameters, buffers, modes and random streams as they were.
+    The check leaves buffers, modes, numbers that are attributes of modules, and random streams as they were.
 
     Args:
         model (torch.nn.Module): The model that ``forward`` runs.
@@ -44,7 +44,7 @@ def check_cut(model: nn.Module, cut: CutLayer, forward: Forward, *, rows_may_mix
     """
     reason = why_no_cut(model, cut, forward, rows_may_mix=rows_may_mix)
     if reason is not None:
-        nearest = ' or '.join(map(repr, _nearest_cuts(model, cut, forward)))
+        nearest = ' or '.join(map(repr, _nearest_cuts(model, cut, forward, rows_may_mix)))
         remedy = f'Use {nearest}, the nearest that can be cut' if nearest else 'No layer near it can be cut'
         raise CutLayerError(f'Layer {cut.name!r} is no cut point: {reason}. {remedy}.')
 
@@ -170,7 +170,7 @@ def _streams(model: nn.Module) -> tuple[Any, ...]:
     return [state.tolist() for state in states], random.getstate(), list(numbers), position
 
 
-def _nearest_cuts(model: nn.Module, cut: CutLayer, forward: Forward) -> list[str]:
+def _nearest_cuts(model: nn.Module, cut: CutLayer, forward: Forward, rows_may_mix: bool) -> list[str]:
     """Find the cut points that run last before ``cut`` and first after it."""
     order: dict[str, nn.Module] = {}
 
@@ -186,11 +186,13 @@ def _nearest_cuts(model: nn.Module, cut: CutLayer, forward: Forward) -> list[str
             handle.remove()
     names = list(order)
     at = names.index(cut.name) if cut.name in order else len(names)
-    found = [
-        next((name for name in candidates if why_no_cut(model, CutLayer(name, order[name]), forward) is None), None)
-        for candidates in (names[:at][::-1], names[at + 1 :])
-    ]
-    return [name for name in found if name is not None]
+    found = []
+    for candidates in (names[:at][::-1], names[at + 1 :]):
+        for name in candidates:
+            if why_no_cut(model, CutLayer(name, order[name]), forward, rows_may_mix=rows_may_mix) is None:
+                found.append(name)
+                break
+    return found
 
 
 @contextmanager

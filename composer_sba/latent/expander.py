@@ -16,7 +16,7 @@ from composer_sba.latent.cut_check import Forward, check_cut, repeatable
 from composer_sba.latent.forward_window import ForwardWindow
 from composer_sba.latent.head import MIN_POINTS_PER_CLASS, can_draw_logits, draw_logit_noise
 from composer_sba.latent.kernels import draw_by_seed, draw_logit_noise_by_seed, to_json
-from composer_sba.latent.layers import find_layers, first_tensor, hook_linear, is_compiled, unwrap
+from composer_sba.latent.layers import find_layers, first_tensor, forget_compiled_code, hook_linear, unwrap
 from composer_sba.schedule import choose_layer, noise_seed
 from composer_sba.vicinity import Vicinity, as_vicinity
 
@@ -99,8 +99,7 @@ class LatentExpander:
         self._split_rows: int | None = None
         self._handles: list[RemovableHandle] = []
         self._batch_layers: list[BatchLayer] = []
-        if any(is_compiled(module) for module in model.modules()):
-            torch._dynamo.reset()  # code from before would run past the hooks
+        forget_compiled_code(model)
         self.attach()
 
     def attach(self) -> None:

@@ -97,11 +97,14 @@ def network_in(model: nn.Module) -> nn.Module:
     return model
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Return whether somebody compiled a module, by any of the ways of torch.compile."""
-    forward = vars(module).get('forward')
-    compiled = module._compiled_call_impl is not None or hasattr(forward, '_torchdynamo_orig_callable')
-    return compiled or isinstance(module, OptimizedModule)
+def forget_compiled_code(model: nn.Module) -> None:
+    """Let torch.compile compile anew if any part of a model is compiled, since code from before hooks bypasses them."""
+    for module in model.modules():
+        forward = vars(module).get('forward')
+        compiled = module._compiled_call_impl is not None or hasattr(forward, '_torchdynamo_orig_callable')
+        if compiled or isinstance(module, OptimizedModule):
+            torch._dynamo.reset()
+            return
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:

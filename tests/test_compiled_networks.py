@@ -1,7 +1,9 @@
-"""Networks that their owner compiled, as a whole or in part: SBA trains them as it trains eager ones.
+"""Networks that are compiled, by their owner or by the Trainer: SBA trains them as it trains eager ones.
 
-Run: pytest tests/test_compiled_by_owner.py
+Run: pytest tests/test_compiled_networks.py
 """
+
+import functools
 
 import pytest
 import torch
@@ -71,11 +73,31 @@ def run(compile_network, layers, used):
     return weights(trainer), logged(log, 'sba/kl')
 
 
+LAYERS = {str(layers): layers for layers in ('head', 'body.0', ['input', 'body'])}
+
+
+@functools.cache
+def run_eagerly(layers, used):
+    return run(lambda network: network, LAYERS[layers], used)
+
+
 @pytest.mark.parametrize('compile_network', COMPILED, ids=lambda compile_network: compile_network.__name__)
-@pytest.mark.parametrize('layers', ['head', 'body.0', ['input', 'body']], ids=str)
+@pytest.mark.parametrize('layers', LAYERS)
 @pytest.mark.parametrize('used', [False, True], ids=['new', 'used before'])
 def test_a_network_that_its_owner_compiled_trains_as_an_eager_one(compile_network, layers, used):
-    eager, kl = run(lambda network: network, layers, used)
-    compiled, compiled_kl = run(compile_network, layers, used)
+    eager, kl = run_eagerly(layers, used)
+    compiled, compiled_kl = run(compile_network, LAYERS[layers], used)
     assert len(kl) > 0 and compiled_kl == pytest.approx(kl, rel=1e-9)
     assert torch.allclose(compiled, eager, atol=1e-10), f'weights differ by {(compiled - eager).abs().max()}'
+
+
+def test_a_network_that_was_trained_compiled_without_sba_is_then_trained_with_it():
+    network = Net()
+    data = TensorDataset(torch.randn(ROWS, 6), torch.randint(3, (ROWS,)))
+    for algorithms in ([], [SBA('body', augment_prob=1.0)], [], [SBA(augment_prob=1.0)]):
+        model = ComposerClassifier(network, num_classes=3)
+        options = {'max_duration': '2ba', 'compile_config': {'backend': 'eager'}}
+        trainer, log = trainer_of(model, data, BATCH, algorithms, **options)
+        trainer.fit()
+        trainer.close()
+        assert len(logged(log, 'sba/kl')) == 2 * len(algorithms)
