@@ -127,7 +127,6 @@ def _run(arguments: list[str], output: Path, environment: dict[str, str], folder
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    multiprocessing.set_start_method('fork', force=True)  # Linux's default, not that of the server
     # A resource tracker of its own: that of the tests would later remove names that other programs use by then
     resource_tracker._resource_tracker._fd = None
     torch.set_num_threads(int(environment['OMP_NUM_THREADS']))
