@@ -80,6 +80,8 @@ def survey(network: nn.Module, shape: Sequence[int]) -> list[Cut]:
     with _training(network), repeatable(network) as run:
         try:
             passages = run(partial(_count, network, layers, shape))
+        except CutLayerError:
+            raise
         except Exception as error:  # whatever the network does that cannot be done without values
             passages = run(
                 partial(_pass, network, layers, shape, f'forward needs values, not shapes alone: {one_line(error)}')
