@@ -28,7 +28,7 @@ def check_cut(model: nn.Module, cut: CutLayer, forward: Forward, *, rows_may_mix
     The network runs in the mode in which it is, training or evaluation, since a layer may mix rows in one of them only.
     It predicts for the latent batch, and for the latent batch joined with others. Predictions for rows that stay the
     same must not change. Random streams start from the same seed in each pass, so that draws of the network are no
-    obstacle. Batch normalization and dropout modules, which :mod:`composer_sba.latent.batch_layers` handles, are left
+    obstacle. Batch normalization and dropout modules, which ``composer_sba.latent.batch_layers`` handles, are left
     out. A skip connection around the cut fails because its rows are only half as many.
 
     The check leaves buffers, modes, numbers that are attributes of modules, and random streams as they were.
