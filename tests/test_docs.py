@@ -172,6 +172,12 @@ def test_relative_links_exist(page):
         assert path.exists(), f'{page} links to {target}'
 
 
+@pytest.mark.parametrize('page', PAGES)
+def test_no_line_begins_with_a_percent_sign(page):
+    """MyST drops such a line as a comment, without a warning."""
+    assert not re.findall(r'^ *%.*', PAGES[page], re.MULTILINE)
+
+
 def test_every_recipe_and_method_is_on_a_recipe_page():
     pages = ''.join(text for page, text in PAGES.items() if page.startswith('recipes/'))
     for path in sorted((ROOT / 'yamls').glob('*.yaml')) + sorted((ROOT / 'yamls' / 'methods').glob('*.yaml')):
