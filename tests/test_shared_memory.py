@@ -59,8 +59,9 @@ def block() -> Iterator[Callable[..., Path]]:
 
     def make(name: str, content: bytes = b'', age: float = 0) -> Path:
         path = SHARED / name
-        made.append(path)
-        path.write_bytes(content)
+        with path.open('xb') as file:  # a run of another test may have taken the number since
+            made.append(path)
+            file.write(content)
         os.utime(path, (time.time() - age,) * 2)
         return path
 
