@@ -1,4 +1,4 @@
-"""A network to be cut, with batch norm and dropout above the cut, and what it predicts when its batch is expanded."""
+"""A network with batch norm and dropout above the cut, and its predictions for an expanded batch."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Gaussian points drawn at the head's outputs: against the same points drawn feature by feature, and in a network.
+"""Gaussian points drawn as noise of the head's outputs, against points drawn by feature, and in a network.
 
 Run: pytest tests/test_head.py
 """
@@ -86,7 +86,7 @@ def test_the_divergence_and_its_gradients_are_those_of_points_drawn_by_feature_o
 
 
 @pytest.mark.parametrize('weight', [torch.zeros(3, 64), torch.ones(3, 64), torch.eye(3, 64) * 1e-8])
-def test_classes_that_cannot_be_told_apart_do_no_harm(weight):
+def test_equal_or_zero_weights_of_classes_give_finite_noise(weight):
     xi, directions = draw_logit_noise(torch.ones(4, 64), weight, 5, GAUSSIAN, generator())
     moved = xi @ (weight @ directions).T
     assert moved.isfinite().all() and directions.isfinite().all()
@@ -101,7 +101,7 @@ def test_classes_that_cannot_be_told_apart_do_no_harm(weight):
     [(64, 10, None, True), (32, 10, None, False), (32, 4, None, False), (64, 10, 0.01, False), (512, 10, 0.01, True),
      (64, 16, math.inf, True), (64, 17, math.inf, False)],
 )  # fmt: skip
-def test_it_is_used_where_it_pays_and_the_clip_allows(features, classes, tau, expected):
+def test_logits_are_drawn_where_it_pays_and_the_clip_allows_it(features, classes, tau, expected):
     assert can_draw_logits(nn.Linear(features, classes), Vicinity(sigma=0.1, tau=tau)) is expected
 
 
@@ -110,7 +110,7 @@ class Scaled(nn.Linear):
         return 2 * super().forward(x)
 
 
-def test_a_layer_of_another_arithmetic_gets_points_by_feature():
+def test_a_layer_with_another_forward_gets_points_drawn_by_feature():
     assert not can_draw_logits(Scaled(Q, K), Vicinity())
 
 
@@ -152,7 +152,7 @@ def test_few_points_of_many_classes_are_drawn_by_feature():
         assert model.rows[-1] == rows
 
 
-def test_it_needs_no_dropout_points():
+def test_without_dropout_points_the_head_runs_on_raw_rows_only():
     model, x = Net().double(), torch.randn(N, 8, dtype=torch.float64)
     raw, virtual = expanded(model, x, GAUSSIAN)
     assert model.rows[-1] == N and virtual.shape == (4, N, K)
@@ -191,7 +191,7 @@ def test_bfloat16_gives_the_float32_divergence():
     assert sbaf.soft_label_kl(raw, virtual).item() == pytest.approx(exact, rel=0.05)
 
 
-def test_compiled_it_draws_the_same_points():
+def test_a_compiled_network_draws_the_same_points():
     torch._dynamo.reset()
     model, x = nn.Sequential(nn.Linear(8, Q), nn.ReLU(), nn.Linear(Q, K)), torch.randn(N, 8)
     expected = expanded(model, x, Vicinity(sigma=0.5))

@@ -1,4 +1,4 @@
-"""Draws in compiled networks against those in eager ones: the same points, in as few graphs as there can be.
+"""Draws in compiled networks against those in eager ones: the same points, in the fewest possible graphs.
 
 Run: pytest tests/test_kernels.py
 """

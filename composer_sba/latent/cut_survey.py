@@ -148,7 +148,7 @@ def _count(network: nn.Module, layers: Mapping[str, CutLayer], shape: Sequence[i
             Cut(
                 (name,),
                 tuple(tensor.shape[1:]),
-                (left.get(name, total) - done) / total,
+                (left.get(name, total) - done) / (total or 1),
                 _memory(tensor, kept[index:], weights) / _ROWS,
             ),
         )
