@@ -133,7 +133,7 @@ def test_a_run_that_was_killed_does_not_stop_the_next(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ('name', 'content', 'age'),
     [
-        ('{number:06}_locals', b'a run without this package, in another container', 3600),
+        ('{number:06}_locals', _pack_locals(['a folder of a run without this package'], 0), 3600),
         ('{number:06}_barrier', b'its barrier', 3600),
         ('{number:06}_locals', b'', 0),  # a run that is creating its block
         ('torch_{dead}_1_2', b'a batch of a worker in another container', 3600),
