@@ -109,7 +109,7 @@ def check_number(name: str, value: Any, expected: str, holds: Callable[[Any], bo
         0.5
     """
     if isinstance(value, kind) and not isinstance(value, bool):
-        value = int(value) if isinstance(value, Integral) else float(value)  # type: ignore[arg-type]
+        value = int(value) if isinstance(value, Integral) else float(value)  # type: ignore[arg-type]  # kind is a Real
         if (isinstance(value, float) or -(2**63) <= value < 2**63) and holds(value):
             return value
     raise UserError(f'Expected {name} to be {expected}, got {value!r}.', name)

@@ -74,10 +74,10 @@ class AttachedAlgorithm(Algorithm):
         self._all_attached.discard(self)
 
     def _install(self, state: State) -> None:
-        raise NotImplementedError
+        raise NotImplementedError  # each algorithm changes something else
 
     def _uninstall(self, state: State | None) -> None:
-        raise NotImplementedError
+        raise NotImplementedError  # each algorithm undoes its own change
 
 
 class DetachOnClose(Callback):

@@ -187,7 +187,7 @@ def _add_step(command: argparse.ArgumentParser) -> None:
 
 def _add_list(command: argparse.ArgumentParser, *names: str, **options: object) -> None:
     """Add an option with several values, which may be given several times."""
-    command.add_argument(*names, nargs='+', action='extend', default=[], **options)  # type: ignore[arg-type]
+    command.add_argument(*names, nargs='+', action='extend', default=[], **options)  # type: ignore[arg-type]  # argparse's
 
 
 def _path(text: str) -> Path:
