@@ -29,7 +29,7 @@ from torchvision.transforms import v2
 from composer_sba.data.conversion import convert
 from composer_sba.data.loader import DatasetConfig, build_dataspec, transform
 from composer_sba.data.samples import decode
-from composer_sba.study.provenance import hardware, software
+from composer_sba.provenance import hardware, software
 
 WIDTH, HEIGHT = 500, 375
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from composer_sba import provenance
 from composer_sba.recipe.recipe import load
-from composer_sba.study import provenance
 from composer_sba.study.__main__ import main
 from composer_sba.study.flops import flops_per_image
 from composer_sba.study.plan import plan
@@ -41,7 +41,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 class TestCommit:
     """The commit in a record is that of the code, or unknown."""
 
-    FILES = ('package/study/provenance.py', 'package/sba.py', 'yamls/recipe.yaml', 'results/runs.jsonl')
+    FILES = ('package/provenance.py', 'package/study/report.py', 'yamls/recipe.yaml', 'results/runs.jsonl')
 
     @pytest.fixture(autouse=True)
     def _repository(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from torchvision import transforms
 from torchvision.transforms import functional as TF
 
-from composer_sba.data.config import DatasetConfig, ResolvedConfig, resolve
+from composer_sba.data.config import DatasetConfig, resolve
 from composer_sba.data.mds_index import RECORD
 from composer_sba.data.samples import to_rgb
 from composer_sba.errors import DatasetError, check_number
@@ -61,7 +61,7 @@ def transform(config: DatasetConfig) -> transforms.Compose:
         raise DatasetError(f'resize_size: {resize_size} is smaller than crop_size: {crop_size}: choose a larger one')
     flip = [transforms.RandomHorizontalFlip()] if known.flip and config.augment else []
     cutout = [Cutout(config.cutout)] if config.cutout is not None and config.augment else []
-    return Pipeline([*crop, *flip, ToFloats(), transforms.Normalize(*_mean_and_std(config)), *cutout])
+    return Pipeline([*crop, *flip, ToFloats(), transforms.Normalize(*mean_and_std(config)), *cutout])
 
 
 class BatchTransform:
@@ -86,7 +86,7 @@ class BatchTransform:
 
     def __init__(self, config: DatasetConfig, device: torch.device | str | None = None) -> None:
         config = resolve(config)
-        self.normalize = Normalize(*_mean_and_std(config), device)
+        self.normalize = Normalize(*mean_and_std(config), device)
         self.padding = config.known.padding if config.augment else 0
         self.flip = config.known.flip and config.augment
         self.cutout = config.cutout if config.augment else None
@@ -248,8 +248,16 @@ def image_size(config: DatasetConfig) -> int:
     return resolve(config).crop_size
 
 
-def _mean_and_std(config: ResolvedConfig) -> tuple[Sequence[float], Sequence[float]]:
-    """Return the config's statistics of red, green and blue, or those of the converter's record, or of the name."""
+def mean_and_std(config: DatasetConfig) -> tuple[Sequence[float], Sequence[float]]:
+    """Return the statistics of red, green and blue that images are normalized with.
+
+    They are the config's, or else those of the converter's record, or those known by name.
+
+    Example:
+        >>> mean_and_std(DatasetConfig('cifar10'))
+        ((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))
+    """
+    config = resolve(config)
     mean, std = config.mean, config.std
     if config.name == 'imagefolder' and (mean is None or std is None):
         record = config.read_index().get(RECORD, {})

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from composer.utils import create_interval_scheduler, dist, format_name_with_dis
 from composer.utils.reproducibility import seed_all
 from torch import nn
 
+from composer_sba.algorithms._composer import network_of
 from composer_sba.algorithms.seed_each_batch import SeedEachBatch
 from composer_sba.data.loader import DatasetConfig, build_dataspec, dataset_classes
-from composer_sba.errors import RecipeError
+from composer_sba.errors import RecipeError, UserError
 from composer_sba.models import classifier
 from composer_sba.recipe.checkpoints import (
     RestOfEpoch,
@@ -75,6 +77,46 @@ def build_trainer(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
             if recipe.autoresume and folder is not None and dist.get_global_rank() == 0:
                 adopt_checkpoints(saver, folder)
         return trainer
+
+
+def load_network(recipe: Recipe, checkpoint: Path) -> tuple[nn.Module, torch.device]:
+    """Build the network of a recipe, after model surgery by its algorithms, with the weights of a checkpoint.
+
+    Args:
+        recipe (Recipe): From :func:`composer_sba.recipe.load`; it needs no data.
+        checkpoint (Path): A checkpoint that Composer's Trainer has saved, not sharded.
+
+    Returns:
+        tuple[torch.nn.Module, torch.device]: The network without Composer's model around it, on the recipe's device.
+
+    Raises:
+        UserError: If a component refuses its arguments, or the checkpoint is missing, corrupt or another model's.
+    """
+    with explained(recipe.sources):
+        device = _device(recipe)
+        damage = find_damage(checkpoint) if checkpoint.is_file() else 'no such file'
+        if damage is not None:
+            raise UserError(f'cannot load the checkpoint {checkpoint}: {damage}')
+        parts = build_components(replace(recipe, callbacks={}, loggers={}))
+        try:
+            with only_data():
+                trainer = Trainer(
+                    model=parts['model'],
+                    algorithms=parts['algorithms'],
+                    optimizers=parts['optimizers'],
+                    load_path=str(checkpoint),
+                    load_weights_only=True,
+                    device=device,
+                    progress_bar=False,
+                )
+        except Exception as error:  # torch, Composer and a surgery raise many types
+            if explain(recipe.sources, error) is not None:
+                raise
+            raise UserError(loading_problem(str(checkpoint), error)) from error
+        trainer.close()
+        return network_of(trainer.state.model), torch.device(
+            trainer.state.device.tensor_to_device(torch.empty(0)).device
+        )
 
 
 def build_components(recipe: Recipe) -> dict[str, Any]:

@@ -11,7 +11,7 @@ stay floats. Errors on the two may therefore differ by some tenths of a point.
 Shapes: N images, C channels (3 for brightness, saturate and jpeg_compression), height H, width W.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -79,11 +79,16 @@ def corrupt(
         raise UserError(f"unknown corruption '{name}'{nearest(name, CORRUPTIONS)}", 'name')
     severity = check_number('severity', severity, 'an integer from 1 to 5', lambda value: value in SEVERITIES, int)
     function, of_cifar, of_imagenet = _DEFINITIONS[name]
-    small = max(images.shape[-2:]) <= _LARGEST_OF_CIFAR if constants is None else constants == 'cifar'
+    small = takes_cifar_constants(images.shape) if constants is None else constants == 'cifar'
     values = (of_cifar if small else of_imagenet)[severity - 1]
     values = values if isinstance(values, tuple) else (values,)
     random = (generator,) if name in _RANDOM else ()
     return function(images, *values, *random).clamp(0, 1)
+
+
+def takes_cifar_constants(shape: Sequence[int]) -> bool:
+    """Return whether :func:`corrupt` takes the constants for 32 pixels by default, by the shape of the images."""
+    return max(shape[-2:]) <= _LARGEST_OF_CIFAR
 
 
 # --- noise ------------------------------------------------------------------------------------------------------------

@@ -27,9 +27,9 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 from composer_sba.algorithms.last_epochs_median import last_epochs_median
 from composer_sba.errors import AlreadyTrainedError, UserError
+from composer_sba.provenance import commit, hardware, versions
 from composer_sba.recipe.redact import redact
 from composer_sba.study.flops import flops_per_image
-from composer_sba.study.provenance import commit, hardware, versions
 from composer_sba.study.records import append_record, read_records
 from composer_sba.study.runs import Run
 from composer_sba.train import METRICS, Summary, train

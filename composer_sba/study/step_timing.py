@@ -27,10 +27,10 @@ from composer_sba import functional as sbaf
 from composer_sba.data.loader import DatasetConfig, image_size
 from composer_sba.errors import TooWideError, UserError
 from composer_sba.latent.expander import LatentExpander
+from composer_sba.provenance import hardware, software
 from composer_sba.recipe.recipe import Recipe, component_arguments, load
 from composer_sba.recipe.registry import construct
 from composer_sba.study.display_names import display_name
-from composer_sba.study.provenance import hardware, software
 from composer_sba.study.recipe_index import families
 from composer_sba.study.runs import cut_layers
 from composer_sba.vicinity import Basis, Vicinity

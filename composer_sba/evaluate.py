@@ -1,0 +1,293 @@
+"""The command ``composer-sba evaluate --checkpoint FILE``: measure the robustness of a trained classifier.
+
+It prints a table, appends one line of JSON to ``evaluation.jsonl`` and draws the error against the noise.
+
+Exit codes: 0 evaluated, 2 a mistake in the arguments, the recipe or its data (described in one line on stderr).
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+
+from composer_sba.data.config import DatasetConfig, resolve
+from composer_sba.data.loader import build_dataloader, dataset_classes
+from composer_sba.data.mds_index import INDEX
+from composer_sba.data.transforms import mean_and_std, transform
+from composer_sba.errors import DatasetError, UserError, nearest, one_line
+from composer_sba.provenance import commit, hardware, versions
+from composer_sba.recipe.build import load_network
+from composer_sba.recipe.recipe import Recipe, load
+from composer_sba.recipe.redact import redact
+from composer_sba.robustness import CORRUPTIONS, SEVERITIES, SIGMAS, evaluate
+
+RECIPE_FILE = 'recipe.yaml'  # which training saves beside its checkpoints
+RESULTS_FILE, FIGURE_FILE = 'evaluation.jsonl', 'error_under_noise.png'
+
+
+def main(argv: Sequence[str] | None = None, prog: str = 'python -m composer_sba.evaluate') -> int:
+    """Run the command.
+
+    Args:
+        argv (Sequence[str], optional): The arguments after the program's name. Default: ``None``, those of the process.
+        prog (str, optional): The program's name in the help.
+
+    Returns:
+        int: The exit code.
+    """
+    given = _parser(prog).parse_args(argv)
+    try:
+        recipe = load(given.file or [given.checkpoint.parent / RECIPE_FILE], given.overrides)
+        out = _writable(given.out or given.checkpoint.parent, make=given.out is not None)
+        record = evaluate_checkpoint(
+            recipe,
+            given.checkpoint,
+            published=given.published,
+            sigmas=given.sigmas,
+            corruptions=given.corruptions,
+            severities=given.severities,
+            seed=given.seed,
+        )
+        written = [('results', _append(record, out / RESULTS_FILE))]
+        if len(record['noise']) > 1:
+            written.append(('figure', draw(record, out / FIGURE_FILE)))
+    except UserError as error:
+        print(f'error: {redact(one_line(error))}', file=sys.stderr)
+        return 2
+    Console().print(table(record, written))
+    return 0
+
+
+def evaluate_checkpoint(
+    recipe: Recipe, checkpoint: Path, *, published: Path | None = None, seed: int = 0, **options: Any
+) -> dict[str, Any]:
+    """Evaluate a checkpoint on the ``eval_dataset`` of its recipe.
+
+    Args:
+        recipe (Recipe): From :func:`composer_sba.recipe.load`: the one that was trained, or one with the same model.
+        checkpoint (Path): A checkpoint of Composer's Trainer, not sharded.
+        published (Path, optional): Folder of a published set of corrupted images, with ``<corruption>/<severity>/``:
+            CIFAR-10-C after its conversion, or ImageNet-C, as unpacked. Default: ``None``, corruptions are computed.
+        seed (int, optional): Seed of all draws. Default: ``0``.
+        **options (Any): ``sigmas``, ``corruptions`` and ``severities`` of :func:`composer_sba.robustness.evaluate`.
+
+    Returns:
+        dict[str, Any]: The result of :func:`composer_sba.robustness.evaluate`, and what it was measured with: recipe,
+        checkpoint and its SHA-256, seed, batch size, versions, commit, hardware, date and seconds.
+
+    Raises:
+        UserError: If the recipe has no ``eval_dataset``, or the checkpoint or the data cannot be used.
+    """
+    start = time.perf_counter()
+    if recipe.eval_dataset is None:
+        raise recipe.sources.error('eval_dataset', 'is required: its images are evaluated')
+    network, device = load_network(recipe, checkpoint)
+    rows = recipe.device_eval_batch_size or recipe.global_train_batch_size
+    config = DatasetConfig(**recipe.eval_dataset)
+    try:
+        if dataset_classes(config) != recipe.model['num_classes']:
+            raise DatasetError(f'{config.name} has {dataset_classes(config)} classes, the model another number')
+        mean, std = mean_and_std(config)
+        pixels = replace(config, mean=[0.0] * 3, std=[1.0] * 3, augment=False, shuffle=False)
+        loader = build_dataloader(pixels, rows, device=device)
+        corrupted = None if published is None else _published_loaders(published, pixels, rows, device)
+    except (UserError, OSError) as error:
+        raise recipe.sources.error('eval_dataset', one_line(error)) from error
+    result = evaluate(network, loader, mean=mean, std=std, published=corrupted, seed=seed, device=device, **options)
+    return {
+        'run_name': recipe.run_name,
+        **result,
+        'published': None if published is None else str(published),
+        'seed': seed,
+        'batch_size': rows,
+        'checkpoint': str(checkpoint),
+        'checkpoint_sha256': hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        'recipe': redact(recipe.to_dict()),
+        'commit': commit(),
+        'versions': versions(),
+        'hardware': hardware('gpu' if device.type == 'cuda' else 'cpu'),
+        'date': datetime.now(timezone.utc).isoformat(timespec='seconds'),
+        'seconds': round(time.perf_counter() - start, 1),
+    }
+
+
+def table(result: Mapping[str, Any], rows: Sequence[tuple[str, str]] = ()) -> Table:
+    """Lay out a result of :func:`composer_sba.robustness.evaluate`, one condition a line.
+
+    Args:
+        result (Mapping[str, Any]): The result.
+        rows (Sequence[tuple[str, str]], optional): Further rows, each a title and a text, such as the figure's path.
+
+    Returns:
+        Table: For a ``rich.console.Console`` to print. A corruption is the mean of its severities.
+    """
+    caption = '\n'.join(f'{title}: {text}' for title, text in rows)
+    name = f'{result["run_name"]}: ' if 'run_name' in result else ''
+    shown = Table(title=f'{name}{result["images"]:,} images', title_justify='left', caption=caption or None)
+    shown.caption_justify = 'left'
+    shown.add_column('condition', no_wrap=True)
+    for column in ('error', 'NLL', 'calibration error'):
+        shown.add_column(column, justify='right')
+
+    def add(title: str, *entries: Mapping[str, float]) -> None:
+        error, nll, calibration = (
+            sum(entry[key] for entry in entries) / len(entries) for key in ('error', 'nll', 'calibration_error')
+        )
+        shown.add_row(title, f'{100 * error:.2f} %', f'{nll:.3f}', f'{100 * calibration:.2f} %')
+
+    add('clean', result['clean'])
+    for entry in result['noise']:
+        if entry['sigma']:
+            add(f'noise, σ = {entry["sigma"]:g}', entry)
+    for corruption, entries in result['corruptions'].items():
+        add(corruption, *entries)
+    for key, title in (('mean_corruption_error', 'mean'), ('relative_corruption_error', "relative to AlexNet's")):
+        if result[key] is not None:
+            shown.add_row(f'corruptions, {title}', f'{100 * result[key]:.2f} %', '', '')
+    return shown
+
+
+def draw(result: Mapping[str, Any], path: Path) -> str:
+    """Draw the error against the standard deviation of the noise.
+
+    Args:
+        result (Mapping[str, Any]): A result of :func:`composer_sba.robustness.evaluate`.
+        path (Path): The file to write, in a format of Matplotlib.
+
+    Returns:
+        str: The path, or why there is no figure: Matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        return "none: Matplotlib is not installed (pip install 'composer-sba[robustness]')"
+    figure = Figure(figsize=(4.5, 3.2), layout='constrained')
+    axes = figure.subplots()
+    points = sorted((entry['sigma'], 100 * entry['error']) for entry in result['noise'])
+    axes.plot(*zip(*points, strict=True), marker='o')
+    axes.set(xlabel='standard deviation of the noise (pixel range = 1)', ylabel='error (%)', ylim=(0, None))
+    axes.set_title(result.get('run_name', ''), loc='left')
+    figure.savefig(path, dpi=150)
+    return str(path)
+
+
+def _writable(folder: Path, make: bool) -> Path:
+    """Return a folder for results; raise UserError before the evaluation if it cannot be written."""
+    try:
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'--out {folder} cannot be made: {error.strerror}') from error
+    if folder.is_dir() and not os.access(folder, os.W_OK):
+        raise UserError(f'{folder} cannot be written: choose another --out')
+    return folder
+
+
+def _append(record: Mapping[str, Any], path: Path) -> str:
+    with path.open('a') as file:
+        file.write(json.dumps(record) + '\n')
+    return str(path)
+
+
+def _published_loaders(
+    folder: Path, config: DatasetConfig, rows: int, device: torch.device
+) -> dict[str, dict[int, DataLoader]]:
+    """Return the batches of ``<corruption>/<severity>/`` in a folder: MDS shards, or classes of images."""
+    loaders: dict[str, dict[int, DataLoader]] = {}
+    for path in sorted(folder.glob('*/[1-5]')):
+        if (path / INDEX).is_file():
+            known = replace(config, name='cifar10c', local=str(folder), split=f'{path.parent.name}/{path.name}')
+            loader = build_dataloader(replace(known, in_memory=False, subset=None), rows, device=device)
+        else:
+            side = resolve(config).crop_size  # published images are cropped already
+            images = ImageFolder(str(path), transform(replace(config, resize_size=side)))
+            if len(images.classes) != dataset_classes(config):
+                problem = f'has {len(images.classes)} classes, expected {dataset_classes(config)}'
+                raise DatasetError(f'{path} {problem}')
+            loader = DataLoader(images, rows, num_workers=config.num_workers or 0)
+        loaders.setdefault(path.parent.name, {})[int(path.name)] = loader
+    if not loaders:
+        raise DatasetError(
+            f'{folder} has no <corruption>/<severity>/ folders: unpack ImageNet-C, or convert CIFAR-10-C'
+        )
+    return loaders
+
+
+def _list_of(kind: Callable[[str], Any], known: Sequence[Any] = ()) -> Callable[[str], list[Any]]:
+    """Return a parser of values with commas between them; of all known values for 'all', of none for 'none'."""
+
+    def parse(text: str) -> list[Any]:
+        if text in ('all', 'none'):
+            return list(known) if text == 'all' else []
+        try:
+            values = [kind(each) for each in text.split(',')]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f'expected values with commas between them, got {text!r}') from None
+        for value in values:
+            if known and isinstance(value, str) and value not in known:
+                raise argparse.ArgumentTypeError(f"unknown '{value}'{nearest(value, known)}")
+        return values
+
+    return parse
+
+
+def _parser(prog: str = 'python -m composer_sba.evaluate') -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description='Measure the error of a trained classifier on clean, noisy and corrupted images.',
+    )
+    parser.add_argument('--checkpoint', type=Path, required=True, metavar='FILE', help='a checkpoint of training')
+    parser.add_argument(
+        *('-f', '--file'),
+        action='append',
+        help=f"the recipe that was trained, as in train (default: {RECIPE_FILE} in the checkpoint's folder)",
+    )
+    parser.add_argument('--out', type=Path, metavar='FOLDER', help="folder for the results (default: the checkpoint's)")
+    parser.add_argument(
+        '--sigmas',
+        type=_list_of(float),
+        default=SIGMAS,
+        metavar='X,X',
+        help=f'standard deviations of noise, the pixel range being 1 (default: {",".join(map(str, SIGMAS))})',
+    )
+    parser.add_argument(
+        '--corruptions',
+        type=_list_of(str, CORRUPTIONS),
+        default=CORRUPTIONS,
+        metavar='NAME,NAME',
+        help=f'corruptions to compute: all (default), none, or some of {", ".join(CORRUPTIONS)}',
+    )
+    parser.add_argument(
+        '--severities',
+        type=_list_of(int, SEVERITIES),
+        default=SEVERITIES,
+        metavar='N,N',
+        help='severities of the corruptions, 1 to 5 (default: all)',
+    )
+    parser.add_argument(
+        '--published',
+        type=Path,
+        metavar='FOLDER',
+        help='read the corrupted images from here instead: CIFAR-10-C after convert cifar10c, or ImageNet-C, with '
+        '<corruption>/<severity>/<class>/ folders',
+    )
+    parser.add_argument('--seed', type=int, default=0, metavar='N', help='seed of noise and corruptions (default: 0)')
+    parser.add_argument('overrides', nargs='*', metavar='key.sub=value', help='changes to the recipe')
+    return parser
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,269 @@
+"""The errors of a classifier on clean, noisy and corrupted images."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassCalibrationError
+from tqdm import tqdm
+
+from composer_sba.errors import UserError, check_number
+from composer_sba.robustness.corruptions import ALEXNET_ERRORS, CORRUPTIONS, SEVERITIES, corrupt, takes_cifar_constants
+from composer_sba.schedule import hash_key
+
+SIGMAS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)
+"""Standard deviations of the noise sweep, in units of the pixel range."""
+
+
+class PixelClassifier(nn.Module):
+    """A network for images in pixel units, [0, 1]: it normalizes them first.
+
+    Args:
+        network (torch.nn.Module): Maps normalized images to logits of shape ``(N, K)``.
+        mean (Sequence[float]): Means of the channels, in pixel units.
+        std (Sequence[float]): Their standard deviations.
+
+    Example:
+        >>> PixelClassifier(nn.Flatten(), mean=[0.5], std=[0.25])(torch.ones(1, 1, 1, 2))
+        tensor([[2., 2.]])
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.network = network
+        for name, value in (('mean', mean), ('std', std)):
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float32).view(-1, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the logits, float32, of images of shape ``(N, C, H, W)``."""
+        logits = self.network((images - self.mean) / self.std)
+        if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+            shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+            raise UserError(f'expected a network that returns logits of shape (N, K), got {shape}')
+        return logits.float()
+
+
+def evaluate(
+    network: nn.Module,
+    loader: DataLoader,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    sigmas: Sequence[float] = SIGMAS,
+    corruptions: Sequence[str] = CORRUPTIONS,
+    severities: Sequence[int] = SEVERITIES,
+    published: Mapping[str, Mapping[int, DataLoader]] | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+) -> dict[str, Any]:
+    """Measure the error of a classifier on clean, noisy and corrupted images, with a progress bar on a terminal.
+
+    Each batch is loaded once. Noise is Gaussian, clipped to [0, 1] with the image, and the same draw times σ for all σ.
+    Corruptions are those of :mod:`composer_sba.robustness.corruptions`. Draws depend on the seed, the condition and the
+    batch: two networks see the same images if they are evaluated with the same batch size on the same kind of device.
+
+    Args:
+        network (torch.nn.Module): Maps normalized images to logits of shape ``(N, K)``. It is evaluated in evaluation
+            mode; the modes of its modules are restored.
+        loader (DataLoader): Batches of images in pixel units, uint8 or floating in [0, 1], shape ``(N, 3, H, W)``, and
+            labels, shape ``(N,)``: without ``Normalize`` and without shuffling.
+        mean (Sequence[float]): Means of the channels that the network expects images to be normalized with.
+        std (Sequence[float]): Their standard deviations.
+        sigmas (Sequence[float], optional): Standard deviations of the noise, in units of the pixel range; 0 is the
+            clean image, which is always evaluated. Default: :data:`SIGMAS`.
+        corruptions (Sequence[str], optional): Their names. Default: all of
+            :data:`~composer_sba.robustness.corruptions.CORRUPTIONS`.
+        severities (Sequence[int], optional): 1 to 5. Default: all.
+        published (Mapping, optional): Batches of a published set, such as CIFAR-10-C, by corruption and severity; then
+            these are evaluated, and ``corruptions`` and ``severities`` have no effect. Default: ``None``.
+        seed (int, optional): Seed of all draws, >= 0. Default: ``0``.
+        device (torch.device | str, optional): Where to evaluate; the network is moved there. Default: that of the
+            network's parameters.
+
+    Returns:
+        dict[str, Any]: Plain data. ``images``: their number; ``clean``; ``noise``: a list, each with ``sigma``;
+        ``corruptions``: by name, a list, each with ``severity``. Each entry has ``error`` and ``calibration_error``
+        (expected, of 15 bins), fractions of 1, and ``nll``, in nats. ``mean_corruption_error``: the plain mean, as for
+        CIFAR-10-C; ``relative_corruption_error``: for images of ImageNet's size, relative to AlexNet's errors, as for
+        ImageNet-C, over those of its 15 corruptions that were evaluated; else ``None``.
+
+    Raises:
+        UserError: If images are not in [0, 1], the network does not return logits, or a corruption is unknown.
+
+    Example:
+        >>> data = torch.utils.data.TensorDataset(torch.rand(8, 3, 4, 4), torch.zeros(8, dtype=torch.long))
+        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
+        >>> result = evaluate(network, DataLoader(data, 4), mean=[0.5] * 3, std=[0.25] * 3, corruptions=['contrast'])
+        >>> result['images'], len(result['noise']), len(result['corruptions']['contrast'])
+        (8, 6, 5)
+    """
+    conditions: dict[tuple[str, float], _Change] = {('clean', 0): lambda images, _: images}
+    for sigma in sigmas:
+        if check_number('sigmas', sigma, 'finite numbers >= 0', lambda value: 0 <= value < math.inf):
+            conditions['noise', sigma] = _noise(sigma, seed)
+    for name in () if published is not None else corruptions:
+        for severity in severities:
+            conditions[name, severity] = _corruption(name, severity, seed)
+    with pixel_classifier(network, mean, std, device) as (model, where), torch.inference_mode():
+        count, entries, size = _measure(model, where, loader, conditions, 'clean, noise, corruptions')
+        if published is not None:
+            for name, loaders in published.items():
+                for severity, batches in loaders.items():
+                    unchanged = {(name, float(severity)): conditions['clean', 0]}
+                    entries |= _measure(model, where, batches, unchanged, f'{name} {severity}')[1]
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for (name, level), entry in entries.items():
+        if name not in ('clean', 'noise'):
+            by_name.setdefault(name, []).append({'severity': int(level), **entry})
+    clean = entries['clean', 0]
+    noisy = [entries['noise', sigma] if sigma else clean for sigma in sigmas]
+    errors = {name: [entry['error'] for entry in of_name] for name, of_name in by_name.items()}
+    return {
+        'images': count,
+        'clean': clean,
+        'noise': [{'sigma': float(sigma), **entry} for sigma, entry in zip(sigmas, noisy, strict=True)],
+        'corruptions': by_name,
+        'mean_corruption_error': mean_corruption_error(errors),
+        'relative_corruption_error': None if takes_cifar_constants(size) else relative_corruption_error(errors),
+    }
+
+
+def mean_corruption_error(errors: Mapping[str, Sequence[float]]) -> float | None:
+    """Return the plain mean of errors over severities and corruptions, as for CIFAR-10-C; None if there are none.
+
+    Args:
+        errors (Mapping[str, Sequence[float]]): Errors for the severities of each corruption, fractions of 1.
+
+    Example:
+        >>> mean_corruption_error({'fog': [0.1, 0.3], 'contrast': [0.4, 0.6]})
+        0.35
+    """
+    means = [sum(each) / len(each) for each in errors.values()]
+    return sum(means) / len(means) if means else None
+
+
+def relative_corruption_error(errors: Mapping[str, Sequence[float]]) -> float | None:
+    """Return the mean corruption error of ImageNet-C: each corruption's mean error divided by AlexNet's, then the mean.
+
+    Args:
+        errors (Mapping[str, Sequence[float]]): Errors for the severities of each corruption, fractions of 1. Those
+            without an error of AlexNet are left out.
+
+    Returns:
+        float | None: A fraction of 1: AlexNet has 1. None if no corruption remains.
+
+    Example:
+        >>> relative_corruption_error({'fog': [0.819324], 'gaussian_blur': [0.9]})
+        1.0
+    """
+    known = {name: each for name, each in errors.items() if name in ALEXNET_ERRORS}
+    return mean_corruption_error({name: [e / ALEXNET_ERRORS[name] for e in each] for name, each in known.items()})
+
+
+@contextmanager
+def pixel_classifier(
+    network: nn.Module, mean: Sequence[float], std: Sequence[float], device: torch.device | str | None = None
+) -> Iterator[tuple[PixelClassifier, torch.device]]:
+    """Wrap a network in a :class:`PixelClassifier` in evaluation mode; restore the modes of its modules afterwards.
+
+    Yields:
+        tuple[PixelClassifier, torch.device]: On the device, which defaults to that of the network's parameters.
+    """
+    modes = [(module, module.training) for module in network.modules()]
+    where = next((parameter.device for parameter in network.parameters()), torch.device('cpu'))
+    where = where if device is None else torch.device(device)
+    try:
+        yield PixelClassifier(network, mean, std).to(where).eval(), where
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def in_pixel_units(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return images on a device as float32 in [0, 1]; raise UserError if they seem to be normalized."""
+    images = images.to(device)
+    if images.dtype == torch.uint8:
+        return images.float() / 255
+    low, high = (value.item() for value in images.aminmax())
+    if not (low >= -1e-4 and high <= 1 + 1e-4):
+        raise UserError(
+            f'expected images in [0, 1] or uint8, got values from {low:.3g} to {high:.3g}: remove Normalize from the '
+            'transform, and give mean and std instead'
+        )
+    return images.float().clamp(0, 1)
+
+
+_Change = Callable[[torch.Tensor, int], torch.Tensor]  # images and the index of their batch to changed images
+
+
+def _noise(sigma: float, seed: int) -> _Change:
+    def change(images: torch.Tensor, batch: int) -> torch.Tensor:
+        generator = torch.Generator(images.device).manual_seed(hash_key(seed, *b'noise', batch))
+        return (images + sigma * torch.randn(images.shape, generator=generator, device=images.device)).clamp(0, 1)
+
+    return change
+
+
+def _corruption(name: str, severity: int, seed: int) -> _Change:
+    def change(images: torch.Tensor, batch: int) -> torch.Tensor:
+        key = hash_key(seed, *name.encode(), severity, batch)
+        return corrupt(images, name, severity, generator=torch.Generator(images.device).manual_seed(key))
+
+    return change
+
+
+def _measure(
+    model: PixelClassifier,
+    device: torch.device,
+    loader: Iterable[Any],
+    conditions: Mapping[tuple[str, float], _Change],
+    title: str,
+) -> tuple[int, dict[tuple[str, float], dict[str, float]], torch.Size]:
+    """Return the number of images, the scores under each condition, and the shape of an image."""
+    scores: dict[tuple[str, float], _Scores] = {}
+    count, shape = 0, torch.Size()
+    batches = len(loader) if isinstance(loader, DataLoader) else None
+    with tqdm(total=batches and batches * len(conditions), desc=title, unit=' batches', disable=None) as progress:
+        for batch, (images, labels) in enumerate(loader):
+            images, labels = in_pixel_units(images, device), labels.to(device)
+            count, shape = count + len(labels), images.shape[1:]
+            for condition, change in conditions.items():
+                scores.setdefault(condition, _Scores()).add(model(change(images, batch)), labels)
+                progress.update()
+    if not count:
+        raise UserError('the loader has no images')
+    return count, {condition: each.values() for condition, each in scores.items()}, shape
+
+
+class _Scores:
+    """Sums over the images seen under one condition. Composer's CrossEntropy weights all batches alike, this images."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.wrong: torch.Tensor | int = 0
+        self.nll: torch.Tensor | float = 0.0
+        self.calibration: MulticlassCalibrationError | None = None
+
+    def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        self.count += len(labels)
+        self.wrong += (logits.argmax(1) != labels).sum()
+        self.nll += F.cross_entropy(logits, labels, reduction='sum')
+        if self.calibration is None:
+            self.calibration = MulticlassCalibrationError(logits.shape[1], n_bins=15).to(logits.device)
+        self.calibration.update(logits.softmax(1), labels)
+
+    def values(self) -> dict[str, float]:
+        assert self.calibration is not None
+        return {
+            'error': int(self.wrong) / self.count,
+            'nll': float(self.nll) / self.count,
+            'calibration_error': float(self.calibration.compute()),
+        }
