@@ -32,7 +32,7 @@ from composer_sba.provenance import commit, hardware, versions
 from composer_sba.recipe.build import load_network
 from composer_sba.recipe.recipe import Recipe, load
 from composer_sba.recipe.redact import redact
-from composer_sba.robustness import CORRUPTIONS, SEVERITIES, SIGMAS, evaluate
+from composer_sba.robustness import ATTACKS, CORRUPTIONS, EPSILONS, SEVERITIES, SIGMAS, Smoothing, evaluate
 
 RECIPE_FILE = 'recipe.yaml'  # which training saves beside its checkpoints
 RESULTS_FILE, FIGURE_FILE = 'evaluation.jsonl', 'error_under_noise.png'
@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'python -m composer_sba.
     try:
         recipe = load(given.file or [given.checkpoint.parent / RECIPE_FILE], given.overrides)
         out = _writable(given.out or given.checkpoint.parent, make=given.out is not None)
+        smoothing = Smoothing(given.certify_sigma, given.n0, given.n, given.alpha) if given.certify else None
         record = evaluate_checkpoint(
             recipe,
             given.checkpoint,
@@ -59,20 +60,38 @@ def main(argv: Sequence[str] | None = None, prog: str = 'python -m composer_sba.
             sigmas=given.sigmas,
             corruptions=given.corruptions,
             severities=given.severities,
+            attacks=given.attacks,
+            epsilons={'l2': given.l2, 'linf': given.linf},
+            attack_steps=given.attack_steps,
+            attack_images=given.attack_images,
+            smoothing=smoothing,
+            certified_images=given.certify,
+            folder=out,
             seed=given.seed,
         )
         written = [('results', _append(record, out / RESULTS_FILE))]
         if len(record['noise']) > 1:
             written.append(('figure', draw(record, out / FIGURE_FILE)))
+        if smoothing is not None:
+            written.append(('certificates', record['certificates']['file']))
     except UserError as error:
         print(f'error: {redact(one_line(error))}', file=sys.stderr)
         return 2
-    Console().print(table(record, written))
+    Console().print(table(record))
+    for title, text in written:
+        print(f'{title}: {text}')  # a table would fold a path
     return 0
 
 
 def evaluate_checkpoint(
-    recipe: Recipe, checkpoint: Path, *, published: Path | None = None, seed: int = 0, **options: Any
+    recipe: Recipe,
+    checkpoint: Path,
+    *,
+    published: Path | None = None,
+    smoothing: Smoothing | None = None,
+    folder: Path = Path(),
+    seed: int = 0,
+    **options: Any,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint on the ``eval_dataset`` of its recipe.
 
@@ -81,8 +100,11 @@ def evaluate_checkpoint(
         checkpoint (Path): A checkpoint of Composer's Trainer, not sharded.
         published (Path, optional): Folder of a published set of corrupted images, with ``<corruption>/<severity>/``:
             CIFAR-10-C after its conversion, or ImageNet-C, as unpacked. Default: ``None``, corruptions are computed.
+        smoothing (Smoothing, optional): Noise and numbers of samples of certificates. Default: ``None``, none.
+        folder (Path, optional): Folder of the file of certificates, ``certificates-<key>.tsv``. The key stands for all
+            that they depend on, so the same call continues the file. Default: the current one.
         seed (int, optional): Seed of all draws. Default: ``0``.
-        **options (Any): ``sigmas``, ``corruptions`` and ``severities`` of :func:`composer_sba.robustness.evaluate`.
+        **options (Any): Further arguments of :func:`composer_sba.robustness.evaluate`.
 
     Returns:
         dict[str, Any]: The result of :func:`composer_sba.robustness.evaluate`, and what it was measured with: recipe,
@@ -106,7 +128,33 @@ def evaluate_checkpoint(
         corrupted = None if published is None else _published_loaders(published, pixels, rows, device)
     except (UserError, OSError) as error:
         raise recipe.sources.error('eval_dataset', one_line(error)) from error
-    result = evaluate(network, loader, mean=mean, std=std, published=corrupted, seed=seed, device=device, **options)
+    digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    settings = (
+        digest,
+        recipe.eval_dataset,
+        mean,
+        std,
+        rows,
+        smoothing,
+        options.get('certified_images'),
+        seed,
+        device.type,
+    )
+    certificates = folder / f'certificates-{hashlib.sha256(repr(settings).encode()).hexdigest()[:8]}.tsv'
+    result = evaluate(
+        network,
+        loader,
+        mean=mean,
+        std=std,
+        published=corrupted,
+        smoothing=smoothing,
+        certificates=certificates,
+        seed=seed,
+        device=device,
+        **options,
+    )
+    if smoothing is not None:
+        result['certificates']['file'] = str(certificates)
     return {
         'run_name': recipe.run_name,
         **result,
@@ -114,7 +162,7 @@ def evaluate_checkpoint(
         'seed': seed,
         'batch_size': rows,
         'checkpoint': str(checkpoint),
-        'checkpoint_sha256': hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        'checkpoint_sha256': digest,
         'recipe': redact(recipe.to_dict()),
         'commit': commit(),
         'versions': versions(),
@@ -124,20 +172,17 @@ def evaluate_checkpoint(
     }
 
 
-def table(result: Mapping[str, Any], rows: Sequence[tuple[str, str]] = ()) -> Table:
+def table(result: Mapping[str, Any]) -> Table:
     """Lay out a result of :func:`composer_sba.robustness.evaluate`, one condition a line.
 
     Args:
         result (Mapping[str, Any]): The result.
-        rows (Sequence[tuple[str, str]], optional): Further rows, each a title and a text, such as the figure's path.
 
     Returns:
         Table: For a ``rich.console.Console`` to print. A corruption is the mean of its severities.
     """
-    caption = '\n'.join(f'{title}: {text}' for title, text in rows)
     name = f'{result["run_name"]}: ' if 'run_name' in result else ''
-    shown = Table(title=f'{name}{result["images"]:,} images', title_justify='left', caption=caption or None)
-    shown.caption_justify = 'left'
+    shown = Table(title=f'{name}{result["images"]:,} images', title_justify='left')
     shown.add_column('condition', no_wrap=True)
     for column in ('error', 'NLL', 'calibration error'):
         shown.add_column(column, justify='right')
@@ -157,6 +202,13 @@ def table(result: Mapping[str, Any], rows: Sequence[tuple[str, str]] = ()) -> Ta
     for key, title in (('mean_corruption_error', 'mean'), ('relative_corruption_error', "relative to AlexNet's")):
         if result[key] is not None:
             shown.add_row(f'corruptions, {title}', f'{100 * result[key]:.2f} %', '', '')
+    for entry in result['attacks']:
+        title = f'{entry["attack"]}, ε = {entry["epsilon"]:.3g}, {entry["images"]:,} images'
+        shown.add_row(title, f'{100 * entry["error"]:.2f} %', '', '')
+    certified = result['certificates'] or {'certified_error': []}
+    for entry in (each for each in certified['certified_error'] if each['error'] < 1 or not each['radius']):
+        title = f'certified, ℓ2 ≤ {entry["radius"]:g}, σ = {certified["sigma"]:g}, {certified["images"]:,} images'
+        shown.add_row(title, f'≤ {100 * entry["error"]:.2f} %', '', '')
     return shown
 
 
@@ -247,7 +299,7 @@ def _list_of(kind: Callable[[str], Any], known: Sequence[Any] = ()) -> Callable[
 def _parser(prog: str = 'python -m composer_sba.evaluate') -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
-        description='Measure the error of a trained classifier on clean, noisy and corrupted images.',
+        description='Measure the error of a trained classifier on clean, noisy, corrupted and attacked images.',
     )
     parser.add_argument('--checkpoint', type=Path, required=True, metavar='FILE', help='a checkpoint of training')
     parser.add_argument(
@@ -284,6 +336,29 @@ def _parser(prog: str = 'python -m composer_sba.evaluate') -> argparse.ArgumentP
         help='read the corrupted images from here instead: CIFAR-10-C after convert cifar10c, or ImageNet-C, with '
         '<corruption>/<severity>/<class>/ folders',
     )
+    parser.add_argument(
+        '--attacks',
+        type=_list_of(str, ATTACKS),
+        default=ATTACKS,
+        metavar='NAME,NAME',
+        help=f'attacks, which need the extra [robustness]: all (default), none, or some of {", ".join(ATTACKS)}',
+    )
+    for norm in ('l2', 'linf'):
+        text = f'largest distance of the attacks in {norm}, the pixel range being 1 (default: {EPSILONS[norm]:.3g})'
+        parser.add_argument(f'--{norm}', type=float, default=EPSILONS[norm], metavar='X', help=text)
+    for option, default, text in (
+        ('--attack-steps', 10, 'steps of an attack'),
+        ('--attack-images', 500, 'images to attack'),
+        ('--certify', 0, 'images to certify by randomized smoothing, 0 for none'),
+        ('--n0', Smoothing.n0, 'samples that choose the class of a certified image'),
+        ('--n', Smoothing.n, 'samples that bound its probability'),
+    ):
+        parser.add_argument(option, type=int, default=default, metavar='N', help=f'{text} (default: {default:,})')
+    for option, value, text in (
+        ('--certify-sigma', Smoothing.sigma, 'standard deviation of the noise of certificates'),
+        ('--alpha', Smoothing.alpha, 'probability that a certificate is wrong'),
+    ):
+        parser.add_argument(option, type=float, default=value, metavar='X', help=f'{text} (default: {value:g})')
     parser.add_argument('--seed', type=int, default=0, metavar='N', help='seed of noise and corruptions (default: 0)')
     parser.add_argument('overrides', nargs='*', metavar='key.sub=value', help='changes to the recipe')
     return parser

@@ -201,8 +201,9 @@ def test_the_command_prints_a_table_and_writes_line_and_figure(recipe_options, t
     trained = capsys.readouterr().out
     checkpoint, out = tmp_path / 'run' / 'latest-rank0.pt', tmp_path / 'out'
     options = ['--sigmas', '0,0.1', '--corruptions', 'contrast,fog', '--severities', '1,5', '--out', str(out)]
+    options += ['--attacks', 'pgd_l2', '--attack-images', '8', '--certify', '3', '--n0', '10']
     for _ in range(2):
-        assert main(['--checkpoint', str(checkpoint), *options]) == 0
+        assert main(['--checkpoint', str(checkpoint), *options, '--n', '50']) == 0
     printed = capsys.readouterr().out
     lines = [json.loads(line) for line in (out / 'evaluation.jsonl').read_text().splitlines()]
     assert len(lines) == 2
@@ -214,9 +215,25 @@ def test_the_command_prints_a_table_and_writes_line_and_figure(recipe_options, t
         'contrast': [1, 5],
         'fog': [1, 5],
     }
+    assert {key: one['attacks'][0][key] for key in ('attack', 'epsilon', 'steps', 'images')} == {
+        'attack': 'pgd_l2',
+        'epsilon': 0.25,
+        'steps': 10,
+        'images': 8,
+    }
+    certificates = Path(one['certificates']['file'])
+    assert len(certificates.read_text().splitlines()) == 1 + 3, 'the second call certifies no image again'
+    assert one['certificates']['images'] == 3
     assert one['recipe']['algorithms'] == {'sba': {'fold': 8, 'augment_prob': 0.5, 'eta': 0.1}}
     assert {'commit', 'versions', 'hardware', 'seed', 'batch_size', 'checkpoint_sha256'} <= set(one)
-    for row in ('digits_sba: 360 images', 'noise, σ = 0.1', 'contrast', 'corruptions, mean', 'error_under_noise.png'):
+    for row in (
+        'digits_sba: 360 images',
+        'noise, σ = 0.1',
+        'contrast',
+        'corruptions, mean',
+        'pgd_l2, ε = 0.25',
+        certificates.name,
+    ):
         assert row in printed, printed
     assert (out / 'error_under_noise.png').read_bytes().startswith(b'\x89PNG')
 

@@ -1,8 +1,9 @@
-"""The errors of a classifier on clean, noisy and corrupted images."""
+"""The errors of a classifier on clean, noisy, corrupted and attacked images, and its certificates."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,43 +13,15 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassCalibrationError
 from tqdm import tqdm
 
-from composer_sba.errors import UserError, check_number
+from composer_sba.errors import UserError, check_number, nearest
+from composer_sba.robustness.attacks import ATTACKS, EPSILONS, attack, require_toolbox
+from composer_sba.robustness.certificates import Smoothing, certify_to_file, summarize
 from composer_sba.robustness.corruptions import ALEXNET_ERRORS, CORRUPTIONS, SEVERITIES, corrupt, takes_cifar_constants
+from composer_sba.robustness.pixels import PixelClassifier, in_pixel_units, pixel_classifier, spread
 from composer_sba.schedule import hash_key
 
 SIGMAS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)
 """Standard deviations of the noise sweep, in units of the pixel range."""
-
-
-class PixelClassifier(nn.Module):
-    """A network for images in pixel units, [0, 1]: it normalizes them first.
-
-    Args:
-        network (torch.nn.Module): Maps normalized images to logits of shape ``(N, K)``.
-        mean (Sequence[float]): Means of the channels, in pixel units.
-        std (Sequence[float]): Their standard deviations.
-
-    Example:
-        >>> PixelClassifier(nn.Flatten(), mean=[0.5], std=[0.25])(torch.ones(1, 1, 1, 2))
-        tensor([[2., 2.]])
-    """
-
-    mean: torch.Tensor
-    std: torch.Tensor
-
-    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        self.network = network
-        for name, value in (('mean', mean), ('std', std)):
-            self.register_buffer(name, torch.tensor(value, dtype=torch.float32).view(-1, 1, 1))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the logits, float32, of images of shape ``(N, C, H, W)``."""
-        logits = self.network((images - self.mean) / self.std)
-        if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
-            shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-            raise UserError(f'expected a network that returns logits of shape (N, K), got {shape}')
-        return logits.float()
 
 
 def evaluate(
@@ -61,14 +34,23 @@ def evaluate(
     corruptions: Sequence[str] = CORRUPTIONS,
     severities: Sequence[int] = SEVERITIES,
     published: Mapping[str, Mapping[int, DataLoader]] | None = None,
+    attacks: Sequence[str] = (),
+    epsilons: Mapping[str, float] = EPSILONS,
+    attack_steps: int = 10,
+    attack_images: int = 500,
+    smoothing: Smoothing | None = None,
+    certified_images: int = 100,
+    certificates: Path = Path('certificates.tsv'),
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> dict[str, Any]:
-    """Measure the error of a classifier on clean, noisy and corrupted images, with a progress bar on a terminal.
+    """Measure the robustness of a classifier, with a progress bar on a terminal.
 
-    Each batch is loaded once. Noise is Gaussian, clipped to [0, 1] with the image, and the same draw times σ for all σ.
-    Corruptions are those of :mod:`composer_sba.robustness.corruptions`. Draws depend on the seed, the condition and the
-    batch: two networks see the same images if they are evaluated with the same batch size on the same kind of device.
+    Clean, noisy and corrupted images are measured in one pass over the loader. Noise is Gaussian, clipped to [0, 1]
+    with the image, and the same draw times σ for all σ. Corruptions are those of
+    :mod:`composer_sba.robustness.corruptions`. Draws depend on the seed, the condition and the batch: two networks see
+    the same images if they are evaluated with the same batch size on the same kind of device. Attacks and certificates
+    take fewer images, at equal distances in the dataset.
 
     Args:
         network (torch.nn.Module): Maps normalized images to logits of shape ``(N, K)``. It is evaluated in evaluation
@@ -84,6 +66,15 @@ def evaluate(
         severities (Sequence[int], optional): 1 to 5. Default: all.
         published (Mapping, optional): Batches of a published set, such as CIFAR-10-C, by corruption and severity; then
             these are evaluated, and ``corruptions`` and ``severities`` have no effect. Default: ``None``.
+        attacks (Sequence[str], optional): Names in :data:`~composer_sba.robustness.attacks.ATTACKS`. Default: none.
+        epsilons (Mapping[str, float], optional): Largest distances of attacks, for ``'l2'`` and ``'linf'``, in units of
+            the pixel range. Default: :data:`~composer_sba.robustness.attacks.EPSILONS`.
+        attack_steps (int, optional): Steps of an attack. Default: ``10``.
+        attack_images (int, optional): Images to attack, at equal distances in the dataset. Default: ``500``.
+        smoothing (Smoothing, optional): Noise and numbers of samples of certificates. Default: ``None``, none.
+        certified_images (int, optional): Images to certify, at equal distances in the dataset. Default: ``100``.
+        certificates (Path, optional): File to append certificates to; it is continued if it exists. Default:
+            ``certificates.tsv``.
         seed (int, optional): Seed of all draws, >= 0. Default: ``0``.
         device (torch.device | str, optional): Where to evaluate; the network is moved there. Default: that of the
             network's parameters.
@@ -93,10 +84,13 @@ def evaluate(
         ``corruptions``: by name, a list, each with ``severity``. Each entry has ``error`` and ``calibration_error``
         (expected, of 15 bins), fractions of 1, and ``nll``, in nats. ``mean_corruption_error``: the plain mean, as for
         CIFAR-10-C; ``relative_corruption_error``: for images of ImageNet's size, relative to AlexNet's errors, as for
-        ImageNet-C, over those of its 15 corruptions that were evaluated; else ``None``.
+        ImageNet-C, over those of its 15 corruptions that were evaluated; else ``None``. ``attacks``: a list, each with
+        ``attack``, ``epsilon``, ``steps``, ``images`` and ``error``, in which images that are misclassified without an
+        attack count. ``certificates``: that of :func:`~composer_sba.robustness.certificates.summarize`, or ``None``.
 
     Raises:
-        UserError: If images are not in [0, 1], the network does not return logits, or a corruption is unknown.
+        UserError: If images are not in [0, 1], the network does not return logits, a name is unknown, or a library is
+            missing.
 
     Example:
         >>> data = torch.utils.data.TensorDataset(torch.rand(8, 3, 4, 4), torch.zeros(8, dtype=torch.long))
@@ -105,6 +99,13 @@ def evaluate(
         >>> result['images'], len(result['noise']), len(result['corruptions']['contrast'])
         (8, 6, 5)
     """
+    if attacks:
+        require_toolbox()
+    if smoothing is not None and find_spec('scipy') is None:
+        raise UserError("certificates need SciPy, which is not installed: pip install 'composer-sba[robustness]'")
+    for name in attacks:
+        if name not in ATTACKS:
+            raise UserError(f"unknown attack '{name}'{nearest(name, ATTACKS)}", 'attacks')
     conditions: dict[tuple[str, float], _Change] = {('clean', 0): lambda images, _: images}
     for sigma in sigmas:
         if check_number('sigmas', sigma, 'finite numbers >= 0', lambda value: 0 <= value < math.inf):
@@ -112,13 +113,24 @@ def evaluate(
     for name in () if published is not None else corruptions:
         for severity in severities:
             conditions[name, severity] = _corruption(name, severity, seed)
-    with pixel_classifier(network, mean, std, device) as (model, where), torch.inference_mode():
+    with pixel_classifier(network, mean, std, device) as (model, where):
         count, entries, size = _measure(model, where, loader, conditions, 'clean, noise, corruptions')
-        if published is not None:
-            for name, loaders in published.items():
-                for severity, batches in loaders.items():
-                    unchanged = {(name, float(severity)): conditions['clean', 0]}
-                    entries |= _measure(model, where, batches, unchanged, f'{name} {severity}')[1]
+        for name, loaders in (published or {}).items():
+            for severity, batches in loaders.items():
+                unchanged = {(name, float(severity)): conditions['clean', 0]}
+                entries |= _measure(model, where, batches, unchanged, f'{name} {severity}')[1]
+        attacked = [
+            _attacked(model, where, spread(loader, attack_images)[1], name, epsilons, attack_steps, seed)
+            for name in attacks
+        ]
+        certified = None
+        if smoothing is not None:
+            images = _one_by_one(*spread(loader, certified_images), where)
+            rows = certify_to_file(
+                model, images, smoothing, certificates, batch_size=loader.batch_size or 1000, seed=seed
+            )
+            total = min(certified_images, count)
+            certified = summarize(list(tqdm(rows, 'certificates', total, unit=' images', disable=None)), smoothing)
     by_name: dict[str, list[dict[str, Any]]] = {}
     for (name, level), entry in entries.items():
         if name not in ('clean', 'noise'):
@@ -133,6 +145,8 @@ def evaluate(
         'corruptions': by_name,
         'mean_corruption_error': mean_corruption_error(errors),
         'relative_corruption_error': None if takes_cifar_constants(size) else relative_corruption_error(errors),
+        'attacks': attacked,
+        'certificates': certified,
     }
 
 
@@ -168,39 +182,6 @@ def relative_corruption_error(errors: Mapping[str, Sequence[float]]) -> float | 
     return mean_corruption_error({name: [e / ALEXNET_ERRORS[name] for e in each] for name, each in known.items()})
 
 
-@contextmanager
-def pixel_classifier(
-    network: nn.Module, mean: Sequence[float], std: Sequence[float], device: torch.device | str | None = None
-) -> Iterator[tuple[PixelClassifier, torch.device]]:
-    """Wrap a network in a :class:`PixelClassifier` in evaluation mode; restore the modes of its modules afterwards.
-
-    Yields:
-        tuple[PixelClassifier, torch.device]: On the device, which defaults to that of the network's parameters.
-    """
-    modes = [(module, module.training) for module in network.modules()]
-    where = next((parameter.device for parameter in network.parameters()), torch.device('cpu'))
-    where = where if device is None else torch.device(device)
-    try:
-        yield PixelClassifier(network, mean, std).to(where).eval(), where
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def in_pixel_units(images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return images on a device as float32 in [0, 1]; raise UserError if they seem to be normalized."""
-    images = images.to(device)
-    if images.dtype == torch.uint8:
-        return images.float() / 255
-    low, high = (value.item() for value in images.aminmax())
-    if not (low >= -1e-4 and high <= 1 + 1e-4):
-        raise UserError(
-            f'expected images in [0, 1] or uint8, got values from {low:.3g} to {high:.3g}: remove Normalize from the '
-            'transform, and give mean and std instead'
-        )
-    return images.float().clamp(0, 1)
-
-
 _Change = Callable[[torch.Tensor, int], torch.Tensor]  # images and the index of their batch to changed images
 
 
@@ -220,6 +201,37 @@ def _corruption(name: str, severity: int, seed: int) -> _Change:
     return change
 
 
+def _attacked(
+    model: PixelClassifier,
+    device: torch.device,
+    loader: DataLoader,
+    name: str,
+    epsilons: Mapping[str, float],
+    steps: int,
+    seed: int,
+) -> dict[str, Any]:
+    epsilon = epsilons[name.rpartition('_')[2]]
+    count, wrong = 0, 0
+    for batch, (images, labels) in enumerate(tqdm(loader, desc=name, unit=' batches', disable=None)):
+        images, labels = in_pixel_units(images, device), labels.to(device)
+        found = attack(model, images, labels, name, epsilon=epsilon, steps=steps, seed=hash_key(seed, batch))
+        with torch.inference_mode():
+            fooled = [model(each).argmax(1) != labels for each in (images, found)]
+        count, wrong = count + len(labels), wrong + int((fooled[0] | fooled[1]).sum())
+    return {'attack': name, 'epsilon': epsilon, 'steps': steps, 'images': count, 'error': wrong / count}
+
+
+def _one_by_one(
+    indices: Sequence[int], loader: DataLoader, device: torch.device
+) -> Iterator[tuple[int, torch.Tensor, int]]:
+    """Yield the index in the dataset, the image in pixel units and the label."""
+    remaining = iter(indices)
+    for images, labels in loader:
+        for image, label in zip(in_pixel_units(images, device), labels.tolist(), strict=True):
+            yield next(remaining), image, label
+
+
+@torch.inference_mode()
 def _measure(
     model: PixelClassifier,
     device: torch.device,
