@@ -1,9 +1,9 @@
 """Layers above the cut that depend on the whole batch: raw rows pass them as in a step without SBA.
 
-Each such module runs unchanged on the raw rows alone. Normalization: virtual rows are normalized with the batch
-statistics of the raw rows, and running statistics see raw rows only. Dropout, RReLU and stochastic depth: the masks of
-the raw rows come from the global random stream, as they do without SBA, and those of the virtual rows from a separate
-stream. Random functions that are not modules, such as ``F.dropout`` or the dropout of attention, draw for all rows.
+Normalization: all rows are normalized with the batch statistics of the raw rows, and running statistics see raw rows
+only. Dropout, RReLU and stochastic depth: the masks of the raw rows come from the global random stream, as they do
+without SBA, and those of the virtual rows from a separate stream. Random functions that are not modules, such as
+``F.dropout`` or the dropout of attention, draw for all rows.
 """
 
 import hashlib
@@ -15,15 +15,14 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils.hooks import RemovableHandle
 from torchvision.ops import StochasticDepth
 
 from composer_sba.errors import CutLayerError
+from composer_sba.latent.batch_norm import normalize
 from composer_sba.latent.forward_window import in_backward
 from composer_sba.latent.layers import first_tensor, replace_tensor
 
@@ -46,7 +45,10 @@ class AugmentedBatch(Protocol):
 
 
 class BatchLayer:
-    """The hooks that let only raw rows through a module, and compute the virtual rows by a rule of their own.
+    """A module's forward pass that lets raw rows through as without SBA, and handles the virtual rows by a rule.
+
+    It stands for the module's ``forward`` until :meth:`remove`. Hooks could not skip the module's own pass, and would
+    run before or after those that gather the parameters under FSDP2.
 
     Args:
         name (str): The module's name, for messages.
@@ -58,58 +60,58 @@ class BatchLayer:
         self.name = name
         self.module = module
         self.batch = batch
-        self.virtual: torch.Tensor | None = None
-        # FSDP2 takes the parameters away in its own hook. (Elsewhere torch.compile cannot guard a hook put first.)
-        first = isinstance(module, FSDPModule)
-        self.handles: list[RemovableHandle] = [
-            module.register_forward_pre_hook(self.keep_raw, with_kwargs=True),
-            module.register_forward_hook(self.append_virtual, prepend=first, with_kwargs=True),
-        ]
+        # What somebody put there before: another expander, or the owner of the network.
+        self.replaced: Callable[..., torch.Tensor] | None = vars(module).get('forward')
+        vars(module)['forward'] = self.forward
 
     def remove(self) -> None:
-        """Remove the hooks."""
-        for handle in self.handles:
-            handle.remove()
+        """Put back the module's forward pass, also from below one that was put there later."""
+        forward, above = vars(self.module).get('forward'), None
+        while forward != self.forward:
+            above = getattr(forward, '__self__', None)
+            if not isinstance(above, BatchLayer):
+                return  # somebody else replaced it, and calls this one, which now does nothing
+            forward = above.replaced
+        if above is not None:
+            above.replaced = self.replaced
+        elif self.replaced is not None:
+            vars(self.module)['forward'] = self.replaced
+        else:
+            del vars(self.module)['forward']
 
-    def keep_raw(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        """Set the virtual rows aside and pass the raw rows on, if the batch is augmented."""
-        return None if self.batch.raw_rows is None else self._keep_raw(module, args, kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run the module on the raw rows and the rule on the virtual ones, if the batch is augmented."""
+        raw_rows = self.batch.raw_rows
+        if raw_rows is None or not self._separates(first_tensor(args, kwargs), raw_rows):
+            return self._run(*args, **kwargs)
+        rows = first_tensor(args, kwargs)
+        if isinstance(self.module, _BatchNorm):
+            return normalize(self.module, rows, raw_rows)
+        args, kwargs = replace_tensor(args, kwargs, rows[:raw_rows])
+        rule: Callable[..., torch.Tensor] = _instance_norm if isinstance(self.module, _InstanceNorm) else _random
+        return torch.cat([self._run(*args, **kwargs), rule(self.batch, self.module, rows[raw_rows:])])
 
-    def append_virtual(
-        self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor
-    ) -> torch.Tensor | None:
-        """Append the virtual rows to the raw ones."""
-        return None if self.virtual is None else self._append_virtual(module, args, kwargs, output)
+    def _run(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run the module as without SBA."""
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
 
-    def _keep_raw(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        given, raw_rows = first_tensor(args, kwargs), self.batch.raw_rows
-        assert raw_rows is not None
-        rows, expected = len(given), (1 + self.batch.fold) * raw_rows
-        below_the_cut = rows == raw_rows and in_backward()
-        if below_the_cut or (rows != expected and isinstance(module, _RANDOM)):
-            return None
-        if isinstance(module, _NORM):
-            self._refuse(module, rows, expected)
-        if not _depends_on_batch(module):
-            return None
-        self.virtual = given[raw_rows:]
-        return replace_tensor(args, kwargs, given[:raw_rows])
-
-    def _append_virtual(
-        self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor
-    ) -> torch.Tensor:
-        virtual, self.virtual = self.virtual, None
-        assert virtual is not None
-        rule: Callable[..., torch.Tensor] = _random
-        if isinstance(module, _NORM):
-            rule = _batch_norm if isinstance(module, _BatchNorm) else _instance_norm
-        return torch.cat([output, rule(self.batch, module, first_tensor(args, kwargs), virtual)])
+    def _separates(self, rows: torch.Tensor, raw_rows: int) -> bool:
+        """Return whether raw and virtual rows take separate ways; raise CutLayerError if they should and cannot."""
+        count, expected = len(rows), (1 + self.batch.fold) * raw_rows
+        below_the_cut = count == raw_rows and in_backward()
+        if below_the_cut or (count != expected and isinstance(self.module, _RANDOM)):
+            return False
+        if isinstance(self.module, _NORM):
+            self._refuse(self.module, count, expected)
+        return _depends_on_batch(self.module)
 
     def _refuse(self, module: nn.Module, rows: int, expected: int) -> None:
         problem = None
         if rows != expected:
             problem = f'it sees {rows} rows, not {expected}'
-        elif type(module).forward not in _KNOWN_FORWARDS or is_parametrized(module):
+        elif type(module).forward not in _KNOWN_FORWARDS or is_parametrized(module) or _is_foreign(self.replaced):
             problem = f'{type(module).__name__} does more than normalize'
         elif isinstance(module, nn.SyncBatchNorm) and torch.distributed.is_initialized():
             if torch.distributed.get_world_size(module.process_group) > 1:
@@ -121,8 +123,14 @@ class BatchLayer:
             )
 
 
+def _is_foreign(forward: Callable[..., torch.Tensor] | None) -> bool:
+    """Whether somebody other than an expander replaced a module's forward pass by ``forward``."""
+    owner = getattr(forward, '__self__', None)
+    return forward is not None and (not isinstance(owner, BatchLayer) or _is_foreign(owner.replaced))
+
+
 def hook_batch_layers(model: nn.Module, batch: AugmentedBatch, norm_stats: str) -> list[BatchLayer]:
-    """Hook dropout, RReLU and stochastic depth and, under ``norm_stats='raw'``, every normalization over rows."""
+    """Take over dropout, RReLU and stochastic depth and, under ``norm_stats='raw'``, every normalization over rows."""
     kinds = (*_RANDOM, *_NORM) if norm_stats == 'raw' else _RANDOM
     return [BatchLayer(name, module, batch) for name, module in model.named_modules() if isinstance(module, kinds)]
 
@@ -176,27 +184,12 @@ def _depends_on_batch(module: nn.Module) -> bool:
     return module.training and getattr(module, 'p', 1) > 0
 
 
-def _batch_norm(batch: AugmentedBatch, module: _BatchNorm, raw: torch.Tensor, virtual: torch.Tensor) -> torch.Tensor:
-    """Normalize virtual rows with the raw rows' mean and biased variance; gradients flow through both."""
-    rows_and_space = [dim for dim in range(raw.ndim) if dim != 1]
-    wide = torch.promote_types(raw.dtype, torch.float32)
-    variance, mean = torch.var_mean(raw.to(wide), rows_and_space, correction=0)
-    scale = torch.rsqrt(variance + module.eps)
-    if module.weight is not None:
-        scale = scale * module.weight
-    shift = -mean * scale if module.bias is None else module.bias - mean * scale
-    per_channel = (-1, *[1] * (raw.ndim - 2))
-    return torch.addcmul(shift.view(per_channel), virtual.to(wide), scale.view(per_channel)).to(virtual.dtype)
-
-
-def _instance_norm(
-    batch: AugmentedBatch, module: _InstanceNorm, raw: torch.Tensor, virtual: torch.Tensor
-) -> torch.Tensor:
+def _instance_norm(batch: AugmentedBatch, module: _InstanceNorm, virtual: torch.Tensor) -> torch.Tensor:
     return F.instance_norm(virtual, weight=module.weight, bias=module.bias, eps=module.eps)
 
 
 @torch.compiler.disable
-def _random(batch: AugmentedBatch, module: nn.Module, raw: torch.Tensor, virtual: torch.Tensor) -> torch.Tensor:
+def _random(batch: AugmentedBatch, module: nn.Module, virtual: torch.Tensor) -> torch.Tensor:
     """Run the module on the virtual rows with a stream that differs between calls and repeats when a call does."""
     cuda = virtual.device.type == 'cuda'
     state = torch.cuda.get_rng_state(virtual.device) if cuda else torch.get_rng_state()
@@ -207,4 +200,4 @@ def _random(batch: AugmentedBatch, module: nn.Module, raw: torch.Tensor, virtual
             torch.cuda.manual_seed(batch.seed(call))
         else:
             torch.default_generator.manual_seed(batch.seed(call))
-        return module.forward(virtual)
+        return type(module).forward(module, virtual)

@@ -145,8 +145,6 @@ class LatentExpander:
         self._armed = self._raw_rows = None
         self._logit_copies = 0
         self._window.disarm()
-        for layer in self._batch_layers:
-            layer.virtual = None  # left by a forward pass that broke off
 
     @contextmanager
     def armed(self, step: int, microbatch: int = 0) -> Iterator[None]:
