@@ -175,9 +175,9 @@ SITUATIONS = [
 
 
 def hooks(network):
-    kinds = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+    kinds = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks', 'forward')
     return [
-        f'{kind} of {name!r}' for name, module in network.named_modules() for kind in kinds if getattr(module, kind)
+        f'{kind} of {name!r}' for name, module in network.named_modules() for kind in kinds if vars(module).get(kind)
     ]
 
 
