@@ -4,10 +4,12 @@ Run: pytest tests/test_batch_layers.py
 """
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torchvision.ops import StochasticDepth
 
 from composer_sba import LatentExpander, Vicinity
@@ -120,6 +122,39 @@ def test_a_dropout_module_that_runs_twice_draws_twice():
     _, virtual = predict(Twice(), torch.ones(64, 100), 'body', vicinity=Vicinity(1.0, sigma=0.0))
     agree = ((virtual == 0) | (virtual == 3)).float().mean().item()
     assert agree == pytest.approx(0.5, abs=0.03), f'masks agree in {agree:.3f} of the places'
+
+
+@pytest.mark.parametrize('reentrant', [False, True])
+@pytest.mark.parametrize('layer', [nn.Dropout(0.5), nn.AlphaDropout(0.5)])
+def test_segments_that_share_a_random_layer_draw_again_what_they_drew(layer, reentrant):
+    """Checkpointing runs the segments again in the reverse order, so that the first call of each pass is another."""
+
+    class Segments(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk, self.shared, self.head = nn.Linear(8, 64), layer, nn.Linear(64, 3)
+            self.used = [[], []]
+
+        def segment(self, number, h):
+            h = self.shared(torch.tanh(h))
+            self.used[number].append(h.detach().clone())
+            return 2 * h
+
+        def forward(self, x):
+            h = self.trunk(x)
+            for number in range(2):
+                h = checkpoint(partial(self.segment, number), h, use_reentrant=reentrant)
+            return self.head(h)
+
+    model = Segments()
+    expander = LatentExpander(model, 'trunk', M)
+    expander.arm(0)
+    with set_checkpoint_early_stop(False):
+        raw, virtual = expander.split(model(torch.randn(N, 8)))
+    (raw.square().sum() + virtual.square().sum()).backward()
+    expander.disarm()
+    for number, (drawn, again) in enumerate(model.used):
+        assert torch.equal(drawn, again), f'segment {number} draws other masks when it runs again'
 
 
 @pytest.mark.parametrize('layer', [nn.Dropout(0.5), nn.AlphaDropout(0.5), nn.RReLU(), StochasticDepth(0.5, 'row')])

@@ -34,8 +34,15 @@ def test_the_ideal_is_the_count_of_the_studies() -> None:
     assert costs['latent_ba'].ideal == costs['sba'].ideal
     assert costs['naive'].ideal == pytest.approx(1 + costs['sba'].ideal)
     assert costs['ba'].ideal == 4
+    assert costs['twice'].ideal == 2
     assert costs['unarmed'].ideal == 1
     assert all(cost.low <= cost.ratio <= cost.high for cost in costs.values())
+
+
+def test_at_the_input_sba_is_compared_with_twice_the_rows() -> None:
+    costs = {cost.kind: cost for cost in measure(steps('input', 1), ['sba', 'twice'], rounds=1)}
+    assert costs['sba'].ideal == costs['twice'].ideal == 2
+    assert 1.5 < costs['twice'].memory < 2.1, costs
 
 
 def test_memory_grows_with_the_rows_above_the_cut() -> None:

@@ -6,7 +6,6 @@ without SBA, and those of the virtual rows from a separate stream. Random functi
 ``F.dropout`` or the dropout of attention, draw for all rows.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -190,14 +189,28 @@ def _instance_norm(batch: AugmentedBatch, module: _InstanceNorm, virtual: torch.
 
 @torch.compiler.disable
 def _random(batch: AugmentedBatch, module: nn.Module, virtual: torch.Tensor) -> torch.Tensor:
-    """Run the module on the virtual rows with a stream that differs between calls and repeats when a call does."""
-    cuda = virtual.device.type == 'cuda'
-    state = torch.cuda.get_rng_state(virtual.device) if cuda else torch.get_rng_state()
-    # The state of the global stream after the raw rows' draw identifies the call; checkpointing puts it back.
-    call = int.from_bytes(hashlib.blake2b(state.numpy().tobytes(), digest_size=8).digest(), 'little')
-    with torch.random.fork_rng([virtual.device] if cuda else []):
-        if cuda:
-            torch.cuda.manual_seed(batch.seed(call))
+    """Run the module on the virtual rows with draws that differ between calls and repeat when a call does."""
+    device = virtual.device
+    seed = batch.seed(_position(device))
+    if type(module).forward is nn.Dropout.forward:
+        generator = torch.Generator(device).manual_seed(seed)
+        kept = torch.empty_like(virtual, dtype=torch.bool).bernoulli_(1 - module.p, generator=generator)
+        return virtual * kept * (1 / (1 - module.p) if module.p < 1 else 0.0)
+    # The functions of the others take no generator.
+    with torch.random.fork_rng([device] if device.type == 'cuda' else []):
+        if device.type == 'cuda':
+            torch.cuda.manual_seed(seed)
         else:
-            torch.default_generator.manual_seed(batch.seed(call))
+            torch.default_generator.manual_seed(seed)
         return type(module).forward(module, virtual)
+
+
+def _position(device: torch.device) -> int:
+    """Return where the global random stream is after the raw rows' draw, which checkpointing repeats with the draw.
+
+    A count of the module's calls would not do: segments of a network are run again in the reverse order.
+    """
+    if device.type == 'cuda':
+        return int.from_bytes(torch.cuda.get_rng_state(device).numpy().tobytes(), 'little')  # its seed and offset
+    # The Mersenne Twister's: how many of its 624 words are left, and the first two of them.
+    return int.from_bytes(torch.get_rng_state().numpy()[8:40].tobytes(), 'little')

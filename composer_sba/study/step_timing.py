@@ -35,7 +35,7 @@ from composer_sba.study.recipe_index import families
 from composer_sba.study.runs import cut_layers
 from composer_sba.vicinity import Basis, Vicinity
 
-STEP_KINDS = ('plain', 'unarmed', 'sba', 'latent_ba', 'naive', 'ba')
+STEP_KINDS = ('plain', 'unarmed', 'sba', 'twice', 'latent_ba', 'naive', 'ba')
 # Part of a step -> substrings of the operators that belong to it. An operator without a match belongs to the part of
 # the innermost operator around it that has one.
 PROFILE_PARTS = {
@@ -76,7 +76,8 @@ class Steps:
 
     ``plain``: cross-entropy. ``unarmed``: the same with SBA's hooks attached, as at λ(t) = 0. ``sba``: Eq. 11.
     ``latent_ba``: the hard loss of Eq. 9. ``naive``: SBA with two forward passes, one for the raw rows and one that
-    predicts for the virtual rows from the input on. ``ba``: Hoffer et al.'s BA, with M copies of the input.
+    predicts for the virtual rows from the input on. ``ba``: Hoffer et al.'s BA, with M copies of the input. ``twice``:
+    cross-entropy of twice the rows, which are as many as SBA has above a cut at the input with M = 1.
 
     Args:
         network (torch.nn.Module): The network, on its device.
@@ -132,7 +133,7 @@ class Steps:
         if self.compiled:
             yield
             return
-        if kind in ('plain', 'ba'):
+        if kind in ('plain', 'ba', 'twice'):
             self.expander.remove()
         try:
             yield
@@ -142,9 +143,10 @@ class Steps:
     def _loss(self, kind: str) -> torch.Tensor:
         if kind in ('plain', 'unarmed'):
             return F.cross_entropy(self.forward(self.images), self.labels)
-        if kind == 'ba':
-            images = self.images.repeat_interleave(self.fold, 0)
-            return F.cross_entropy(self.forward(images), self.labels.repeat_interleave(self.fold))
+        if kind in ('ba', 'twice'):
+            copies = self.fold if kind == 'ba' else 2
+            images = self.images.repeat_interleave(copies, 0)
+            return F.cross_entropy(self.forward(images), self.labels.repeat_interleave(copies))
         own = self.forward(self.images) if kind == 'naive' else None
         self.expander.arm(self.index)
         logits, virtual = self.expander.split(self.forward(self.images))
@@ -353,7 +355,8 @@ _REPORT = """# Cost of a step, {date}
 The kinds of step take turns, which compares each with a plain step of about the same time. Ratios are medians over
 rounds [quartiles]. Ideal is the ratio of the executed operations (convolutions, matrix products, Σ). Memory is the peak
 of a step beyond what is held between steps. A plain step has no hooks. An unarmed step has SBA's hooks, as at λ(t) = 0.
-An SBA step has λ(t) = 1. Naive SBA uses a second forward pass, from the input on, for the virtual rows.
+An SBA step has λ(t) = 1. Naive SBA uses a second forward pass, from the input on, for the virtual rows. Twice is a
+plain step of twice the rows, as many as an SBA step has with M = 1 at the input.
 
 {table}
 
@@ -395,7 +398,7 @@ def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _default_kinds(fold: int) -> list[str]:
-    left_out = {'plain', 'ba'} if fold > _BA_FOLD else {'plain'}
+    left_out = {'plain', *(['ba'] if fold > _BA_FOLD else []), *(['twice'] if fold > 1 else [])}
     return [kind for kind in STEP_KINDS if kind not in left_out]
 
 
