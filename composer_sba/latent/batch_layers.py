@@ -192,7 +192,7 @@ def _random(batch: AugmentedBatch, module: nn.Module, virtual: torch.Tensor) -> 
     """Run the module on the virtual rows with draws that differ between calls and repeat when a call does."""
     device = virtual.device
     seed = batch.seed(_position(device))
-    if type(module).forward is nn.Dropout.forward:
+    if isinstance(module, nn.Dropout) and type(module).forward is nn.Dropout.forward:
         generator = torch.Generator(device).manual_seed(seed)
         kept = torch.empty_like(virtual, dtype=torch.bool).bernoulli_(1 - module.p, generator=generator)
         return virtual * kept * (1 / (1 - module.p) if module.p < 1 else 0.0)

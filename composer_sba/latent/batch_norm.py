@@ -25,7 +25,7 @@ def normalize(module: _BatchNorm, rows: torch.Tensor, raw_rows: int) -> torch.Te
         ValueError: If the shape does not fit the layer, or the raw rows have only one value per channel.
     """
     module._check_input_dim(rows)
-    F._verify_batch_size(torch.Size([raw_rows, *rows.shape[1:]]))
+    F._verify_batch_size(torch.Size([raw_rows, *rows.shape[1:]]))  # type: ignore[attr-defined]  # torch's stubs omit it
     running_mean = running_var = None
     momentum = 0.0
     if module.training and module.track_running_stats:
