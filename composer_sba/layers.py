@@ -8,7 +8,6 @@ import importlib
 import math
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from math import prod
 from typing import Any
 
@@ -21,13 +20,12 @@ from rich.table import Table
 from torch import nn
 from yaml import YAMLError
 
+from composer_sba import libraries
 from composer_sba.errors import UserError, nearest, one_line
 from composer_sba.latent.cut_survey import Cut, survey
 from composer_sba.models import MODELS
 
 PIXELS = {'digits_net': 8, 'resnet_cifar': 32, 'vgg16_cifar': 32, 'alexnet_cifar': 32, 'inception_v3': 299}  # else 224
-# By default, these return auxiliary outputs in training.
-ARGUMENTS = {name: {'aux_logits': False, 'init_weights': True} for name in ('googlenet', 'inception_v3')}
 
 
 def main(argv: Sequence[str] | None = None, prog: str = 'python -m composer_sba.layers') -> int:
@@ -44,8 +42,9 @@ def main(argv: Sequence[str] | None = None, prog: str = 'python -m composer_sba.
     try:
         if given.fold < 1:
             raise UserError(f'--fold: expected M >= 1, got {given.fold}')
-        network = build(given.model, _arguments(given))
-        pixels = given.image_size or PIXELS.get(given.model, 224)
+        arguments = _arguments(given)
+        network = build(given.model, arguments)
+        pixels = given.image_size or _pixels(given.model, arguments)
         cuts = survey(network, (given.channels, pixels, pixels))
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
@@ -60,7 +59,8 @@ def build(model: str, arguments: dict[str, Any]) -> nn.Module:
     """Build a network by name, with random weights.
 
     Args:
-        model (str): A model of this package's recipes, a classifier of torchvision, or ``module:factory``.
+        model (str): A model that recipes can name, a classifier of torchvision without the library's name, or
+            ``module:factory``.
         arguments (dict): The keyword arguments of the model.
 
     Returns:
@@ -85,9 +85,22 @@ def _factory(model: str) -> Callable[..., Any]:
     if model in MODELS:
         return MODELS[model]
     known = torchvision.models.list_models(module=torchvision.models)
-    if model not in known:
+    if '/' not in model and model not in known:
         raise UserError(f"--model: unknown model '{model}'{nearest(model, [*MODELS, *known])}; or give module:factory")
-    return partial(torchvision.models.get_model, model, weights=None, **ARGUMENTS.get(model, {}))
+    try:
+        return libraries.find(_in_library(model)).build
+    except UserError as error:
+        raise UserError(f'--model: {error}') from error
+
+
+def _pixels(model: str, arguments: dict[str, Any]) -> int:
+    if model in PIXELS or model in MODELS or ':' in model:
+        return PIXELS.get(model, 224)
+    return libraries.find(_in_library(model)).data_config(arguments).get('crop_size', 224)
+
+
+def _in_library(model: str) -> str:
+    return model if '/' in model else f'torchvision/{model}'
 
 
 def _imported(module: str, factory: str) -> Any:
@@ -158,15 +171,16 @@ def _parser(prog: str = 'python -m composer_sba.layers') -> argparse.ArgumentPar
         '--model',
         required=True,
         metavar='NAME',
-        help='a model of the recipes (resnet_cifar), a classifier of torchvision (convnext_tiny), or module:factory, a '
-        'function that returns an nn.Module, in a module that can be imported from the current directory',
+        help='a model of the recipes (resnet_cifar, timm/resnet18, huggingface/FOLDER), a classifier of torchvision '
+        '(convnext_tiny), or module:factory, a function that returns an nn.Module, in a module that can be imported '
+        'from the current directory',
     )
     parser.add_argument('--fold', type=int, default=4, metavar='M', help='virtual samples per image (default: 4)')
     parser.add_argument(
         '--image-size',
         type=int,
         metavar='N',
-        help='side of the images in pixels (default: 224, or the size for which a model of the recipes is made)',
+        help='side of the images in pixels (default: 224, or the size for which the model is made)',
     )
     parser.add_argument('--channels', type=int, default=3, metavar='C', help='channels of the images (default: 3)')
     parser.add_argument('--num-classes', type=int, metavar='K', help="classes (default: the model's)")

@@ -19,7 +19,7 @@ from torch import nn
 
 from composer_sba.algorithms._composer import network_of
 from composer_sba.algorithms.seed_each_batch import SeedEachBatch
-from composer_sba.data.loader import DatasetConfig, build_dataspec, dataset_classes
+from composer_sba.data.loader import DatasetConfig, build_dataspec, dataset_classes, image_size
 from composer_sba.errors import RecipeError, UserError
 from composer_sba.models import classifier
 from composer_sba.recipe.checkpoints import (
@@ -70,6 +70,7 @@ def build_trainer(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
             parts['callbacks'].append(RestOfEpoch())
         parts['train_dataloader'] = _data(recipe, 'train_dataset', rows)
         parts['eval_dataloader'] = _data(recipe, 'eval_dataset', recipe.device_eval_batch_size or rows)
+        _check_image_sizes(recipe, parts['model'])
         trainer = _trainer(recipe, parts)
         folder = _local_folder(recipe)
         for saver in [each for each in trainer.state.callbacks if isinstance(each, CheckpointSaver)]:
@@ -274,6 +275,21 @@ def _build(recipe: Recipe, section: str, name: str, arguments: Mapping[str, Any]
     if section in NAMED:
         mark(component, entry, arguments)
     return component
+
+
+def _check_image_sizes(recipe: Recipe, model: nn.Module) -> None:
+    """Raise RecipeError if a library's model takes no images of a dataset's size."""
+    sections = {key: getattr(recipe, key) for key in ('train_dataset', 'eval_dataset')}
+    configs = {key: DatasetConfig(**values) for key, values in sections.items() if values is not None}
+    for section, config in configs.items() if '/' in recipe.model['name'] else ():
+        size = image_size(config)
+        try:
+            with torch.no_grad():
+                model.eval()((torch.zeros(1, 3, size, size), None))
+        except Exception as error:  # of a type that depends on the network
+            problem = f'takes no images of {size}x{size} pixels, as {section} {config.name} has: {problem_of(error)}'
+            raise recipe.sources.error('model', problem) from error
+    model.train()
 
 
 def _data(recipe: Recipe, section: str, rows: int) -> DataSpec | None:

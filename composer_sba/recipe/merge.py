@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from composer_sba.errors import RecipeError, nearest, one_line
+from composer_sba.errors import RecipeError, UserError, nearest, one_line
 from composer_sba.recipe import registry
 from composer_sba.recipe.signature import as_yaml
 
@@ -167,7 +167,10 @@ def _with_listed_names(source: Sources, values: Mapping[str, Any]) -> dict[str, 
 
 
 def _listed_name(source: Sources, section: str, name: str, key: str) -> str:
-    listed = registry.canonical(section, name)
+    try:
+        listed = registry.canonical(section, name)
+    except UserError as error:
+        raise source.error(key, one_line(error)) from error
     if listed is None:
         kind = section.removesuffix('s')
         raise source.error(key, f"unknown {kind} '{name}'{nearest(name, registry.components(section))}")

@@ -16,11 +16,11 @@ from composer.utils.reproducibility import MAX_SEED
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from composer_sba.data.config import DatasetConfig
-from composer_sba.errors import nearest, one_line
+from composer_sba.data.config import KNOWN_DATASETS, DatasetConfig
+from composer_sba.errors import UserError, nearest, one_line
 from composer_sba.recipe.merge import NAMED, SINGLE, Sources, read
 from composer_sba.recipe.redact import HIDDEN, redact
-from composer_sba.recipe.registry import component_errors, components
+from composer_sba.recipe.registry import component_errors, components, data_config
 from composer_sba.recipe.signature import argument_errors, as_yaml
 
 MAX_TIMEOUT = 10**9  # seconds, which is 30 years
@@ -73,8 +73,10 @@ class Recipe(TrainerOptions):
     """A complete training run, read by :func:`load` and built by :mod:`composer_sba.recipe.build`.
 
     Args:
-        model (dict): ``name`` in ``composer_sba.models.MODELS`` and its arguments, including ``num_classes``.
-        train_dataset (dict): The fields of :class:`composer_sba.data.DatasetConfig`.
+        model (dict): ``name`` in ``composer_sba.models.MODELS``, or a model of a library
+            (:mod:`composer_sba.libraries`), and its arguments, including ``num_classes``.
+        train_dataset (dict): The fields of :class:`composer_sba.data.DatasetConfig`. :func:`load` adds what a library's
+            model expects of its images: ``mean``, ``std``, ``crop_size`` and ``resize_size``.
         eval_dataset (dict, optional): The same for evaluation. Default: ``None``, no evaluation.
         optimizer (dict): ``name`` and arguments. ``decay_norm_and_bias: false`` exempts normalization layers and biases
             (parameters of one dimension) from weight decay.
@@ -146,6 +148,13 @@ def load(path: str | Path | Sequence[str | Path], overrides: Sequence[str] = ())
     resolved = _with_home(resolved)
     for key, problem in _errors(resolved):
         raise sources.error(key, problem)
+    try:
+        images = data_config(resolved['model'])
+    except (UserError, OSError) as error:
+        raise sources.error('model.name', one_line(error)) from error
+    for section in ('train_dataset', 'eval_dataset'):
+        if resolved[section] is not None:
+            resolved[section] = _with_defaults(resolved[section], images)
     return Recipe(**resolved, sources=sources)
 
 
@@ -163,6 +172,16 @@ def to_yaml(recipe: Recipe) -> str:
 def component_arguments(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a section of one component, without its name and ``decay_norm_and_bias``."""
     return {key: value for key, value in entry.items() if key not in ('name', DECAY_ALL)}
+
+
+def _with_defaults(dataset: dict[str, Any], images: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a dataset the statistics and sizes that its model expects, unless it has its own or images of one size."""
+    known = KNOWN_DATASETS.get(dataset['name'])
+    sizes = ('crop_size', 'resize_size')
+    fixed = known is None or known.size is not None or any(dataset.get(key) is not None for key in sizes)
+    return dataset | {
+        key: value for key, value in images.items() if dataset.get(key) is None and not (fixed and key in sizes)
+    }
 
 
 def _with_home(values: Any) -> Any:

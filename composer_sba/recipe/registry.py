@@ -68,6 +68,22 @@ def components(section: str) -> dict[str, Build]:
     return {_list_name(cls): cls for cls in [*own, *_public(module, base)]}
 
 
+def find(section: str, name: str) -> Build:
+    """Return what builds a component.
+
+    Args:
+        section (str): As in :func:`components`.
+        name (str): As :func:`components` lists it, or a model of a library, such as ``'timm/resnet18'``.
+
+    Returns:
+        Callable: The class or function.
+
+    Raises:
+        UserError: If a library, or its model, does not exist or is not installed.
+    """
+    return _library_model(name).build if _is_of_library(section, name) else components(section)[name]
+
+
 def canonical(section: str, name: str) -> str | None:
     """Return the name that :func:`components` lists for a name as a user writes it.
 
@@ -78,12 +94,18 @@ def canonical(section: str, name: str) -> str | None:
         name (str): The user's name.
 
     Returns:
-        str | None: The listed name; None if no component has it.
+        str | None: The listed name, or that of a library's model as it is; None if no component has it.
+
+    Raises:
+        UserError: As :func:`find`, for a name with a library.
 
     Example:
         >>> canonical('algorithms', 'MixUp'), canonical('loggers', 'wandb_logger'), canonical('algorithms', 'mixpu')
         ('mixup', 'wandb', None)
     """
+    if _is_of_library(section, name):
+        find(section, name)
+        return name
     listed = {_letters(each): each for each in components(section)}
     return listed.get(_letters(name)) or listed.get(_SUFFIX.sub('', _letters(name)))
 
@@ -99,7 +121,7 @@ def component_errors(section: str, name: str, arguments: Mapping[str, Any]) -> I
     Yields:
         tuple[str, str]: The dotted key of an argument, and what is wrong with it.
     """
-    build = components(section)[name]
+    build = find(section, name)
     others = dict(arguments)
     for key in _scheduled(build, arguments):
         scheduler = others.pop(key)
@@ -130,7 +152,7 @@ def construct(section: str, name: str, arguments: Mapping[str, Any], *supplied: 
         ValueError: If the component refuses a value.
         ImportError: If the component needs a library that is not installed; the message is one line.
     """
-    build, given = components(section)[name], dict(arguments)
+    build, given = find(section, name), dict(arguments)
     for key in _scheduled(build, arguments):
         listed = str(canonical('scheduler', str(given[key]['name'])))
         given[key] = construct('scheduler', listed, _without_name(given[key]))
@@ -140,6 +162,26 @@ def construct(section: str, name: str, arguments: Mapping[str, Any], *supplied: 
         group = re.search(r'mosaicml\[([\w,]+)\]', str(error))
         package = f"'mosaicml[{group.group(1)}]'" if group else name
         raise ImportError(f'needs a library that is not installed: pip install {package}') from error
+
+
+def data_config(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a recipe's dataset that follow from its model.
+
+    Args:
+        model (Mapping[str, Any]): The section of the model: its name and arguments.
+
+    Returns:
+        dict[str, Any]: ``mean``, ``std``, ``crop_size`` and ``resize_size`` as the library of the model gives them; a
+        model of this package has none.
+
+    Raises:
+        UserError: If the configuration of the model cannot be read.
+
+    Example:
+        >>> data_config({'name': 'torchvision/resnet18', 'pretrained': True})['resize_size']
+        256
+    """
+    return _library_model(model['name']).data_config(model) if _is_of_library('model', model['name']) else {}
 
 
 def algorithm_passes() -> list[AlgorithmPass]:
@@ -156,6 +198,14 @@ def _scheduled(build: Build, arguments: Mapping[str, Any]) -> list[str]:
 
 def _without_name(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in arguments.items() if key != 'name'}
+
+
+def _is_of_library(section: str, name: str) -> bool:
+    return section == 'model' and '/' in name
+
+
+def _library_model(name: str) -> Any:
+    return pkgutil.resolve_name('composer_sba.libraries:find')(name)
 
 
 def _letters(name: str) -> str:
