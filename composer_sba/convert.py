@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None, prog: str = 'python -m composer_sba.
         '--source',
         help='folder with train/<class>/ and val/<class>/ or test/<class>/ (also for ImageNet), or an archive of one '
         '(.tar, .tar.gz, .tar.bz2, .tar.xz, .zip); for CIFAR also the original cifar-10-python.tar.gz, '
-        'cifar-100-python.tar.gz or their unpacked folders; digits need none',
+        'cifar-100-python.tar.gz or their unpacked folders; for cifar10c CIFAR-10-C.tar or its folder; digits need '
+        'none',
     )
     parser.add_argument('--out', help='folder to make (default: data/<dataset>)')
     parser.add_argument('--overwrite', action='store_true', help='replace an existing dataset')
@@ -42,8 +43,12 @@ def main(argv: Sequence[str] | None = None, prog: str = 'python -m composer_sba.
         print(f'error: {error}', file=sys.stderr)
         return 2
     seconds = time.perf_counter() - start
-    images = ' and '.join(f'{count:,} {split}' for split, count in counts.items())
-    print(f'{images} images in {seconds:.1f} s ({sum(counts.values()) / seconds:,.0f} images/s): {out}')
+    total = sum(counts.values())
+    few = ' and '.join(f'{count:,} {split}' for split, count in counts.items())
+    print(f'{few if len(counts) == 2 else total} images in {seconds:.1f} s ({total / seconds:,.0f} images/s): {out}')
+    if args.dataset == 'cifar10c':
+        print(f'To evaluate: composer-sba evaluate --checkpoint FILE --published {out}')
+        return 0
     print(
         f'In a recipe:\n  train_dataset: {{name: {args.dataset}, local: {out}, split: train}}\n'
         f'  eval_dataset: {{name: {args.dataset}, local: {out}, split: val}}'

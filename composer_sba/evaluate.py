@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -25,7 +25,7 @@ from torchvision.datasets import ImageFolder
 
 from composer_sba.data.config import DatasetConfig, resolve
 from composer_sba.data.loader import build_dataloader, dataset_classes
-from composer_sba.data.mds_index import INDEX
+from composer_sba.data.mds_index import INDEX, RECORD
 from composer_sba.data.transforms import mean_and_std, transform
 from composer_sba.errors import DatasetError, UserError, nearest, one_line
 from composer_sba.provenance import commit, hardware, versions
@@ -125,7 +125,7 @@ def evaluate_checkpoint(
         mean, std = mean_and_std(config)
         pixels = replace(config, mean=[0.0] * 3, std=[1.0] * 3, augment=False, shuffle=False)
         loader = build_dataloader(pixels, rows, device=device)
-        corrupted = None if published is None else _published_loaders(published, pixels, rows, device)
+        corrupted = None if published is None else _published(published, pixels, rows, device)
     except (UserError, OSError) as error:
         raise recipe.sources.error('eval_dataset', one_line(error)) from error
     digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
@@ -254,28 +254,30 @@ def _append(record: Mapping[str, Any], path: Path) -> str:
     return str(path)
 
 
-def _published_loaders(
+def _published(
     folder: Path, config: DatasetConfig, rows: int, device: torch.device
-) -> dict[str, dict[int, DataLoader]]:
-    """Return the batches of ``<corruption>/<severity>/`` in a folder: MDS shards, or classes of images."""
-    loaders: dict[str, dict[int, DataLoader]] = {}
-    for path in sorted(folder.glob('*/[1-5]')):
+) -> Iterator[tuple[str, int, DataLoader]]:
+    """Yield corruption, severity and batches of each ``<corruption>/<severity>/``, shards or class folders."""
+    config = resolve(config)
+    paths = sorted(folder.glob('*/[1-5]'))
+    if not paths:
+        problem = f'--published {folder} has no <corruption>/<severity>/ folders'
+        raise UserError(f'{problem}: unpack ImageNet-C there, or convert CIFAR-10-C')
+    for path in paths:
+        corruption, severity = path.parts[-2:]
         if (path / INDEX).is_file():
-            known = replace(config, name='cifar10c', local=str(folder), split=f'{path.parent.name}/{path.name}')
-            loader = build_dataloader(replace(known, in_memory=False, subset=None), rows, device=device)
+            split = DatasetConfig('cifar10c', str(folder), split=f'{corruption}/{severity}', in_memory=True)
+            loader = build_dataloader(replace(split, mean=config.mean, std=config.std), rows, device=device)
         else:
-            side = resolve(config).crop_size  # published images are cropped already
-            images = ImageFolder(str(path), transform(replace(config, resize_size=side)))
-            if len(images.classes) != dataset_classes(config):
-                problem = f'has {len(images.classes)} classes, expected {dataset_classes(config)}'
-                raise DatasetError(f'{path} {problem}')
-            loader = DataLoader(images, rows, num_workers=config.num_workers or 0)
-        loaders.setdefault(path.parent.name, {})[int(path.name)] = loader
-    if not loaders:
-        raise DatasetError(
-            f'{folder} has no <corruption>/<severity>/ folders: unpack ImageNet-C, or convert CIFAR-10-C'
-        )
-    return loaders
+            unscaled = replace(config, resize_size=config.crop_size)  # the images have been cropped
+            images = ImageFolder(str(path), transform(unscaled))
+            classes = config.read_index().get(RECORD, {}).get('classes', images.classes)
+            if images.classes != classes or len(classes) != dataset_classes(config):
+                problem = f'has {len(images.classes)} classes, {images.classes[:3]} and others'
+                raise UserError(f'{path} {problem}: expected those of {config.folder}')
+            cores = min(len(os.sched_getaffinity(0)), 8)
+            loader = DataLoader(images, rows, num_workers=cores if config.num_workers is None else config.num_workers)
+        yield corruption, int(severity), loader
 
 
 def _list_of(kind: Callable[[str], Any], known: Sequence[Any] = ()) -> Callable[[str], list[Any]]:

@@ -11,6 +11,11 @@ from streaming.base.format.mds import MDSReader
 
 MODES = {'a.jpg': 'RGB', 'b.jpg': 'L', 'c.jpg': 'CMYK', 'd.png': 'P', 'e.png': 'RGBA', 'f.png': 'LA', 'g.webp': 'RGB'}
 
+CIFAR10C = (
+    'brightness contrast defocus_blur elastic_transform fog frost gaussian_blur gaussian_noise glass_blur '
+    'impulse_noise jpeg_compression motion_blur pixelate saturate shot_noise snow spatter speckle_noise zoom_blur'
+).split()
+
 
 def picture(mode: str = 'RGB', size: tuple[int, int] = (12, 10), seed: int = 0) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 4), np.uint8)
@@ -70,3 +75,13 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def visible(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if not path.name.endswith('.lock'))
+
+
+def cifar10c_arrays(folder: Path, size: int = 4) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """CIFAR-10-C's layout with ``size`` images instead of 10,000; returns arrays by corruption, and all labels."""
+    folder.mkdir(parents=True)
+    rng, labels = np.random.default_rng(0), np.tile(np.arange(size) % 10, 5).astype(np.uint8)
+    arrays = {name: rng.integers(0, 256, (5 * size, 32, 32, 3), np.uint8) for name in CIFAR10C}
+    for name, array in {**arrays, 'labels': labels}.items():
+        np.save(folder / f'{name}.npy', array)
+    return arrays, labels

@@ -11,11 +11,13 @@ import pytest
 import torch
 from composer import Trainer
 from composer.models import ComposerClassifier
+from PIL import Image
 from scipy.stats import norm
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from composer_sba.data import DatasetConfig, build_dataloader
+from composer_sba.convert import main as convert_main
+from composer_sba.data import DatasetConfig, build_dataloader, convert, transform
 from composer_sba.errors import UserError
 from composer_sba.evaluate import main
 from composer_sba.models import digits_net
@@ -31,6 +33,7 @@ from composer_sba.robustness import (
 )
 from composer_sba.train import main as train_main
 from composer_sba.train import train
+from conversions import CIFAR10C, cifar10c_arrays, cifar_batches, image_folder
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 SHORT = ['max_duration=2ba', 'progress_bar=false', 'train_dataset.in_memory=true', 'eval_dataset.in_memory=true']
@@ -236,6 +239,61 @@ def test_the_command_prints_a_table_and_writes_line_and_figure(recipe_options, t
     ):
         assert row in printed, printed
     assert (out / 'error_under_noise.png').read_bytes().startswith(b'\x89PNG')
+
+
+def slow_error(network, config, images, labels):
+    """The share of images, uint8 of shape (N, H, W, 3), that a network predicts wrongly."""
+    batch = torch.stack([transform(config)(Image.fromarray(image)) for image in images])
+    return (network.eval()(batch).argmax(1) != torch.tensor(labels)).double().mean().item()
+
+
+def test_cifar10c_is_read_by_corruption_and_severity(tmp_path, capsys):
+    arrays, labels = cifar10c_arrays(tmp_path / 'CIFAR-10-C', size=10)
+    cifar_batches(tmp_path / 'batches')
+    for name, source in (('cifar10', 'batches'), ('cifar10c', 'CIFAR-10-C')):
+        assert convert_main([name, '--source', source]) == 0
+    assert 'evaluate --checkpoint FILE --published data/cifar10c' in capsys.readouterr().out
+    options = ['max_duration=1ba', 'progress_bar=false', 'train_dataset.in_memory=true', 'eval_dataset.in_memory=true']
+    arguments = ['-f', 'resnet8_cifar10_baseline.yaml', *options, 'save_folder=run', 'global_train_batch_size=50']
+    assert train_main([*arguments, 'eval_interval=1ba']) == 0
+    network, _ = load_network(load('run/recipe.yaml'), Path('run/latest-rank0.pt'))
+    command = ['--checkpoint', 'run/latest-rank0.pt', '--published', 'data/cifar10c', '--sigmas', '0']
+    assert main([*command, '--attacks', 'none']) == 0
+    line = json.loads(Path('run/evaluation.jsonl').read_text())
+    assert set(line['corruptions']) == set(CIFAR10C)
+    config, errors = DatasetConfig('cifar10', augment=False), []
+    for name, entries in line['corruptions'].items():
+        for severity, entry in enumerate(entries, start=1):
+            block = slice(10 * (severity - 1), 10 * severity)
+            errors.append(slow_error(network, config, arrays[name][block], labels[block].tolist()))
+            assert (entry['severity'], entry['error']) == (severity, pytest.approx(errors[-1])), name
+    assert len(errors) == 95 and line['mean_corruption_error'] == pytest.approx(np.mean(errors))
+    assert main([*command[:2], '--published', 'run']) == 2
+    assert '--published run has no <corruption>/<severity>/ folders' in capsys.readouterr().err
+
+
+def test_imagenet_c_is_read_as_folders_of_images(tmp_path, capsys):
+    convert('imagefolder', image_folder(tmp_path / 'source'), tmp_path / 'images')
+    source = '{name: imagefolder, local: images, crop_size: 8, resize_size: 9, num_workers: 0}'
+    datasets = [f'train_dataset={source}', f'eval_dataset={source}', 'eval_dataset.split=val', 'model.num_classes=3']
+    assert train_main(['-f', 'digits_baseline.yaml', *datasets, 'max_duration=1ba', 'save_folder=run']) == 0
+    images, labels = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8), [i // 4 for i in range(12)]
+    for severity in (2, 5):
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            folder = tmp_path / 'published' / 'fog' / str(severity) / ('ant', 'bee', 'cat')[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image // severity).save(folder / f'{i:02}.png')
+    command = ['--checkpoint', 'run/latest-rank0.pt', '--published', 'published', '--attacks', 'none']
+    assert main(command) == 0
+    network, _ = load_network(load('run/recipe.yaml'), Path('run/latest-rank0.pt'))
+    config = DatasetConfig('imagefolder', 'images', split='val', crop_size=8, resize_size=8)
+    line = json.loads(Path('run/evaluation.jsonl').read_text())
+    expected = [(s, pytest.approx(slow_error(network, config, images // s, labels))) for s in (2, 5)]
+    assert [(entry['severity'], entry['error']) for entry in line['corruptions']['fog']] == expected
+    (tmp_path / 'published' / 'fog' / '5' / 'ant').rename(tmp_path / 'published' / 'fog' / '5' / 'wasp')
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "fog/5 has 3 classes, ['bee', 'cat', 'wasp'] and others: expected those of" in capsys.readouterr().err
 
 
 def test_surgery_of_the_recipe_is_part_of_the_network(recipe_options, tmp_path):

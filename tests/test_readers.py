@@ -26,7 +26,18 @@ from composer_sba.convert import main
 from composer_sba.data.conversion import convert
 from composer_sba.data.readers import unpack
 from composer_sba.errors import DatasetError
-from conversions import cifar_batches, content, image_folder, record, samples, small_folder, text_file, visible
+from conversions import (
+    CIFAR10C,
+    cifar10c_arrays,
+    cifar_batches,
+    content,
+    image_folder,
+    record,
+    samples,
+    small_folder,
+    text_file,
+    visible,
+)
 
 
 @pytest.mark.parametrize('held_out', ['val', 'test'])
@@ -65,6 +76,61 @@ def test_cifar10_batches_are_lossless_from_folder_and_archive(tmp_path: Path) ->
     found = np.stack([np.asarray(Image.open(io.BytesIO(sample['x']))) for sample in samples(tmp_path / 'a' / 'val')])
     np.testing.assert_array_equal(found, pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
     assert record(tmp_path / 'a' / 'val')['classes'][3] == 'class3'
+
+
+def test_cifar10c_blocks_become_splits(tmp_path: Path) -> None:
+    arrays, labels = cifar10c_arrays(tmp_path / 'CIFAR-10-C')
+    (tmp_path / 'CIFAR-10-C' / 'README.txt').write_text('left out')
+    with tarfile.open(tmp_path / 'CIFAR-10-C.tar', 'w') as archive:
+        archive.add(tmp_path / 'CIFAR-10-C', 'CIFAR-10-C')
+    counts = convert('cifar10c', tmp_path / 'CIFAR-10-C', tmp_path / 'a')
+    assert counts == {f'{name}/{severity}': 4 for name in sorted(CIFAR10C) for severity in range(1, 6)}
+    assert len(CIFAR10C) == 19
+    convert('cifar10c', tmp_path / 'CIFAR-10-C.tar', tmp_path / 'b')
+    assert content(tmp_path / 'a') == content(tmp_path / 'b')
+    for name in ('brightness', 'snow', 'zoom_blur'):
+        for severity in (1, 3, 5):
+            found = samples(tmp_path / 'a' / name / str(severity))
+            block = slice(4 * (severity - 1), 4 * severity)
+            pixels = np.stack([np.asarray(Image.open(io.BytesIO(sample['x']))) for sample in found])
+            assert np.array_equal(pixels, arrays[name][block]), (name, severity)
+            assert [sample['y'] for sample in found] == labels[block].tolist()
+    assert record(tmp_path / 'a' / 'fog' / '2')['classes'][:3] == ['airplane', 'automobile', 'bird']
+    with pytest.raises(DatasetError, match='already holds a dataset'):
+        convert('cifar10c', tmp_path / 'CIFAR-10-C', tmp_path / 'a')
+
+
+@pytest.mark.parametrize(
+    ('name', 'array', 'line'),
+    [
+        ('labels', None, r'labels.npy of CIFAR-10-C: nothing to convert'),
+        ('labels', np.zeros(19, np.uint8), r'labels.npy: labels of shape \(19,\) are not those of one test set'),
+        ('labels', np.arange(20, dtype=np.uint8) % 10, r'labels.npy: labels of shape \(20,\) are not those'),
+        ('labels', np.zeros((5, 4), np.uint8), r'labels.npy: labels of shape \(5, 4\)'),
+        ('labels', np.full(20, 10, np.uint8), r'labels.npy: labels from 10 to 10, expected 0 to 9'),
+        ('fog', None, r'fog.npy: is missing: download the archive again'),
+        ('fog', np.zeros((20, 32, 32), np.uint8), r'fog.npy: uint8 of shape \(20, 32, 32\), expected uint8 of'),
+        ('fog', np.zeros((16, 32, 32, 3), np.uint8), r'fog.npy: uint8 of shape \(16, 32, 32, 3\), expected'),
+        ('fog', np.zeros((20, 32, 32, 3)), r'fog.npy: float64 of shape'),
+        ('fog', np.array([print]), r'fog.npy: not a readable array \(.*: download the archive again'),
+        ('fog', b'\x93NUMPY', r'fog.npy: not a readable array \('),
+        ('fog', 'cut', r'fog.npy: not a readable array \('),
+    ],
+)
+def test_a_damaged_cifar10c_is_refused(tmp_path: Path, name: str, array: Any, line: str, capsys: Any) -> None:
+    folder = tmp_path / 'CIFAR-10-C'
+    cifar10c_arrays(folder)
+    path = folder / f'{name}.npy'
+    if array is None:
+        path.unlink()
+    elif isinstance(array, np.ndarray):
+        np.save(path, array, allow_pickle=True)
+    else:
+        path.write_bytes(path.read_bytes()[:-100] if array == 'cut' else array)
+    assert main(['cifar10c', '--source', str(folder), '--out', str(tmp_path / 'out')]) == 2
+    error = capsys.readouterr().err
+    assert re.search(line, error) and error.count('\n') == 1, error
+    assert not (tmp_path / 'out').exists()
 
 
 def test_cifar100_batches_have_fine_labels(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ KNOWN_DATASETS = {
     'cifar100': KnownDataset(100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), size=32, padding=4),
     'imagenet': KnownDataset(1000, *_IMAGENET),
     'imagefolder': KnownDataset(None, *_IMAGENET),
+    'cifar10c': KnownDataset(10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), size=32, padding=4),
 }
 
 
@@ -48,14 +49,14 @@ class DatasetConfig:
     """The keys of a recipe's ``train_dataset:`` and ``eval_dataset:``."""
 
     name: str
-    """Dataset: 'digits', 'cifar10', 'cifar100', 'imagenet' or 'imagefolder'."""
+    """Dataset: 'digits', 'cifar10', 'cifar100', 'imagenet', 'imagefolder' or 'cifar10c'."""
     local: str | None = None
     """Folder of the MDS dataset, or the local cache of ``remote``. None: data/<name>. The digits are made on first
     use. A leading ~ is the home folder."""
     remote: str | None = None
     """Where Streaming downloads the dataset from: s3://..., gs://..., or a folder. None: ``local`` is complete."""
     split: str = 'train'
-    """Sub-folder: 'train' or 'val'."""
+    """Sub-folder: 'train' or 'val'; of cifar10c, '<corruption>/<severity>'."""
     augment: bool | None = None
     """Whether to use the random transforms for training. None: if split is 'train'."""
     shuffle: bool | None = None

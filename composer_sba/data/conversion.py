@@ -1,9 +1,9 @@
 """Conversion of images to MDS shards, the format that Streaming reads.
 
-Each split becomes a folder (``train``, ``val``) of shards with two columns: ``x``, the unchanged bytes of the image
-file, and ``y``, the index of its class among the sorted class names. Images that are arrays are stored as PNG, which is
-lossless. Converting twice gives the same bytes. ``index.json`` records the class names and the statistics of the
-channels under ``composer_sba``, and so takes them along to a remote.
+Each split becomes a folder (``train``, ``val``; of CIFAR-10-C, ``<corruption>/<severity>``) of shards with two columns:
+``x``, the unchanged bytes of the image file, and ``y``, the index of its class among the sorted class names. Images
+that are arrays are stored as PNG, which is lossless. Converting twice gives the same bytes. ``index.json`` records the
+class names and the statistics of the channels under ``composer_sba``, and so takes them along to a remote.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 def convert(
     name: str, source: str | Path | None, out: str | Path, *, overwrite: bool = False, exist_ok: bool = False
 ) -> dict[str, int]:
-    """Convert a data set into ``out/train`` and ``out/val``.
+    """Convert a data set into ``out/train`` and ``out/val``, and CIFAR-10-C into ``out/<corruption>/<severity>``.
 
     ``out`` appears when the conversion is complete. A killed conversion leaves a hidden folder next to ``out``, which
     the next conversion replaces. Processes that convert into the same folder wait for each other.
@@ -52,7 +52,7 @@ def convert(
     folders. Linked folders are read if they are inside the source.
 
     Args:
-        name (str): ``'digits'``, ``'cifar10'``, ``'cifar100'`` or ``'imagefolder'``.
+        name (str): ``'digits'``, ``'cifar10'``, ``'cifar100'``, ``'cifar10c'`` or ``'imagefolder'``.
         source (str | Path, optional): Folder or archive (.tar, .tar.gz, .tar.bz2, .tar.xz, .zip) with the images in
             ``train/<class>/`` and ``val/<class>/`` or ``test/<class>/``; for CIFAR also its original Python batches.
             ``None`` for ``digits``, which come with scikit-learn.
@@ -118,7 +118,7 @@ def convert(
 
 
 def _is_dataset(folder: Path) -> bool:
-    return (folder / 'train' / INDEX).is_file()
+    return any((folder / split / INDEX).is_file() for split in ('train', 'gaussian_noise/1'))
 
 
 def _refuse_existing(out: Path, source: Path | None, overwrite: bool) -> None:

@@ -1,4 +1,4 @@
-"""Sources of a conversion: scikit-learn's digits, CIFAR's Python batches, and folders or archives of images."""
+"""Sources of a conversion: scikit-learn's digits, CIFAR's batches, CIFAR-10-C, and folders or archives of images."""
 
 import contextlib
 import errno
@@ -24,6 +24,15 @@ import numpy as np
 from composer_sba.errors import DatasetError, one_line
 
 Split = Sequence[tuple[Path | np.ndarray, int]]
+
+_CIFAR10_CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
+_CIFAR10C_CORRUPTIONS = (
+    'brightness', 'contrast', 'defocus_blur', 'elastic_transform', 'fog', 'frost', 'gaussian_blur', 'gaussian_noise',
+    'glass_blur', 'impulse_noise', 'jpeg_compression', 'motion_blur', 'pixelate', 'saturate', 'shot_noise', 'snow',
+    'spatter', 'speckle_noise', 'zoom_blur',
+)  # fmt: skip
+_SEVERITIES = 5
+_MARKS = {'train': 'train/<class>/ folders', 'batches.meta': 'CIFAR batches'}
 
 
 @dataclass
@@ -79,10 +88,45 @@ def _imagefolder(source: Path | None, scratch: Path) -> Source:
     return folder.read_classes()
 
 
+def _cifar10c(source: Path | None, scratch: Path) -> Source:
+    folder = _Folder(source, scratch, marks={'labels.npy': 'labels.npy of CIFAR-10-C'})
+    labels = _array(folder, 'labels.npy')
+    size, rest = divmod(len(labels), _SEVERITIES) if labels.ndim == 1 else (0, 0)
+    blocks = labels[: len(labels) - rest].reshape(_SEVERITIES, -1) if size else labels
+    if rest or not size or labels.dtype.kind not in 'iu' or (blocks != blocks[0]).any():
+        problem = f'labels of shape {labels.shape} are not those of one test set, repeated for 5 severities'
+        raise DatasetError(f'{folder.location(folder.root / "labels.npy")}: {problem}: download it again')
+    if not 0 <= labels.min() <= labels.max() < len(_CIFAR10_CLASSES):
+        problem = f'labels from {labels.min()} to {labels.max()}, expected 0 to {len(_CIFAR10_CLASSES) - 1}'
+        raise DatasetError(f'{folder.location(folder.root / "labels.npy")}: {problem}: download it again')
+    splits: dict[str, Split] = {}
+    for name in _CIFAR10C_CORRUPTIONS:
+        images = _array(folder, f'{name}.npy')
+        if images.shape != (len(labels), 32, 32, 3) or images.dtype != np.uint8:
+            problem = f'{images.dtype} of shape {images.shape}, expected uint8 of ({len(labels)}, 32, 32, 3)'
+            raise DatasetError(f'{folder.location(folder.root / f"{name}.npy")}: {problem}: download it again')
+        for severity in range(1, _SEVERITIES + 1):
+            block = slice((severity - 1) * size, severity * size)
+            splits[f'{name}/{severity}'] = list(zip(images[block], labels[block].tolist(), strict=True))
+    known = {f'{name}.npy' for name in ('labels', *_CIFAR10C_CORRUPTIONS)}
+    others = [entry for entry in sorted(folder.root.iterdir()) if entry.name not in known]
+    return Source(list(_CIFAR10_CLASSES), splits, {**folder.left_out, 'not of CIFAR-10-C': others}, folder.location)
+
+
+def _array(folder: '_Folder', name: str) -> np.ndarray:
+    path = folder.root / name
+    try:
+        return np.asarray(np.load(path, mmap_mode='r', allow_pickle=False))
+    except (OSError, EOFError, ValueError) as error:
+        problem = 'is missing' if isinstance(error, FileNotFoundError) else f'not a readable array ({one_line(error)})'
+        raise DatasetError(f'{folder.location(path)}: {problem}: download the archive again') from error
+
+
 READERS: dict[str, Callable[[Path | None, Path], Source]] = {
     'digits': _digits,
     'cifar10': functools.partial(_cifar, 10),
     'cifar100': functools.partial(_cifar, 100),
+    'cifar10c': _cifar10c,
     'imagefolder': _imagefolder,
 }
 
@@ -98,9 +142,10 @@ class _Folder:
     Args:
         source (Path, optional): Folder or archive that the user gave.
         scratch (Path): Folder to unpack an archive to.
+        marks (Mapping[str, str], optional): Entries of which a data set has one, and how messages call them.
     """
 
-    def __init__(self, source: Path | None, scratch: Path) -> None:
+    def __init__(self, source: Path | None, scratch: Path, marks: Mapping[str, str] = _MARKS) -> None:
         if source is None or not source.exists():
             raise DatasetError(f'--source {source} does not exist: give a folder of images or an archive of one')
         self.source = self.folder = source
@@ -109,10 +154,9 @@ class _Folder:
             unpack(source, scratch)
         self.left_out: dict[str, list[Path]] = defaultdict(list)
         entries = self._visible(self.folder)
-        marks = ('train', 'batches.meta')
         roots = [root for root in (self.folder, *entries) if any((root / mark).exists() for mark in marks)]
         if not roots:
-            raise DatasetError(f'{source} has no train/<class>/ folders and no CIFAR batches: nothing to convert')
+            raise DatasetError(f'{source} has no {" and no ".join(marks.values())}: nothing to convert')
         self.root = roots[0]
         if self.root == self.folder:
             self.left_out.clear()  # read_classes() will look at it

@@ -33,7 +33,7 @@ def evaluate(
     sigmas: Sequence[float] = SIGMAS,
     corruptions: Sequence[str] = CORRUPTIONS,
     severities: Sequence[int] = SEVERITIES,
-    published: Mapping[str, Mapping[int, DataLoader]] | None = None,
+    published: Iterable[tuple[str, int, DataLoader]] | None = None,
     attacks: Sequence[str] = (),
     epsilons: Mapping[str, float] = EPSILONS,
     attack_steps: int = 10,
@@ -64,8 +64,9 @@ def evaluate(
         corruptions (Sequence[str], optional): Their names. Default: all of
             :data:`~composer_sba.robustness.corruptions.CORRUPTIONS`.
         severities (Sequence[int], optional): 1 to 5. Default: all.
-        published (Mapping, optional): Batches of a published set, such as CIFAR-10-C, by corruption and severity; then
-            these are evaluated, and ``corruptions`` and ``severities`` have no effect. Default: ``None``.
+        published (Iterable[tuple[str, int, DataLoader]], optional): Corruption, severity and batches of a published
+            set, such as CIFAR-10-C. These are evaluated then, and ``corruptions`` and ``severities`` have no effect.
+            Default: ``None``.
         attacks (Sequence[str], optional): Names in :data:`~composer_sba.robustness.attacks.ATTACKS`. Default: none.
         epsilons (Mapping[str, float], optional): Largest distances of attacks, for ``'l2'`` and ``'linf'``, in units of
             the pixel range. Default: :data:`~composer_sba.robustness.attacks.EPSILONS`.
@@ -115,10 +116,9 @@ def evaluate(
             conditions[name, severity] = _corruption(name, severity, seed)
     with pixel_classifier(network, mean, std, device) as (model, where):
         count, entries, size = _measure(model, where, loader, conditions, 'clean, noise, corruptions')
-        for name, loaders in (published or {}).items():
-            for severity, batches in loaders.items():
-                unchanged = {(name, float(severity)): conditions['clean', 0]}
-                entries |= _measure(model, where, batches, unchanged, f'{name} {severity}')[1]
+        for name, severity, batches in published or ():
+            unchanged = {(name, float(severity)): conditions['clean', 0]}
+            entries |= _measure(model, where, batches, unchanged, f'{name} {severity}')[1]
         attacked = [
             _attacked(model, where, spread(loader, attack_images)[1], name, epsilons, attack_steps, seed)
             for name in attacks
