@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 INSTALLED := .venv/installed
 CAMPAIGN ?= 50
 
-.PHONY: help setup demo test test-nightly study-smoke docs lint types check format clean
+.PHONY: help setup demo test test-nightly study-smoke docs docs-environment lint types check format clean
 
 help:
 	@echo 'make demo    train a small network with SBA on handwritten digits'
@@ -41,19 +41,21 @@ demo: $(INSTALLED)
 	@echo 'Train without SBA: .venv/bin/composer train.py -f yamls/digits_baseline.yaml'
 
 test: $(INSTALLED)
-	.venv/bin/python -m pytest --numprocesses auto --dist loadgroup --durations 10
+	.venv/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 10
 
 test-nightly: $(INSTALLED)
-	.venv/bin/python -m pytest --numprocesses auto --dist loadgroup --durations 10 -m '' --campaign $(CAMPAIGN)
+	.venv/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 10 -m '' --campaign $(CAMPAIGN)
 
 study-smoke: $(INSTALLED)
 	.venv/bin/python -m composer_sba.study methods --datasets digits --seeds 2 --jobs 2 --epochs-scale 0.25 \
 		--results runs/study-smoke --set train_dataset.in_memory=true eval_dataset.in_memory=true
 	.venv/bin/python -m composer_sba.study report --results runs/study-smoke --page runs/study-smoke/report.md
 
-docs: $(INSTALLED)
+docs-environment: $(INSTALLED)
 	@.venv/bin/python -c 'import furo, myst_nb, sphinx_copybutton' 2>/dev/null || \
 		.venv/bin/pip install --quiet --editable '.[docs]'
+
+docs: docs-environment
 	.venv/bin/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet docs docs/_build/html
 
 lint: $(INSTALLED)

@@ -1,19 +1,27 @@
-"""Shared by all tests: one seed, one number of threads, the digits and a launcher of ranks."""
+"""Shared by all tests: one seed, one number of threads, the digits and a launcher of ranks.
 
+Fixtures import what they use: pytest-xdist reads this file before it starts workers, and the imports take 15 seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
-import numpy
 import pytest
-import streaming.base.shared.memory
-import torch
 from hypothesis import HealthCheck, Phase, settings
-from sklearn.datasets import load_digits
+from xdist.scheduler import LoadFileScheduling
 
-from composer_sba.data.conversion import convert
-from programs import start_ranks, wait_for_ranks
+if TYPE_CHECKING:
+    import torch
+
+# Workers take files in this order, then the others, so that none is left with a long one at the end
+LONG = ('resume', 'train', 'distributed', 'study', 'docs', 'cut_survey', 'composition', 'data', 'models', 'readme')
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,6 +45,46 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile('ours')
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the longest files first in a worker of pytest-xdist."""
+    if hasattr(config, 'workerinput'):
+        order = {f'test_{name}': place for place, name in enumerate(LONG)}
+        items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+class FileScheduling(LoadFileScheduling):
+    """One worker runs all tests of a file, and those of two files that must not run at the same time.
+
+    The marks of ``--dist loadgroup`` have no effect with pytest 9.2 and pytest-xdist 3.8.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        # Made-up blocks of shared memory must not meet the runs that test_resume.py kills
+        return super()._split_scope(nodeid).replace('test_shared_memory.py', 'test_resume.py')
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> FileScheduling:
+    """Distribute whole files."""
+    return FileScheduling(config, log)
+
+
+@pytest.fixture(scope='session')
+def only_worker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Fail if another worker of pytest-xdist has run a test that asks for this."""
+    if hasattr(request.config, 'workerinput'):
+        worker = request.config.workerinput['workerid']
+        first = tmp_path_factory.getbasetemp().parent / 'only_worker'
+        with contextlib.suppress(FileExistsError), first.open('x') as file:
+            file.write(worker)
+        assert first.read_text() == worker
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _composer_reads_its_commit_once() -> None:
+    import commit_once  # noqa: F401
+
+
 @pytest.fixture
 def campaign(request: pytest.FixtureRequest) -> int:
     """``--campaign``, 0 if it was not given."""
@@ -46,6 +94,9 @@ def campaign(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     """Let each test draw the same numbers alone as in the suite, and sum them in the same order on any machine."""
+    import numpy
+    import torch
+
     torch.set_num_threads(1)
     random.seed(0)
     numpy.random.seed(0)
@@ -55,6 +106,8 @@ def _seed() -> None:
 @pytest.fixture(autouse=True)
 def _shared_memory_ends_with_the_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Streaming frees its shared memory when the process ends, six files a dataset: too many for a thousand tests."""
+    import streaming.base.shared.memory
+
     ends: list[Callable[[], object]] = []
     monkeypatch.setattr(streaming.base.shared.memory, 'atexit', SimpleNamespace(register=ends.append))
     yield
@@ -65,6 +118,9 @@ def _shared_memory_ends_with_the_test(monkeypatch: pytest.MonkeyPatch) -> Iterat
 @pytest.fixture(scope='session')
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
     """Scikit-learn's 1,797 digits: images ``(N, 3, 8, 8)``, float32 in [0, 1], and labels ``(N,)``, int64."""
+    import torch
+    from sklearn.datasets import load_digits
+
     images, labels = load_digits(return_X_y=True)
     grey = torch.from_numpy(images).float().reshape(-1, 1, 8, 8) / 16
     return grey.repeat(1, 3, 1, 1), torch.from_numpy(labels)
@@ -73,8 +129,30 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.fixture(scope='session')
 def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Scikit-learn's digits as a dataset that has been converted."""
+    from composer_sba.data.conversion import convert
+
     folder = tmp_path_factory.mktemp('data') / 'digits'
     convert('digits', None, folder)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def few_digits(digits_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first 190 images to train on and 40 others of ``digits_folder``, as a dataset that has been converted."""
+    from streaming import MDSWriter
+    from streaming.base.format.mds import MDSReader
+
+    folder = tmp_path_factory.mktemp('data') / 'few_digits'
+    for split, size in (('train', 190), ('val', 40)):
+        index = json.loads((digits_folder / split / 'index.json').read_text())
+        (shard,) = index.pop('shards')
+        columns = dict(zip(shard['column_names'], shard['column_encodings'], strict=True))
+        source = MDSReader.from_json(str(digits_folder), split, shard)
+        with MDSWriter(columns=columns, out=str(folder / split), hashes=list(shard['raw_data']['hashes'])) as out:
+            for i in range(size):
+                out.write(source[i])
+        path = folder / split / 'index.json'
+        path.write_text(json.dumps(index | json.loads(path.read_text())))  # with the names of the classes
     return folder
 
 
@@ -85,6 +163,7 @@ def run_ranks(tmp_path: Path) -> Callable[..., str]:
     A rank that fails, or a run beyond ``timeout`` seconds, fails the test with what every rank wrote. No process
     outlives the call.
     """
+    from programs import start_ranks, wait_for_ranks
 
     def run(script: Path, nproc: int, *args: str, timeout: float = 300) -> str:
         return wait_for_ranks(start_ranks(nproc, script, *args, folder=tmp_path), timeout)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from types import TracebackType
 
@@ -24,7 +24,14 @@ import torch
 RANK_VARIABLES = ('RANK', 'LOCAL_RANK', 'NODE_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
 
 _server = multiprocessing.get_context('forkserver')
-_server.set_forkserver_preload(['composer_sba.study.__main__', 'composer_sba.study.report', 'sklearn.datasets'])
+_server.set_forkserver_preload(
+    ['composer_sba.study.__main__', 'composer_sba.study.report', 'sklearn.datasets', 'commit_once']
+)
+
+
+def start_server() -> None:
+    """Start the server unless it runs, before a study does so with other modules."""
+    forkserver.ensure_running()
 
 
 class Program:
@@ -127,10 +134,18 @@ def _run(arguments: list[str], output: Path, environment: dict[str, str], folder
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    # A resource tracker of its own: that of the tests would later remove names that other programs use by then
-    resource_tracker._resource_tracker._fd = None
     torch.set_num_threads(int(environment['OMP_NUM_THREADS']))
     multiprocessing.set_start_method('fork', force=True)  # Python's default on Linux, for the workers of DataLoaders
+    # A fork server of its own, as a study starts one, would import Composer again
+    context = multiprocessing.get_context('fork')
+    multiprocessing.get_context = lambda method=None: context
+    run_here(arguments)
+
+
+def run_here(arguments: list[str]) -> None:
+    """Run in this process, which has been forked, what ``python`` would run."""
+    # A resource tracker of its own: that of the tests would later remove names that other programs use by then
+    resource_tracker._resource_tracker._fd = None
     try:
         if arguments[0] == '-m':
             sys.argv = arguments[1:]

@@ -81,9 +81,17 @@ def run_eagerly(layers, used):
     return run(lambda network: network, LAYERS[layers], used)
 
 
-@pytest.mark.parametrize('compile_network', COMPILED, ids=lambda compile_network: compile_network.__name__)
-@pytest.mark.parametrize('layers', LAYERS)
-@pytest.mark.parametrize('used', [False, True], ids=['new', 'used before'])
+def cases():
+    """Yield every pair of the ways to compile, the layers and new or used networks; the nightly tests take the rest."""
+    for i, layers in enumerate(LAYERS):
+        for j, compile_network in enumerate(COMPILED):
+            for used in (False, True):
+                marks = [pytest.mark.nightly] if (i + j + used) % 2 else []
+                name = f'{"used before" if used else "new"}-{layers}-{compile_network.__name__}'
+                yield pytest.param(compile_network, layers, used, id=name, marks=marks)
+
+
+@pytest.mark.parametrize(('compile_network', 'layers', 'used'), list(cases()))
 def test_a_network_that_its_owner_compiled_trains_as_an_eager_one(compile_network, layers, used):
     eager, kl = run_eagerly(layers, used)
     compiled, compiled_kl = run(compile_network, LAYERS[layers], used)

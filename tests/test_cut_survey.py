@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision import models
+from torchvision.models import vgg
+from torchvision.models.convnext import CNBlockConfig
+from torchvision.models.efficientnet import FusedMBConvConfig, MBConvConfig
 from torchvision.models.resnet import Bottleneck
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
@@ -63,7 +66,31 @@ FAMILIES = {
     ),
     'maxvit_t': (32, {}, ['stem', 'blocks.0', 'head'], ['blocks.0.layers.0.layers.MBconv.layers']),
 }
+
+
+def thin_vgg(num_classes):
+    network = models.VGG(vgg.make_layers([16, 'M', 32, 'M', 512, 'M'], batch_norm=True), init_weights=False)
+    network.classifier = nn.Sequential(  # its own has 120 million weights
+        nn.Linear(512 * 7 * 7, 32), nn.ReLU(True), nn.Dropout(), nn.Linear(32, 32), nn.ReLU(True), nn.Dropout()
+    ).append(nn.Linear(32, num_classes))
+    return network
+
+
 SMALL = {  # the blocks and joints of a family, fewer and thinner
+    'vgg11_bn': thin_vgg,
+    'efficientnet_b0': partial(
+        models.EfficientNet,
+        [MBConvConfig(1, 3, 1, 8, 8, 1), MBConvConfig(6, 3, 2, 8, 16, 2), MBConvConfig(6, 5, 2, 16, 24, 1)],
+        dropout=0.2,
+    ),
+    'efficientnet_v2_s': partial(
+        models.EfficientNet,
+        [FusedMBConvConfig(1, 3, 1, 8, 8, 1), FusedMBConvConfig(4, 3, 2, 8, 16, 2), MBConvConfig(4, 3, 2, 16, 24, 1)],
+        dropout=0.2,
+    ),
+    'convnext_tiny': partial(
+        models.ConvNeXt, [CNBlockConfig(16, 32, 2), CNBlockConfig(32, 64, 2), CNBlockConfig(64, None, 3)]
+    ),
     'resnext50_32x4d': partial(models.ResNet, Bottleneck, [1, 2, 1, 1], groups=8, width_per_group=4),
     'wide_resnet50_2': partial(models.ResNet, Bottleneck, [1, 1, 1, 2], width_per_group=128),
     'densenet121': partial(models.DenseNet, 8, (2, 2, 2), 16),
@@ -119,7 +146,12 @@ def check_refused(network, layer, pixels):
     assert '\n' not in str(refusal.value) and repr(layer) in str(refusal.value), refusal.value
 
 
-@pytest.mark.parametrize('family', FAMILIES)
+LARGE = {'inception_v3'}  # takes images of at least 75 pixels, and seconds for each cut
+
+
+@pytest.mark.parametrize(
+    'family', [pytest.param(each, marks=[pytest.mark.nightly] if each in LARGE else []) for each in FAMILIES]
+)
 def test_cuts_of_a_family_train_and_others_are_refused(family):
     pixels, _, cuts, others = FAMILIES[family]
     network = network_of(family)

@@ -72,10 +72,10 @@ def test_two_ranks_read_each_sample_once(tmp_path: Path, run_ranks: Callable[...
             assert all(result['evaluated'] == [1] * size for result in results), f'{case}: {results[0]["evaluated"]}'
 
 
-def test_the_seed_determines_order_and_augmentation_with_any_workers(digits_folder: Path) -> None:
+def test_the_seed_determines_order_and_augmentation_with_any_workers(few_digits: Path) -> None:
     def epochs(seed: int, workers: int = 0) -> list[torch.Tensor]:
-        config = DatasetConfig('digits', local=str(digits_folder), num_workers=workers)
-        loader = build_dataloader(config, 100, seed=seed)
+        config = DatasetConfig('digits', local=str(few_digits), num_workers=workers)
+        loader = build_dataloader(config, 16, seed=seed)
         return [torch.cat([images for images, _ in loader]) for _ in range(2)]
 
     first = epochs(1)
@@ -104,11 +104,11 @@ class Seen(Callback):
 
 @pytest.mark.filterwarnings('ignore:Cannot split tensor of length:UserWarning')  # the last batch of an epoch
 @pytest.mark.parametrize('checkpoint', ['ep0-ba2-rank0.pt', 'ep1-ba3-rank0.pt', 'ep1-ba5-rank0.pt'])
-def test_a_resumed_run_sees_the_same_batches(tmp_path: Path, digits_folder: Path, checkpoint: str) -> None:
+def test_a_resumed_run_sees_the_same_batches(tmp_path: Path, few_digits: Path, checkpoint: str) -> None:
     def run(**options: Any) -> list[tuple[float, list[int]]]:
         seen = Seen()
         network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
-        loader = build_dataloader(DatasetConfig('digits', local=str(digits_folder)), 512)
+        loader = build_dataloader(DatasetConfig('digits', local=str(few_digits)), 64)
         model = ComposerClassifier(network, num_classes=10)
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
         options |= {'max_duration': '3ep', 'device': 'cpu', 'progress_bar': False, 'callbacks': [seen]}

@@ -91,7 +91,7 @@ def test_wrong_keys_are_refused(tmp_path: Path, digits_folder: Path, keys: dict[
         {'in_memory': np.bool_(True), 'subset': np.int16(100)},
     ],
 )
-def test_numpys_numbers_are_pythons(digits_folder: Path, keys: dict[str, Any]) -> None:
+def test_numpys_numbers_are_pythons(few_digits: Path, keys: dict[str, Any]) -> None:
     """The same batches, and classes and sizes of Python's types, which JSON takes."""
 
     def plain(value: Any) -> Any:
@@ -100,7 +100,7 @@ def test_numpys_numbers_are_pythons(digits_folder: Path, keys: dict[str, Any]) -
         )
 
     ours, theirs = (
-        DatasetConfig('digits', **{'local': str(digits_folder), 'num_workers': 0} | values)
+        DatasetConfig('digits', **{'local': str(few_digits), 'num_workers': 0} | values)
         for values in (keys, {key: plain(value) for key, value in keys.items()})
     )
     if 'in_memory' in keys:

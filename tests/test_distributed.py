@@ -6,9 +6,6 @@ Run: pytest tests/test_distributed.py. On four ranks as well: pytest tests/test_
 import contextlib
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +14,7 @@ import pytest
 
 import composer_sba.functional as sbaf
 import train_on_ranks
+from programs import start
 from sba_on_ranks import losses
 
 SCRIPT = Path(__file__).parent / 'sba_on_ranks.py'
@@ -67,7 +65,7 @@ def test_one_process_has_the_same_coins_and_learns(one_process):
 
 ROOT = Path(__file__).parent.parent
 RECIPE = str(ROOT / 'yamls' / 'digits_sba.yaml')
-KEYS = ['max_duration=2ep', 'progress_bar=false', 'eval_interval=100ep', 'global_train_batch_size=240']
+KEYS = ['max_duration=2ep', 'progress_bar=false', 'eval_interval=100ep', 'global_train_batch_size=32']
 KEYS += ['train_dataset.num_workers=1', 'algorithms.sba.layers=[conv2,head]', 'save_interval=1ba']
 
 
@@ -87,17 +85,18 @@ def launched(run_ranks, nproc, keys):
 
 
 @pytest.mark.parametrize('nproc', [1, pytest.param(4, marks=pytest.mark.nightly)])
-def test_a_run_of_two_ranks_goes_on_on_another_number_of_them(run_ranks, tmp_path, nproc):
+def test_a_run_of_two_ranks_goes_on_on_another_number_of_them(run_ranks, few_digits, tmp_path, nproc):
     """From the middle of an epoch: the same images in each batch, transformed alike, the same coins and layers."""
     folder = tmp_path / 'two'
-    images, draws = launched(run_ranks, 2, [f'save_folder={folder}', 'save_num_checkpoints_to_keep=-1'])
+    data = [f'{section}.local={few_digits}' for section in ('train_dataset', 'eval_dataset')]
+    images, draws = launched(run_ranks, 2, [*data, f'save_folder={folder}', 'save_num_checkpoints_to_keep=-1'])
     assert sorted(images) == list(range(12)) and sorted(draws) == list(range(12))
     for epoch in range(2):
         seen = [each for batch in range(6 * epoch, 6 * epoch + 6) for each in images[batch]]
-        assert len(seen) == 1437, f'{len(seen)} images in epoch {epoch}'
+        assert len(seen) == 190, f'{len(seen)} images in epoch {epoch}'
     (middle,) = folder.glob('*-ba8-rank0.pt')
     elsewhere = tmp_path / 'elsewhere'
-    keys = [f'load_path={middle}', f'save_folder={elsewhere}']
+    keys = [*data, f'load_path={middle}', f'save_folder={elsewhere}']
     if nproc == 1:
         resumed = batches([json.loads(json.dumps(train_on_ranks.run(RECIPE, [*KEYS, *keys])))])
     else:
@@ -110,38 +109,22 @@ def test_a_run_of_two_ranks_goes_on_on_another_number_of_them(run_ranks, tmp_pat
 def test_a_rank_that_is_killed_takes_the_run_down(tmp_path, victim):
     keys = ['max_duration=1000ep', 'progress_bar=false', 'train_dataset.num_workers=1', f'save_folder={tmp_path}/run']
     keys += [f'{section}.local={tmp_path}/digits' for section in ('train_dataset', 'eval_dataset')]
-    command = [sys.executable, '-m', 'composer.cli', '-n', '2', str(ROOT / 'train.py'), '-f', RECIPE, *keys]
-    environment = {name: value for name, value in os.environ.items() if not name.endswith(('RANK', 'WORLD_SIZE'))}
-    launcher = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
-    )
-    try:
+    command = [ROOT / 'tests' / 'forked_launcher.py', '-n', '2', ROOT / 'train.py', '-f', RECIPE, *keys]
+    with start(*command, output=tmp_path / 'log') as launcher:
         end = time.monotonic() + 300
         while not list(tmp_path.glob('run/ep*.pt')) and launcher.poll() is None and time.monotonic() < end:
             time.sleep(0.1)
-        ranks = {
-            each.environ()['RANK']: each.pid for each in psutil.Process(launcher.pid).children() if is_training(each)
-        }
-        os.kill(ranks[str(victim)], signal.SIGKILL)
-        said, _ = launcher.communicate(timeout=120)  # the launcher gives the others 30 s
-        assert launcher.returncode not in (0, None), said
-        assert f'Rank {victim} crashed with exit code -9' in said
+        ranks = sorted(psutil.Process(launcher.pid).children(), key=lambda rank: rank.create_time())
+        assert len(ranks) == 2, launcher.said
+        ranks[victim].kill()
+        assert launcher.wait(120) != 0, launcher.said  # the launcher gives the others 30 s
+        assert f'Rank {victim} crashed with exit code -9' in launcher.said
         end = time.monotonic() + 60
         while (left := group(launcher.pid)) and time.monotonic() < end:  # workers look for their trainer every 5 s
             time.sleep(0.1)
         assert not left, f'processes left: {left}'
         blocks = [path.name for path in Path('/dev/shm').glob('*_locals') if str(tmp_path) in path.read_text('latin1')]
         assert not blocks, f'shared memory left: {blocks}'
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(launcher.pid, signal.SIGKILL)
-
-
-def is_training(process):
-    try:
-        return 'RANK' in process.environ() and 'train.py' in ' '.join(process.cmdline())
-    except psutil.NoSuchProcess:  # a short-lived child
-        return False
 
 
 def group(leader):

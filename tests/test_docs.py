@@ -7,8 +7,6 @@ import doctest
 import importlib
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +23,7 @@ from composer_sba.recipe import load
 from composer_sba.recipe.build import build_components
 from composer_sba.study import __main__ as study
 from composer_sba.train import _parser as train_parser
+from programs import start
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / 'docs'
@@ -120,7 +119,7 @@ def commands():
 
 @pytest.mark.usefixtures('in_checkout')
 @pytest.mark.parametrize(('page', 'command'), dict.fromkeys(commands()))
-def test_a_command_exists_and_takes_its_arguments(page, command, monkeypatch, capsys):
+def test_a_command_exists_and_takes_its_arguments(page, command, monkeypatch, capsys, tmp_path):
     if page in PAGES:
         write_recipes(page)
     words = shlex.split(command, comments=True)
@@ -147,7 +146,8 @@ def test_a_command_exists_and_takes_its_arguments(page, command, monkeypatch, ca
         case ['python', '-m', 'composer_sba.study', *arguments]:
             study._parser().parse_args(arguments)  # exits, and so fails the test, if it cannot
         case ['python', script, *arguments] if script.startswith('benchmarks/'):
-            subprocess.run([sys.executable, ROOT / script, *arguments, '--help'], check=True, capture_output=True)
+            with start(ROOT / script, *arguments, '--help', output=tmp_path / 'help') as program:
+                assert program.wait() == 0, program.said
         case ['pytest', path, '-k', choice, *_]:
             files = [ROOT / path] if (ROOT / path).is_file() else list((ROOT / path).glob('test_*.py'))
             tests = re.findall(r'^def (test_\w+)', ''.join(file.read_text() for file in files), re.MULTILINE)

@@ -195,6 +195,7 @@ def test_a_recipe_reports_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = ['max_duration=3ep', 'progress_bar=false', 'save_folder=null', f'loggers.file.filename={tmp_path}/log']
     settings += ['train_dataset.local=digits', 'eval_dataset.local=digits']
+    settings += ['train_dataset.in_memory=true', 'eval_dataset.in_memory=true']
     trainer = train(load(RECIPE, [*settings, 'callbacks.last_epochs_median.num_epochs=2']))
     (median,) = (each for each in trainer.state.callbacks if isinstance(each, LastEpochsMedian))
     assert 0.5 < median.medians[ACCURACY] <= 1, median.medians

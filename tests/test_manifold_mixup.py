@@ -129,6 +129,7 @@ def test_training_improves_on_mixtures():
 def test_a_recipe_trains(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = ['max_duration=3ep', 'progress_bar=false', 'save_folder=null']
+    settings += ['train_dataset.in_memory=true', 'eval_dataset.in_memory=true']
     trainer = train(load(RECIPE, [*settings, 'algorithms.manifold_mixup.layers=[input,conv1,conv2]']))
     accuracy = trainer.state.eval_metric_values['MulticlassAccuracy'].item()
     assert accuracy > 0.7, f'{100 * accuracy:.1f} %'

@@ -61,7 +61,8 @@ def test_the_commands_of_the_recipes_run(tmp_path, monkeypatch):
     with tarfile.open('cifar-10-python.tar.gz', 'w:gz') as archive:
         archive.add('cifar-10-batches-py')
     folder = image_folder(tmp_path / 'imagenet')
-    small = ['max_duration=2ba', 'global_train_batch_size=4', 'device_eval_batch_size=16', 'progress_bar=false']
+    small = ['max_duration=2ba', 'global_train_batch_size=4', 'progress_bar=false']
+    small += ['device_eval_batch_size=4', 'eval_subset_num_batches=1']
     block = re.search(r'^## From a recipe\n\n```console\n(.*?)^```', README, re.M | re.S).group(1)
     trained = 0
     for command in block.splitlines():

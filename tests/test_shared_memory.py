@@ -24,7 +24,7 @@ from shards import dataset, labels
 SHARED = Path('/dev/shm')
 
 # Its made-up blocks must not meet the runs that test_resume.py kills, so one worker runs both
-pytestmark = pytest.mark.xdist_group('resume')
+pytestmark = pytest.mark.usefixtures('only_worker')
 
 
 @pytest.mark.parametrize(

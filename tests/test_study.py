@@ -22,7 +22,7 @@ from composer_sba.study.records import read_records
 from composer_sba.study.runner import Curve, run_all
 from composer_sba.study.runs import Run
 from composer_sba.train import train
-from programs import start
+from programs import start, start_server
 
 ROOT = Path(__file__).parent.parent
 YAMLS = ROOT / 'yamls'
@@ -71,13 +71,19 @@ class TestCommit:
         assert provenance.commit() == 'unknown'
 
 
+@pytest.fixture(scope='module')
+def server() -> None:
+    """Start the server of programs.py, which a study in this process then uses."""
+    start_server()
+
+
 def _fail(run: Run, results: Path, shared: object, scratch: Path, folder: Path, *_: object) -> None:
     os.chdir(folder)
     (scratch / f'{run.hash}.log').write_bytes(b'bytes \xff of s3://me:hunter2@host/data\n\n')
     sys.exit(3)
 
 
-@pytest.mark.xdist_group('study')
+@pytest.mark.usefixtures('server')
 class TestRuns:
     """Studies of a few epochs on the digits."""
 

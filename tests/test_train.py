@@ -16,6 +16,7 @@ import torch
 from composer_sba.recipe.recipe import load
 from composer_sba.study.runner import Curve
 from composer_sba.train import Summary, main, train
+from programs import start
 
 ROOT = Path(__file__).parent.parent
 RECIPE = str(ROOT / 'yamls' / 'digits_sba.yaml')
@@ -51,10 +52,11 @@ def test_a_run_leaves_checkpoint_recipe_and_summary(capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize('terminal', [True, False])
 def test_a_bar_is_for_a_terminal_and_lines_for_a_file(
-    terminal: bool, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    terminal: bool, few_digits: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, 'isatty', lambda: terminal)
-    assert main(['-f', RECIPE, 'max_duration=2ep', 'save_folder=null']) == 0
+    data = [f'{section}.local={few_digits}' for section in ('train_dataset', 'eval_dataset')]
+    assert main(['-f', RECIPE, 'max_duration=2ep', 'save_folder=null', 'algorithms.sba.augment_prob=1', *data]) == 0
     output = capfd.readouterr().err
     assert ('ba/s' in output) == terminal, output
     assert output.count('Train sba/kl') == (0 if terminal else 2), output
@@ -121,22 +123,22 @@ def test_dry_run_prints_the_recipe(capsys: pytest.CaptureFixture[str], tmp_path:
     assert load(tmp_path / 'again.yaml') == load(RECIPE, ['seed=5'])
 
 
-def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if not key.endswith(('RANK', 'WORLD_SIZE'))}
-    command = [str(Path(sys.executable).with_name('composer')), str(ROOT / 'train.py'), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
-
-
 def test_under_the_launcher(tmp_path: Path) -> None:
-    done = launch('-f', RECIPE, *SHORT, f'save_folder={tmp_path}')
+    """As a user types it: the only test in which Python itself starts, once for the launcher and once for the rank."""
+    environment = {key: value for key, value in os.environ.items() if not key.endswith(('RANK', 'WORLD_SIZE'))}
+    command = [Path(sys.executable).with_name('composer'), ROOT / 'train.py', '-f', RECIPE, *SHORT]
+    command += [f'save_folder={tmp_path}']
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert (done.returncode, done.stderr) == (0, '')
     assert 'eval accuracy' in done.stdout and (tmp_path / 'recipe.yaml').exists()
 
 
-def test_a_mistake_under_the_launcher() -> None:
-    done = launch('-f', RECIPE, 'algorithms.sba.fold=0')
-    assert done.returncode == 2
-    assert [line for line in done.stderr.splitlines() if not line.startswith('ERROR:composer.cli')] == [
+def test_a_mistake_under_the_launcher(tmp_path: Path) -> None:
+    arguments = ['-n', '1', ROOT / 'train.py', '-f', RECIPE, 'algorithms.sba.fold=0']
+    with start(ROOT / 'tests' / 'forked_launcher.py', *arguments, output=tmp_path / 'log') as program:
+        assert program.wait() == 2, program.said
+    of_the_launcher = ('ERROR:composer.cli', 'Waiting up to 30 seconds', 'Global rank 0')
+    assert [line for line in program.said.splitlines() if not line.startswith(of_the_launcher)] == [
         'error: command line: algorithms.sba.fold: Expected fold to be an integer >= 1, got 0.'
     ]
 
