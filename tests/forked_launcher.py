@@ -40,5 +40,6 @@ class Rank:
         run_here(self.args[1:])  # the first is Python
 
 
-launcher.subprocess = SimpleNamespace(**vars(subprocess) | {'Popen': Rank})
-sys.exit(launcher.main())
+if __name__ == '__main__':
+    launcher.subprocess = SimpleNamespace(**vars(subprocess) | {'Popen': Rank})
+    sys.exit(launcher.main())
