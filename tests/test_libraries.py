@@ -258,7 +258,8 @@ def test_the_model_has_the_metrics_of_this_package(model: str) -> None:
 def test_training_is_summarized_and_resumes(
     model: str, digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = [f'model={model}', 'save_overwrite=false', 'autoresume=true', 'eval_subset_num_batches=1']
+    options = [f'model={model}', 'algorithms={sba: {}}', 'save_overwrite=false', 'autoresume=true']
+    options += ['eval_subset_num_batches=1']
     for folder in ('broken', 'whole'):
         folders = [
             f'save_folder={tmp_path / folder}',
@@ -319,7 +320,7 @@ def test_a_trained_model_of_huggingface_is_saved_as_the_page_says(
         ('--model timm/test_vit img_size=8 patch_size=4 --image-size 8', ['input', 'patch_embed', 'blocks.0', 'head']),
         ('--model timm/test_resnet --num-classes 5', ['input', 'layer1', 'layer2', 'layer3', 'layer4', 'head']),
         ('--model torchvision/shufflenet_v2_x0_5 --image-size 32', ['input', 'stage2', 'stage3', 'conv5', 'head']),
-        ('--model huggingface/{vit}', ['input', 'vit.embeddings', 'vit.encoder.layer.0', 'head']),
+        ('--model huggingface/{vit}', ['input', 'vit.embeddings', 'vit.layernorm', 'head']),
     ],
 )
 def test_the_layers_of_a_model_are_listed(

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from importlib.metadata import entry_points, metadata
+from importlib.metadata import metadata
 from importlib.resources import files
 from pathlib import Path
 
@@ -37,11 +37,6 @@ def test_the_makefile_asks_for_the_pythons_of_the_metadata() -> None:
     assert asked
     low, high = '.'.join(asked.groups()[:2]), '.'.join(asked.groups()[2:])
     assert set(metadata('composer-sba')['Requires-Python'].split(',')) == {f'>={low}', f'<{high}'}
-
-
-def test_llm_foundry_finds_sba() -> None:
-    (found,) = entry_points(group='llmfoundry_algorithms', name='sba')
-    assert found.load() is composer_sba.SBA
 
 
 def test_the_package_says_that_it_is_typed() -> None:
