@@ -31,8 +31,8 @@ from torch import nn
 
 from composer_sba.errors import UserError, nearest, one_line
 
-# By default, these return auxiliary outputs in training.
-_NO_AUXILIARY = {name: {'aux_logits': False, 'init_weights': True} for name in ('googlenet', 'inception_v3')}
+# By default, these return auxiliary outputs in training. Their published weights expect that they transform the input.
+_AUXILIARY = {'googlenet': ('aux1', 'aux2'), 'inception_v3': ('AuxLogits',)}
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,18 @@ def _torchvision(name: str) -> LibraryModel:
     network_class = typing.get_type_hints(entry)['return']
 
     def build(num_classes: int | None = None, pretrained: bool = False, **arguments: Any) -> nn.Module:
-        arguments = _NO_AUXILIARY.get(name, {}) | arguments
+        auxiliary = _AUXILIARY.get(name, ())
         if not pretrained or _on_meta():
             classes = {} if num_classes is None else {'num_classes': num_classes}
+            if auxiliary:
+                arguments = {'aux_logits': False, 'init_weights': True, 'transform_input': True} | arguments
             with _naming_unknown_keys(arguments, network_class):
                 return entry(weights=None, **classes, **arguments)
         with _naming_unknown_keys(arguments, network_class), _fetching():
             network = entry(weights=weights, **arguments)
+        for each in auxiliary:  # torchvision builds them to load the weights
+            setattr(network, each, None)
+            network.aux_logits = False
         fetched = len(weights.meta['categories'])
         if num_classes is not None and num_classes != fetched:
             linears = [each for each, module in network.named_modules() if isinstance(module, nn.Linear)]

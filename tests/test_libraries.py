@@ -25,7 +25,7 @@ from composer_sba.data import DatasetConfig
 from composer_sba.errors import UserError
 from composer_sba.libraries import find
 from composer_sba.recipe import load
-from composer_sba.recipe.build import build_components
+from composer_sba.recipe.build import build_components, load_network
 from composer_sba.train import main
 
 DIGITS = 'yamls/digits_baseline.yaml'
@@ -153,6 +153,16 @@ class TestPretrained:
         differ = {key for key, value in network.state_dict().items() if not torch.equal(value, fetched[key])}
         assert differ == ({'fc.weight', 'fc.bias'} if classes == 10 else set())
         assert network(torch.zeros(2, 3, 32, 32)).shape == (2, classes)
+
+    @pytest.mark.parametrize('name', ['googlenet', 'inception_v3'])
+    def test_auxiliary_heads_are_left_out(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        state = torchvision.models.get_model(name, weights=None, init_weights=False, aux_logits=True).state_dict()
+        monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', lambda *args, **kwargs: state)
+        pretrained, random = (find(f'torchvision/{name}').build(5, pretrained=each) for each in (True, False))
+        images = torch.rand(2, 3, 96, 96)
+        assert pretrained.train()(images).shape == (2, 5)
+        random.load_state_dict(pretrained.state_dict())
+        assert torch.equal(pretrained.eval()(images), random.eval()(images))
 
     def test_a_classifier_that_is_no_linear_layer_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         state = torchvision.models.squeezenet1_1().state_dict()
@@ -296,6 +306,17 @@ def test_other_algorithms_train_with_the_model(mixing: str, model: str, digits_f
     data = [f'{section}_dataset.local={digits_folder}' for section in ('train', 'eval')]
     short = ['save_folder=null', 'max_duration=2ba', 'device_train_microbatch_size=32']
     assert main(['-f', DIGITS, f'model={model}', f'algorithms={algorithms}', *data, *short]) == 0
+
+
+@pytest.mark.usefixtures('offline')
+def test_a_checkpoint_of_a_pretrained_model_is_evaluated_without_fetching(digits_folder: Path, tmp_path: Path) -> None:
+    data = [f'{section}_dataset.local={digits_folder}' for section in ('train', 'eval')]
+    run = tmp_path / 'run'
+    assert main(['-f', DIGITS, f'model={TIMM}', *data, f'save_folder={run}', 'max_duration=1ba']) == 0
+    recipe = load(run / 'recipe.yaml', ['model.pretrained=true'])
+    network, _ = load_network(recipe, (run / 'latest-rank0.pt').resolve())
+    trained = torch.load(run / 'latest-rank0.pt', weights_only=False)['state']['model']
+    assert torch.equal(network.head.weight, trained['module.head.weight'])
 
 
 def test_a_trained_model_of_huggingface_is_saved_as_the_page_says(

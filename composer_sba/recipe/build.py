@@ -98,7 +98,8 @@ def load_network(recipe: Recipe, checkpoint: Path) -> tuple[nn.Module, torch.dev
         damage = find_damage(checkpoint) if checkpoint.is_file() else 'no such file'
         if damage is not None:
             raise UserError(f'cannot load the checkpoint {checkpoint}: {damage}')
-        parts = build_components(replace(recipe, callbacks={}, loggers={}))
+        model = {key: value for key, value in recipe.model.items() if key != 'pretrained'}  # the checkpoint has weights
+        parts = build_components(replace(recipe, model=model, callbacks={}, loggers={}))
         try:
             with only_data():
                 trainer = Trainer(
