@@ -197,6 +197,32 @@ class SBA(HookedAlgorithm):
         self._guard = FiniteGuard('divergence' if target == 'soft' else 'loss of the virtual samples')
         self._unchecked: torch.Tensor | int = 0  # the sum of a batch's virtual samples' losses, on the device
 
+    @classmethod
+    def robust(cls, sigma: float = 0.4, augment_prob: float = 0.5) -> 'SBA':
+        """Return the setting that trains for robustness to noise: one Gaussian virtual sample at the network's input.
+
+        It has ``layers='input'``, ``fold=1``, Gaussian points only, and η = 1 / ``augment_prob``, which gives the
+        virtual samples' loss a weight of 1 on average. An augmented step costs about two plain steps.
+
+        Args:
+            sigma (float, optional): σ of the noise in units of the images' RMS. For images that are normalized with
+                their own mean and standard deviation, 0.4 is about 0.1 of the pixel range. Default: ``0.4``.
+            augment_prob (float, optional): Probability that a batch is augmented, in (0, 1]. Default: ``0.5``.
+
+        Returns:
+            SBA: The algorithm; in a recipe, ``methods/sba_robust.yaml``.
+
+        Raises:
+            ValueError: If an argument is out of range.
+
+        Example:
+            >>> SBA.robust(augment_prob=0.25).eta
+            4.0
+        """
+        check_number('augment_prob', augment_prob, 'a number in (0, 1]', lambda value: 0 < value <= 1)
+        vicinity = Vicinity(gaussian_fraction=1.0, sigma=sigma)
+        return cls('input', fold=1, augment_prob=augment_prob, eta=1 / augment_prob, vicinity=vicinity)
+
     def __repr__(self) -> str:
         return self._repr
 

@@ -3,6 +3,7 @@
 Run: pytest tests/test_batch_transform.py
 """
 
+import dataclasses
 from collections import Counter
 from itertools import product
 
@@ -11,11 +12,13 @@ import pytest
 import torch
 import torchvision.transforms.functional as TF
 from PIL import Image
-from scipy.stats import chisquare
+from scipy.stats import binomtest, chisquare, ks_2samp, kstest, truncnorm
 from torchvision import transforms
 
 from composer_sba.data.config import KNOWN_DATASETS, DatasetConfig
+from composer_sba.data.loader import build_dataspec
 from composer_sba.data.transforms import BatchTransform, transform
+from composer_sba.errors import DatasetError
 
 
 def both_paths(config, image, draws):
@@ -79,6 +82,56 @@ def test_every_cutout_centre_is_as_likely_as_in_streaming(size):
         squares = [image == 0 for image in images]
         assert all(torch.equal(square[:1].expand(3, -1, -1), square) for square in squares), path
         assert_uniform(Counter(square[0].numpy().tobytes() for square in squares), outcomes, path)
+
+
+@pytest.mark.parametrize(('sigma', 'prob'), [(0.1, 0.5), (0.3, 0.25), (0.1, 1.0), (0.2, 0.0)])
+def test_noise_is_added_to_as_many_images_and_clipped_as_in_streaming(sigma, prob):
+    """Levels of 0.5 and white, in pixel units: the share of images, and the distribution of their noise."""
+    config = DatasetConfig('digits', augment=True, gaussian_noise={'sigma': sigma, 'prob': prob}, mean=[0.2, 0.3, 0.4])
+    image = np.full((8, 8, 3), 128, np.uint8)
+    image[:, 4:] = 255
+    std = torch.tensor(KNOWN_DATASETS['digits'].std).view(3, 1, 1)
+    mean = torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
+    values = {}
+    for path, images in both_paths(config, Image.fromarray(image), 1000).items():
+        pixels = torch.stack(list(images)) * std + mean
+        inside = pixels[:, :, 2:6, 2]  # no crop moves the padding or the white there
+        noisy = (inside - 128 / 255).abs().amax((1, 2)) > 1e-5
+        test = binomtest(int(noisy.sum()), 1000, prob)
+        assert test.pvalue > 1e-3, f'{path}: {int(noisy.sum())} of 1000 images are noisy, expected {1000 * prob}'
+        assert pixels.min() >= -1e-5 and pixels.max() <= 1 + 1e-5, path
+        values[path] = ((inside[noisy] - 128 / 255) / sigma).flatten().numpy()
+    if prob:
+        for path, noise in values.items():
+            inside = noise[np.abs(noise) < 0.45 / sigma]
+            test = kstest(inside[:20000], truncnorm(-0.45 / sigma, 0.45 / sigma).cdf)
+            assert test.pvalue > 1e-3, (path, test)
+        assert ks_2samp(values['streaming'], values['memory']).pvalue > 1e-3
+
+
+def test_noise_is_for_training_and_has_a_range():
+    images = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
+    noise = {'sigma': 0.5, 'prob': 1.0}
+    plain, noisy = (DatasetConfig('digits', split='val', gaussian_noise=given) for given in (None, noise))
+    assert torch.equal(BatchTransform(plain)(images), BatchTransform(noisy)(images))
+    assert str(transform(plain)) == str(transform(noisy))
+    for wrong in ({'sigma': 0, 'prob': 0.5}, {'sigma': 0.1, 'prob': 1.5}, {'sigma': 'x', 'prob': 0.5}):
+        with pytest.raises(DatasetError, match=r'gaussian_noise\.(sigma|prob): expected a number'):
+            transform(DatasetConfig('digits', gaussian_noise=wrong))
+
+
+def test_noise_reaches_the_batches_of_a_dataspec(digits_folder):
+    """Workers send bytes, which are normalized on the device, only if no step needs floats before."""
+    for in_memory in (False, True):
+        workers = {} if in_memory else {'num_workers': 0}
+        options = {'name': 'digits', 'local': str(digits_folder), 'in_memory': in_memory, 'shuffle': False, **workers}
+        config = DatasetConfig(**options, gaussian_noise={'sigma': 0.1, 'prob': 1.0})
+        specs = [build_dataspec(each, 64) for each in (config, dataclasses.replace(config, gaussian_noise=None))]
+        noisy, plain = (spec.batch_transforms(next(iter(spec.dataloader)))[0] for spec in specs)
+        assert noisy.dtype == torch.float32 and noisy.shape == plain.shape
+        levels = noisy * KNOWN_DATASETS['digits'].std[0] + KNOWN_DATASETS['digits'].mean[0]
+        off_grid = (levels * 255 - (levels * 255).round()).abs() > 0.01
+        assert 0.3 < off_grid.float().mean() < 1, off_grid.float().mean()
 
 
 def test_evaluation_neither_moves_nor_erases():

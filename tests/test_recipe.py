@@ -83,6 +83,16 @@ def test_every_method_merges_over_a_baseline(path: Path) -> None:
     assert f'-f yamls/methods/{path.name}' in path.read_text()
 
 
+@pytest.mark.parametrize('stem', ['resnet44_cifar10', 'vgg16_cifar10', 'resnet50_imagenet', 'digits'])
+def test_sba_robust_in_a_recipe_is_that_in_python(stem: str) -> None:
+    own = [YAMLS / f'{stem}_sba_robust.yaml']
+    files = own if own[0].exists() else [YAMLS / f'{stem}_baseline.yaml', YAMLS / 'methods' / 'sba_robust.yaml']
+    assert own[0].exists() == (stem != 'digits')
+    with torch.device('meta'):
+        [built] = build_components(load(files))['algorithms']
+    assert built.local_hparams == SBA.robust().local_hparams
+
+
 def test_options_and_defaults_are_those_of_trainer() -> None:
     parameters = inspect.signature(Trainer.__init__).parameters
     ours = {'max_duration', 'run_name', 'seed', 'eval_interval', 'progress_bar'}

@@ -34,6 +34,18 @@ def test_an_infinitesimal_eta_changes_nothing(layers):
     assert difference < 1e-9, f'weights differ by {difference} after 20 steps'
 
 
+def test_robust_is_one_gaussian_sample_at_the_input_with_a_weight_of_one_on_average():
+    algorithm = SBA.robust(sigma=0.3, augment_prob=0.25)
+    assert (
+        algorithm.local_hparams == SBA('input', 1, 0.25, 4.0, Vicinity(gaussian_fraction=1.0, sigma=0.3)).local_hparams
+    )
+    for wrong in (0, 1.5, '0.5'):
+        with pytest.raises(ValueError, match=r'Expected augment_prob to be a number in \(0, 1\]'):
+            SBA.robust(augment_prob=wrong)
+    trainer, log = train([SBA.robust(augment_prob=1.0)])
+    assert all(value > 0 for value in logged(log, 'sba/kl')), 'the virtual samples equal the raw ones'
+
+
 def test_one_step_descends_the_gradient_of_eq_11():
     """One augmented step, compared with autograd on the loss that is written out on a copy of the model."""
     eta, lr = 3.0, 0.1

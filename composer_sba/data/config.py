@@ -44,6 +44,14 @@ KNOWN_DATASETS = {
 }
 
 
+@dataclass(frozen=True)
+class PixelNoise:
+    """Gaussian noise of standard deviation ``sigma``, the pixel range being 1, on a share ``prob`` of the images."""
+
+    sigma: float
+    prob: float
+
+
 @dataclass
 class DatasetConfig:
     """The keys of a recipe's ``train_dataset:`` and ``eval_dataset:``."""
@@ -65,6 +73,9 @@ class DatasetConfig:
     """Seed of the order and the random transforms. None: the recipe's seed."""
     cutout: int | None = None
     """Side of the square that Cutout erases from each training image, in pixels. None: no Cutout."""
+    gaussian_noise: PixelNoise | None = None
+    """Gaussian noise for training: {sigma: 0.1, prob: 0.5} adds it to half of the images, with the pixel range as unit,
+    and clips them to it. None: no noise."""
     crop_size: int | None = None
     """Height and width of the images of imagenet and imagefolder after cropping, in pixels. None: 224."""
     resize_size: int | None = None
@@ -154,6 +165,12 @@ def resolve(config: DatasetConfig) -> ResolvedConfig:
     for key in ('augment', 'shuffle', 'verify', 'in_memory'):
         if not isinstance(values[key], bool | np.bool_ | None):
             raise DatasetError(f'{key}: expected true or false, got {values[key]!r}')
+    if config.gaussian_noise is not None:
+        given = config.gaussian_noise
+        noise = given if isinstance(given, PixelNoise) else PixelNoise(**given)  # a recipe has a mapping
+        sigma = _number('gaussian_noise.sigma', noise.sigma, 'a number > 0', _TINY, Real, sys.float_info.max)
+        prob = _number('gaussian_noise.prob', noise.prob, 'a number in [0, 1]', 0, Real, 1)
+        values['gaussian_noise'] = PixelNoise(sigma, prob)
     values['mean'] = _channels('mean', config.mean, 'three numbers in [0, 1]', 0, 1)
     values['std'] = _channels('std', config.std, 'three positive numbers', _TINY, sys.float_info.max)
     if known.size is not None and (config.crop_size or config.resize_size):

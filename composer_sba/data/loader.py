@@ -9,6 +9,7 @@ from composer.core import DataSpec
 from composer.utils import dist
 from torch.utils.data import DataLoader
 from torchvision import transforms
+from torchvision.transforms import v2
 
 from composer_sba.data.config import DatasetConfig as DatasetConfig  # re-exported, with the two functions below
 from composer_sba.data.config import ResolvedConfig, resolve
@@ -133,7 +134,8 @@ def build_dataspec(
 
     Workers pass on bytes, which take a quarter of the memory, and the device converts them. The batches are bit by bit
     the same. They are normalized before the first algorithm runs, so a rank's whole batch is on the device, even with
-    microbatches. With ``config.cutout``, which erases normalized pixels, the workers normalize.
+    microbatches. With ``config.cutout``, which erases normalized pixels, or ``config.gaussian_noise``, the workers
+    normalize.
 
     Args:
         config (DatasetConfig): The dataset.
@@ -153,7 +155,8 @@ def build_dataspec(
     """
     pipeline = transform(config)
     *before, last = pipeline.transforms
-    if config.in_memory or not isinstance(last, transforms.Normalize):
+    adds_noise = any(isinstance(step, v2.RandomApply) for step in before)
+    if config.in_memory or adds_noise or not isinstance(last, transforms.Normalize):
         return DataSpec(_dataloader(config, pipeline, batch_size, seed, drop_last, device))
     images = Pipeline([ToBytes() if isinstance(step, transforms.ToTensor) else step for step in before])
     normalize = Normalize(last.mean, last.std, device)

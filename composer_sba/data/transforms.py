@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 from torchvision import transforms
 from torchvision.transforms import functional as TF
+from torchvision.transforms import v2
 
 from composer_sba.data.config import DatasetConfig, resolve
 from composer_sba.data.mds_index import RECORD
@@ -60,8 +61,11 @@ def transform(config: DatasetConfig) -> transforms.Compose:
     else:
         raise DatasetError(f'resize_size: {resize_size} is smaller than crop_size: {crop_size}: choose a larger one')
     flip = [transforms.RandomHorizontalFlip()] if known.flip and config.augment else []
+    noise, given = [], config.gaussian_noise
+    if given is not None and config.augment:
+        noise = [v2.RandomApply([v2.GaussianNoise(sigma=given.sigma)], given.prob)]
     cutout = [Cutout(config.cutout)] if config.cutout is not None and config.augment else []
-    return Pipeline([*crop, *flip, ToFloats(), transforms.Normalize(*mean_and_std(config)), *cutout])
+    return Pipeline([*crop, *flip, ToFloats(), *noise, transforms.Normalize(*mean_and_std(config)), *cutout])
 
 
 class BatchTransform:
@@ -89,6 +93,7 @@ class BatchTransform:
         self.normalize = Normalize(*mean_and_std(config), device)
         self.padding = config.known.padding if config.augment else 0
         self.flip = config.known.flip and config.augment
+        self.noise = config.gaussian_noise if config.augment else None
         self.cutout = config.cutout if config.augment else None
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -107,6 +112,12 @@ class BatchTransform:
             padded = F.pad(images, [self.padding] * 4).flatten(2)
             images = padded.gather(2, source.view(size, 1, -1).expand(-1, 3, -1)).view_as(images)
         batch = self.normalize(images)
+        if self.noise is not None:
+            black, white = ((level - self.normalize.mean) / self.normalize.std for level in (0, 1))
+            draws = torch.randn(batch.shape).to(images.device, non_blocking=True)
+            noisy = (batch + self.noise.sigma / self.normalize.std * draws).clamp(black, white)
+            chosen = torch.rand(size, 1, 1, 1).to(images.device, non_blocking=True) < self.noise.prob
+            batch = torch.where(chosen, noisy, batch)
         if self.cutout:
             rows = down - draw(height) + self.cutout // 2  # counted from the top of the square, which may be outside
             columns = across - draw(width) + self.cutout // 2

@@ -20,6 +20,8 @@ _NAMES = {
     'cutout_ba2': 'Cutout + BA',
     'cutout_sba': 'Cutout + SBA',
     'ema': 'EMA',
+    'gaussian': 'Gaussian noise',
+    'gaussian_half': 'Gaussian noise on half',
     'imagenet': 'ImageNet',
     'latent_ba': 'latent BA',
     'longer': 'baseline',  # row_label adds the duration
@@ -29,6 +31,7 @@ _NAMES = {
     'sam': 'SAM',
     'sba': 'SBA',
     'sba_conv': 'SBA at conv layers',
+    'sba_robust': 'SBA at the input',
     'sba_strong': 'strong SBA',
     'twice': 'baseline',
 }
