@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from composer.utils import dist
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
@@ -114,6 +115,8 @@ def evaluate_checkpoint(
         UserError: If the recipe has no ``eval_dataset``, or the checkpoint or the data cannot be used.
     """
     start = time.perf_counter()
+    if dist.get_world_size() > 1:
+        raise UserError('evaluate runs in one process: start it as composer-sba evaluate, without the launcher')
     if recipe.eval_dataset is None:
         raise recipe.sources.error('eval_dataset', 'is required: its images are evaluated')
     network, device = load_network(recipe, checkpoint)
