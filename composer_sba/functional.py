@@ -4,11 +4,14 @@ Names of tensors end in their shape: N raw samples, M virtual samples of each (t
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from composer_sba import kernels
 from composer_sba.schedule import bernoulli_prob, choose_layer, should_augment
+from composer_sba.vicinity import at_least_float32
 
 __all__ = [
     'bernoulli_prob',
@@ -53,10 +56,12 @@ def soft_label_kl(
         tensor(0.3278)
     """
     _check_shapes(logits.shape, virtual_logits.shape[1:], f'(N, K) = {tuple(logits.shape)}', virtual_logits)
+    if stop_gradient and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+        return _SoftLabelKL.apply(logits, virtual_logits)
     soft_NK = _log_softmax(logits.detach() if stop_gradient else logits)
     virtual_MNK = _log_softmax(virtual_logits)
     total = F.kl_div(virtual_MNK, soft_NK.expand_as(virtual_MNK), reduction='sum', log_target=True)
-    return total / virtual_MNK.shape[:2].numel()
+    return total / max(virtual_MNK.shape[:2].numel(), 1)
 
 
 def hard_label_loss(virtual_logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -121,6 +126,32 @@ def majority_vote(logits: torch.Tensor) -> torch.Tensor:
     return torch.logaddexp(votes_NK.log(), log_mean_NK) - math.log(len(logits) + 1)
 
 
+class _SoftLabelKL(torch.autograd.Function):
+    """The loss with a constant soft label, and its gradient by virtual logits, (their softmax - soft label) / (M N)."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, virtual_logits: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(logits, virtual_logits)
+        if kernels.are_usable_on(virtual_logits) and logits.shape[1] <= kernels.MAX_CLASSES:
+            kl, ctx.gradient = kernels.soft_label_kl(logits, virtual_logits)
+            return kl
+        pairs = max(virtual_logits.shape[:2].numel(), 1)
+        log_soft_NK, log_virtual_MNK = _log_softmax(logits), _log_softmax(virtual_logits)
+        soft_NK = log_soft_NK.exp()
+        kl = (log_soft_NK - log_virtual_MNK).mul_(soft_NK).sum() / pairs
+        ctx.gradient = log_virtual_MNK.exp_().sub_(soft_NK).div_(pairs) if ctx.needs_input_grad[1] else None
+        return kl
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor]:
+        if not torch.is_grad_enabled():
+            return None, ctx.gradient * gradient
+        logits, virtual_logits = ctx.saved_tensors
+        with torch.enable_grad():  # the same, of which there is a second derivative
+            soft_NK, virtual_MNK = (_at_least_float32(each).softmax(-1) for each in (logits.detach(), virtual_logits))
+            return None, gradient * (virtual_MNK - soft_NK) / virtual_MNK.shape[:2].numel()
+
+
 def _check_shapes(given: torch.Size, expected: torch.Size, name: str, virtual_logits: torch.Tensor) -> None:
     if virtual_logits.ndim != 3 or given != expected:
         raise ValueError(f'Expected virtual_logits of shape (M, N, K) for {name}, got {tuple(virtual_logits.shape)}.')
@@ -128,7 +159,7 @@ def _check_shapes(given: torch.Size, expected: torch.Size, name: str, virtual_lo
 
 def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
     # Autocast gives logits in half precision; their softmax is computed in float32.
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.to(at_least_float32(logits.dtype))
 
 
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:

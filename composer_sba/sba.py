@@ -21,6 +21,7 @@ from composer_sba.algorithms._composer import (
     add_term,
     at_epoch_start,
     check_model,
+    counted_positions,
     forward_on_batch,
     is_on_cpu,
     network_of,
@@ -28,6 +29,7 @@ from composer_sba.algorithms._composer import (
     task_loss_of_copies,
 )
 from composer_sba.errors import (
+    CutLayerError,
     NonFiniteError,
     UserError,
     check_choice,
@@ -37,6 +39,7 @@ from composer_sba.errors import (
     check_number,
     check_seed,
 )
+from composer_sba.latent.cut_check import tensors_in
 from composer_sba.latent.expander import LatentExpander, NormStats
 from composer_sba.latent.layers import find_layers, forget_compiled_code
 from composer_sba.vicinity import Vicinity, as_vicinity
@@ -237,7 +240,7 @@ class SBA(HookedAlgorithm):
     def after_load(self, state: State, logger: Logger) -> None:
         """Refuse what cannot be trained, now that surgery and loading are over."""
         super().after_load(state, logger)
-        check_model(state.model, state.algorithms, self.target)
+        check_model(state.model, state.algorithms, self.layers, self.target)
         find_layers(network_of(state.model), self.layers)
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -287,7 +290,16 @@ class SBA(HookedAlgorithm):
         """Give the raw rows' predictions to the loss, the metrics and every other algorithm."""
         assert self._expander is not None
         self._logits = self._expander.split(state.outputs)
-        state.outputs = self._logits[0].clone()  # a loss that changes it in place leaves the soft label alone
+        if self._expander.cuts[self._layer].name != 'head':
+            state.outputs = self._logits[0]
+        elif not self._logits[1].requires_grad and any(each.requires_grad for each in tensors_in(state.outputs)):
+            raise CutLayerError(
+                "Layer 'head' is in a region of reentrant activation checkpointing, out of which no gradient of the "
+                'virtual samples leads: use its other form, activation_checkpointing_reentrant: false, or checkpoint '
+                'blocks below the head.'
+            )
+        if isinstance(state.outputs, torch.Tensor):
+            state.outputs = state.outputs.clone()  # a loss that changes it in place leaves the soft label alone
 
     def before_backward(self, state: State, logger: Logger) -> None:
         """Add the second term of Eq. (11)."""
@@ -296,7 +308,18 @@ class SBA(HookedAlgorithm):
             return
         assert self._logits is not None
         raw, virtual = self._logits
+        counted = counted_positions(state, raw)
+        if counted is not None:
+            raw, virtual = raw[counted], virtual[:, counted]
+        elif raw.ndim > 2:
+            raw, virtual = raw.flatten(0, -2), virtual.flatten(1, -2)
         if self.target == 'hard':
+            if not isinstance(state.outputs, torch.Tensor):
+                raise UserError(
+                    f"target='hard' needs a model whose output is one tensor of logits, got "
+                    f"{type(state.outputs).__name__}: use target='soft'.",
+                    'target',
+                )
             loss = task_loss_of_copies(state, virtual)
         else:
             loss = sbaf.soft_label_kl(raw, virtual, stop_gradient=self.stop_gradient)
@@ -308,7 +331,8 @@ class SBA(HookedAlgorithm):
                 )
         kl = loss if self.target == 'soft' else sbaf.soft_label_kl(raw.detach(), virtual.detach())
         agreement = (virtual.argmax(-1) == raw.argmax(-1)).float().mean()
-        self._means.add(len(raw), kl=kl, virtual_agreement=agreement)
+        if len(raw) > 0:
+            self._means.add(len(raw), kl=kl, virtual_agreement=agreement)
         if is_on_cpu(loss):
             self._check_finite(loss.item(), state, state.timestamp.batch.value)
         else:

@@ -1,17 +1,16 @@
 """The vicinal distribution P′, from which virtual samples of a latent batch are drawn (Eq. 5-8 of Li et al., 2020).
 
-In reading order: class Vicinity, its gradient, a recipe's mapping, buffers and draws, and the moments of its noise.
+In reading order: class Vicinity, its gradient, a recipe's mapping, buffers and draws.
 """
 
-import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
+from composer_sba import kernels
 from composer_sba.errors import TooWideError, UserError, check_choice, check_flag, check_number
 
 NoiseScale = Literal['rms', 'absolute']
@@ -48,8 +47,8 @@ class Vicinity:
             without a matrix. If Q is not a power of two, ε has the length of the next one and Σ is the first Q rows of
             the transform; ΣΣᵀ = I for every Q. Default: ``'identity'``, whose distribution differs from a rotation's
             only by the clip.
-        dropout (float, optional): Probability r that a feature of a dropout point is deleted, in [0, 1), to the nearest
-            1 / 65,536. Default: ``0.5``.
+        dropout (float, optional): Probability r that a feature of a dropout point is deleted, in [0, 1). Default:
+            ``0.5``.
         rescale (bool, optional): Divide dropout points by 1 - r, which makes the raw sample their mean; ``False`` is
             Eq. (8) to the letter. Default: ``True``.
 
@@ -92,13 +91,6 @@ class Vicinity:
         gaussian = self.num_gaussian(fold)
         return (gaussian > 0 and self.bound > 0) or (gaussian < fold and self.dropout > 0)
 
-    def unit(self, latent: torch.Tensor) -> torch.Tensor:
-        """Return the unit of σ and τ: a raw latent batch's root mean square, or 1. Shape ``()``, float32 or wider."""
-        dtype = torch.promote_types(latent.dtype, torch.float32)
-        if self.noise_scale == 'absolute':
-            return latent.new_ones((), dtype=dtype)
-        return torch.linalg.vector_norm(latent, dtype=dtype) / math.sqrt(latent.numel())
-
     def sample(self, latent: torch.Tensor, fold: int, generator: torch.Generator | None = None) -> torch.Tensor:
         """Draw ``fold`` virtual samples of each row of a latent batch.
 
@@ -119,15 +111,28 @@ class Vicinity:
         return self.expand(latent, fold, generator)[len(latent) :].unflatten(0, (fold, len(latent)))
 
     @torch.compiler.disable  # which cannot trace a generator
-    def expand(self, latent: torch.Tensor, fold: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    def expand(self, latent: torch.Tensor, fold: int, source: torch.Generator | int | None = None) -> torch.Tensor:
         """Build the augmented batch [X_k; V_g; V_d] of Eq. (6): the raw rows, then the virtual samples, copy by copy.
 
-        Args, errors and noise are those of :meth:`sample`.
+        Args, errors and noise are those of :meth:`sample`, but the source of the noise may be a seed, 64 bits. On CUDA,
+        kernels draw from a seed without a generator (:mod:`composer_sba.kernels`), other noise of the same law.
 
         Returns:
             torch.Tensor: Shape ``((1 + M) * N, *)``, dtype and memory format of ``latent``.
         """
-        rows: torch.Tensor = Expansion.apply(latent, self, fold, generator)[0]
+        if isinstance(source, int):
+            if self.basis == 'identity' and kernels.are_usable_on(latent):
+                law = {
+                    'sigma': self.sigma,
+                    'bound': self.bound / self.sigma if self.sigma > 0 else 0.0,
+                    'rms': self.noise_scale == 'rms',
+                    'dropout': self.dropout,
+                    'dropout_scale': self.dropout_scale,
+                }
+                fused: torch.Tensor = kernels.Expansion.apply(latent, source, (self.num_gaussian(fold), fold), law)
+                return fused
+            source = torch.Generator(latent.device).manual_seed(source)
+        rows: torch.Tensor = Expansion.apply(latent, self, fold, source)[0]
         return rows
 
     @torch.no_grad()
@@ -145,8 +150,9 @@ class Vicinity:
             if len(gaussian) > 0:
                 self._write_gaussian(gaussian, latent, generator)
             if len(dropout) > 0:
-                _draw_kept(kept, dropout, self.dropout, generator)
-                dropout.copy_(kept).mul_(latent * self.dropout_scale)
+                chances = _scratch(dropout, math.prod(latent.shape[1:])).uniform_(generator=generator)
+                torch.ge(chances.view(kept.shape), self.dropout, out=kept)
+                torch.mul(latent * self.dropout_scale, kept, out=dropout)
         return rows, kept
 
     @property
@@ -164,13 +170,19 @@ class Vicinity:
         features = math.prod(latent.shape[1:])
         width = 2 ** (features - 1).bit_length() if self.basis == 'hadamard' else features
         noise = _scratch(points, width).normal_(0, self.sigma, generator=generator).clamp_(-self.bound, self.bound)
-        if self.basis == 'hadamard':
-            rotate(noise, generator)
-        elif self.basis != 'identity':
-            noise = noise @ draw_basis(self.basis, noise, generator).T
+        if self.basis != 'identity':
+            noise = noise.view(-1, width)
+            if self.basis == 'hadamard':
+                rotate(noise, generator)
+            else:
+                noise = noise @ draw_basis(self.basis, noise, generator).T
+            noise = noise[:, :features]
+        noise = noise.view(points.shape)
         if self.noise_scale == 'rms':
-            noise *= self.unit(latent)
-        torch.add(latent, noise[:, :features].view(points.shape), out=points)
+            norm = torch.linalg.vector_norm(latent, dtype=at_least_float32(latent.dtype))
+            torch.addcmul(latent, noise, norm, value=1 / math.sqrt(latent.numel()), out=points)
+        else:
+            torch.add(latent, noise, out=points)
 
 
 class Expansion(torch.autograd.Function):
@@ -205,7 +217,7 @@ class Expansion(torch.autograd.Function):
         else:
             total = _sum(shifted)
             if len(kept) > 0:
-                total.add_(_sum(torch.empty_like(dropout).copy_(kept).mul_(dropout)), alpha=ctx.dropout_scale)
+                total.add_(_sum(dropout * kept), alpha=ctx.dropout_scale)
         return total, *[None] * (len(ctx.needs_input_grad) - 1)
 
     @staticmethod
@@ -225,6 +237,8 @@ class Expansion(torch.autograd.Function):
 
 
 def _sum(copies: torch.Tensor) -> torch.Tensor:
+    if copies.ndim < 5:
+        return copies.sum(0)
     return torch.sum(copies, 0, out=torch.empty_like(copies[0]))  # a plain sum makes channels_last contiguous
 
 
@@ -241,37 +255,26 @@ def as_vicinity(vicinity: Vicinity | Mapping[str, Any]) -> Vicinity:
 
 def buffers(latent: torch.Tensor, fold: int, vicinity: Vicinity) -> Drawn:
     """Allocate the tensors that :meth:`Vicinity.draw` fills."""
-    channels_last = latent.ndim == 4 and latent.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if channels_last and not latent.is_contiguous() else torch.contiguous_format
     shape = ((1 + fold) * len(latent), *latent.shape[1:])
-    rows = torch.empty(shape, dtype=latent.dtype, device=latent.device, memory_format=layout)
+    rows = torch.empty(shape, dtype=latent.dtype, device=latent.device, memory_format=kernels.layout_of(latent))
     return rows, latent.new_empty(fold - vicinity.num_gaussian(fold), *latent.shape, dtype=torch.bool)
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Return float32 for a narrower dtype, in which noise and divergences would be rounded; any other is returned."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def _scratch(points: torch.Tensor, width: int) -> torch.Tensor:
     """Return memory for the draws of ``points``, shape ``(copies, N, *)``; their own if it fits.
 
-    It has shape ``(copies * N, width)``, and is contiguous and at least float32: a seed gives one noise for all dtypes
-    and memory formats of the latent batch.
+    It is contiguous and at least float32: a seed gives one noise for all dtypes and memory formats of the latent batch.
+    It holds ``width`` numbers for each copy of each row.
     """
-    dtype = torch.promote_types(points.dtype, torch.float32)
-    own = points.dtype == dtype and points.is_contiguous() and points[0, 0].numel() == width
-    return (points if own else points.new_empty(*points.shape[:2], width, dtype=dtype)).view(-1, width)
-
-
-def _draw_kept(kept: torch.Tensor, room: torch.Tensor, rate: float, generator: torch.Generator | None) -> None:
-    """Draw which features are kept, with 16 random bits for each, a third of the time of a float on a CPU.
-
-    A feature is deleted with probability ``rate``, to the nearest 1 / 65,536. The memory of ``room``, of the shape of
-    ``kept``, is used for the bits if it fits; its values are lost.
-    """
-    words = -(-kept.numel() // 4)
-    size, offset = 8 * words // room.element_size(), room.storage_offset() * room.element_size()
-    fits = room.is_contiguous() and size <= room.numel() and offset % 8 == 0
-    bits = room.view(-1)[:size].view(torch.int64) if fits else room.new_empty(words, dtype=torch.int64)
-    bits.random_(-(2**63), None, generator=generator)
-    chances = bits.view(torch.int16)[: kept.numel()].view(kept.shape)
-    torch.ge(chances, min(round(rate * 2**16), 2**16 - 1) - 2**15, out=kept)
+    dtype = at_least_float32(points.dtype)
+    if points.dtype == dtype and points.is_contiguous() and points[0, 0].numel() == width:
+        return points
+    return points.new_empty(*points.shape[:2], width, dtype=dtype)
 
 
 def rotate(noise: torch.Tensor, generator: torch.Generator | None) -> None:
@@ -298,22 +301,3 @@ def draw_basis(basis: Basis, rows: torch.Tensor, generator: torch.Generator | No
         return square.div_(torch.linalg.vector_norm(square, dim=0))  # in place: it can be the largest tensor of a step
     factor, triangle = torch.linalg.qr(square)
     return factor.mul_(triangle.diagonal().sign())  # without these signs the draw is not uniform
-
-
-@functools.cache
-def clipped_moments(vicinity: Vicinity) -> tuple[float, float]:
-    """Return the variance of clip(ε, τ) of Eq. (7), in units of σ², and its excess kurtosis.
-
-    Example:
-        >>> [round(value, 3) for value in clipped_moments(Vicinity(sigma=0.1))]  # clipped at 2 σ
-        [0.921, -0.546]
-    """
-    # Moments of a standard Gaussian clipped at ±bound, in powers of the bound: sums of positive terms, which neither
-    # cancel nor underflow when the bound is small. Gauss' rule integrates the density, up to 9 σ.
-    bound = vicinity.bound / vicinity.sigma if vicinity.sigma > 0 else _LAST_SIGMA
-    beyond, end = math.erfc(bound / math.sqrt(2)), min(bound, 9.0)
-    nodes, weights = np.polynomial.legendre.leggauss(64)
-    density = end * weights * np.exp(-((end * nodes) ** 2) / 2) / math.sqrt(2 * math.pi)
-    ratio = end / bound if bound > 0 else 1.0
-    second, fourth = (float(density @ (ratio * nodes) ** power) + beyond for power in (2, 4))
-    return second * bound**2, fourth / second**2 - 3

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from xdist.scheduler import LoadFileScheduling
 
 if TYPE_CHECKING:
     import torch
+
+os.environ['TRITON_INTERPRET'] = '1'  # test_kernels.py runs kernels on the CPU; read when triton is imported
 
 # Workers take files in this order, then the others, so that none is left with a long one at the end
 LONG = ('resume', 'train', 'distributed', 'study', 'docs', 'cut_survey', 'composition', 'data', 'models', 'readme')

@@ -85,7 +85,10 @@ def test_a_last_linear_that_is_not_the_head_is_refused():
 
     model = Net(forward, conv=nn.Conv2d(3, 10, 1), gate=nn.Linear(3, 3))
     message = refuse(model, 'head')
-    assert 'the last nn.Linear has 3 outputs, the model 10 logits: it is not the head' in message
+    assert (
+        "the last nn.Linear makes (3, 3), which is not among the model's outputs, (3, 10): it is not the head"
+        in message
+    )
 
 
 def test_a_layer_that_does_not_run_is_refused():
@@ -135,10 +138,10 @@ def test_predictions_that_are_not_finite_are_refused():
 
 
 def test_an_output_that_is_not_logits_is_refused():
-    model = Net(lambda net, x: {'logits': net.fc(x)}, fc=nn.Linear(4, 3))
-    assert 'one tensor of logits, (N, K); got dict' in refuse(model, 'head', torch.randn(3, 4))
-    model._run = lambda net, x: net.fc(x)[:, :, None]
-    assert 'one tensor of logits, (N, K); got (3, 3, 1)' in refuse(model, 'head', torch.randn(3, 4))
+    model = Net(lambda net, x: {'logits': net.fc(net.body(x))}, body=nn.Linear(4, 4), fc=nn.Linear(4, 3))
+    assert 'one tensor of logits, (N, K); got dict' in refuse(model, 'body', torch.randn(3, 4))
+    model._run = lambda net, x: net.fc(net.body(x))[:, :, None]
+    assert 'one tensor of logits, (N, K); got (3, 3, 1)' in refuse(model, 'body', torch.randn(3, 4))
 
 
 def test_the_check_leaves_model_and_random_state_as_they_were(resnet):
@@ -158,7 +161,7 @@ def test_the_check_leaves_model_and_random_state_as_they_were(resnet):
 
 def test_a_check_that_ran_out_of_memory_can_be_repeated():
     network, images, calls = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(4, 6), []
-    expander = LatentExpander(network)
+    expander = LatentExpander(network, '1')
 
     def forward():
         calls.append(len(calls))
@@ -250,9 +253,9 @@ def test_outputs_that_differ_in_training_are_refused_in_training_only(output):
         fc=nn.Linear(16, 3),
     )
     x = torch.randn(4, 6)
-    message = refuse(network, 'head', x)
-    assert f'one tensor of logits, (N, K); got {got} in training mode. Turn auxiliary outputs off' in message
-    LatentExpander(network.eval(), 'head').check(lambda: network(x))
+    message = refuse(network, 'body', x)
+    assert f"one tensor of logits, (N, K); got {got} in training mode. Cut it at layers='head', turn" in message
+    LatentExpander(network.eval(), 'body').check(lambda: network(x))
 
 
 class Merging(nn.Linear):
@@ -389,13 +392,15 @@ def test_auxiliary_outputs_are_refused_before_the_first_batch_whatever_the_coin_
     trainer = Trainer(
         model=model,
         train_dataloader=DataLoader([(torch.randn(6), 1) for _ in range(8)], 4),
-        algorithms=[SBA(augment_prob=1e-9)],
+        algorithms=[SBA('body', augment_prob=1e-9)],
         optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
         max_duration='1ep',
         device='cpu',
         progress_bar=False,
     )
     before = [parameter.clone() for parameter in model.parameters()]
-    with pytest.raises(CutLayerError, match=r'got tuple in training mode\. Turn auxiliary outputs off'):
+    with pytest.raises(
+        CutLayerError, match=r"got tuple in training mode\. Cut it at layers='head', turn auxiliary outputs off"
+    ):
         trainer.fit()
     assert all(map(torch.equal, before, model.parameters()))

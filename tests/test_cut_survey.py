@@ -341,7 +341,15 @@ class TwoHeads(nn.Module):
         return (self.fc(h), self.aux(h)) if self.training else self.fc(h)
 
 
-def test_auxiliary_outputs_in_training_end_in_one_line(capsys):
-    assert main('--model test_cut_survey:TwoHeads --channels 1 --image-size 8'.split()) == 2
-    error = capsys.readouterr().err
-    assert 'got tuple in training mode. Turn auxiliary outputs off' in error and error.count('\n') == 1
+def test_a_network_with_auxiliary_outputs_in_training_has_one_cut(capsys):
+    assert main('--model test_cut_survey:TwoHeads --channels 1 --image-size 8'.split()) == 0
+    assert [cut.names for cut in survey(TwoHeads(), (1, 8, 8))] == [('head',)]
+    assert 'body' not in capsys.readouterr().out
+
+
+def test_auxiliary_outputs_without_a_head_end_in_one_line():
+    network = TwoHeads()
+    network.fc, network.aux = nn.Sequential(nn.Unflatten(1, (16, 1, 1)), nn.Conv2d(16, 3, 1)), nn.Identity()
+    network.body = nn.Sequential(nn.Unflatten(1, (64, 1, 1)), nn.Conv2d(64, 16, 1), nn.Flatten())
+    with pytest.raises(CutLayerError, match='got tuple in training mode'):
+        survey(network, (1, 8, 8))

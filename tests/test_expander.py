@@ -154,7 +154,7 @@ def test_an_armed_pass_in_which_no_layer_ran_is_an_error():
 
 def test_a_copied_model_is_not_tied_to_the_original():
     model, x, _ = make()
-    expander = LatentExpander(model, 'head', M)
+    expander = LatentExpander(model, 'norm', M)
     copied = copy.deepcopy(model)  # as Composer's SWA does
     with expander.armed(0):
         assert len(model(x)) == (1 + M) * N

@@ -1,126 +1,41 @@
-"""Gaussian points drawn as noise of the head's outputs, against points drawn by feature, and in a network.
+"""The head cut aside: virtual samples pass the head alone, whatever it is made of and whatever the model returns.
 
 Run: pytest tests/test_head.py
 """
 
 import copy
-import math
-from dataclasses import replace
+from collections import namedtuple
+from dataclasses import dataclass
 
 import pytest
 import torch
-from composer.models import ComposerClassifier
+import torch.nn.functional as F
+from composer.models import ComposerClassifier, ComposerModel
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
 import composer_sba.functional as sbaf
 from composer_sba import SBA, LatentExpander, Vicinity
-from composer_sba.latent.head import can_draw_logits, draw_logit_noise
-from composer_sba.latent.kernels import draw_logit_noise_by_seed, to_json
-from composer_sba.vicinity import clipped_moments, draw_basis
+from composer_sba.errors import CutLayerError, UserError
 from small_training import logged, trainer_of, weights
 
 N, K, Q = 6, 5, 128
 GAUSSIAN = Vicinity(gaussian_fraction=1.0, sigma=0.7)
 
 
-def make(dtype=torch.float64):
-    latent, linear = torch.relu(torch.randn(N, Q, dtype=dtype)), nn.Linear(Q, K).to(dtype)
-    nn.init.normal_(linear.weight, std=2 / math.sqrt(Q))
-    return latent, linear
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.mark.parametrize('basis', ['identity', 'orthogonal', 'hadamard', 'normalized'])
-def test_the_covariance_of_the_logits_is_that_of_the_projected_noise(basis):
-    latent, linear = make()
-    vicinity = replace(GAUSSIAN, basis=basis)
-    xi, directions = draw_logit_noise(latent, linear.weight, 3000, vicinity, generator())
-    a = linear.weight
-    if basis == 'normalized':  # the others are orthonormal: ΣΣᵀ = I
-        a = a @ draw_basis('normalized', latent, generator())
-    ours, theirs = (linear.weight @ directions) @ (linear.weight @ directions).T, a @ a.T
-    assert torch.allclose(ours, theirs, rtol=1e-6), f'{(ours - theirs).abs().max()}'
-    variance = GAUSSIAN.sigma**2 * clipped_moments(vicinity)[0] * latent.square().mean().item()
-    measured = xi.flatten(0, 1).T.cov()
-    assert torch.allclose(measured, variance * torch.eye(K, dtype=xi.dtype), atol=0.05 * variance), measured / variance
-
-
-@pytest.mark.parametrize(('tau', 'noise_scale'), [(None, 'rms'), (math.inf, 'absolute')])
-def test_the_divergence_and_its_gradients_are_those_of_points_drawn_by_feature_on_average(tau, noise_scale):
-    """Means of 400 estimates either way, within four standard errors of their difference."""
-    latent, linear = make()
-    latent.requires_grad_()
-    vicinity = replace(GAUSSIAN, tau=tau, noise_scale=noise_scale)
-
-    def estimates(points):
-        rows = []
-        for seed in range(400):
-            logits = linear(latent)
-            kl = sbaf.soft_label_kl(logits, points(logits, generator(seed)))
-            gradients = torch.autograd.grad(kl, [latent, linear.weight])
-            rows.append(torch.cat([kl.detach()[None], *(gradient.flatten() for gradient in gradients)]))
-        return torch.stack(rows)
-
-    def by_class(logits, generator):
-        xi, directions = draw_logit_noise(latent.detach(), linear.weight, 4, vicinity, generator)
-        return logits + xi @ (linear.weight @ directions).T
-
-    ours = estimates(by_class)
-    theirs = estimates(lambda logits, generator: linear(vicinity.sample(latent, 4, generator)))
-    error = (ours.var(0) / 400 + theirs.var(0) / 400).sqrt()
-    deviation = (ours.mean(0) - theirs.mean(0)) / error
-    print(
-        f'KL {ours[:, 0].mean():.4f}, {theirs[:, 0].mean():.4f} ± {error[0]:.4f}; gradients {deviation.abs().max():.2f}'
-    )
-    assert deviation[0].abs() < 4
-    assert deviation.abs().max() < 5 and deviation.std() < 1.25  # of 1,408 numbers
-    weights = slice(1 + latent.numel(), None)
-    assert ours[:, weights].var(0).mean() < theirs[:, weights].var(0).mean()
-
-
-@pytest.mark.parametrize('weight', [torch.zeros(3, 64), torch.ones(3, 64), torch.eye(3, 64) * 1e-8])
-def test_equal_or_zero_weights_of_classes_give_finite_noise(weight):
-    xi, directions = draw_logit_noise(torch.ones(4, 64), weight, 5, GAUSSIAN, generator())
-    moved = xi @ (weight @ directions).T
-    assert moved.isfinite().all() and directions.isfinite().all()
-    expected = GAUSSIAN.sigma * clipped_moments(GAUSSIAN)[0] ** 0.5 * weight[0].norm()
-    assert moved.std() == pytest.approx(expected.item(), rel=0.4, abs=1e-9)
-    if weight[0].norm() > 1:
-        assert torch.allclose(moved[..., 0], moved[..., 2], atol=1e-2 * expected.item())
-
-
-@pytest.mark.parametrize(
-    ('features', 'classes', 'tau', 'expected'),
-    [(64, 10, None, True), (32, 10, None, False), (32, 4, None, False), (64, 10, 0.01, False), (512, 10, 0.01, True),
-     (64, 16, math.inf, True), (64, 17, math.inf, False)],
-)  # fmt: skip
-def test_logits_are_drawn_where_it_pays_and_the_clip_allows_it(features, classes, tau, expected):
-    assert can_draw_logits(nn.Linear(features, classes), Vicinity(sigma=0.1, tau=tau)) is expected
-
-
-class Scaled(nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-def test_a_layer_with_another_forward_gets_points_drawn_by_feature():
-    assert not can_draw_logits(Scaled(Q, K), Vicinity())
-
-
 class Net(nn.Sequential):
-    def __init__(self):
-        super().__init__(nn.Linear(8, Q), nn.ReLU(), nn.Linear(Q, K))
-        self.rows = []
-        self[2].register_forward_hook(self.count)
+    """Counts the rows that reach the layers after the head."""
 
-    def count(self, module, args, output):
+    def __init__(self):
+        super().__init__(nn.Linear(8, Q), nn.ReLU(), nn.Linear(Q, K), nn.LogSoftmax(-1))
+        self.rows = []
+        self[3].register_forward_pre_hook(self.count)
+
+    def count(self, module, args):
         self.rows.append(len(args[0]))
 
 
@@ -134,29 +49,23 @@ def expanded(model, x, vicinity, step=0):
     return raw, virtual
 
 
-def test_the_head_runs_on_raw_and_dropout_rows_and_copies_keep_their_order():
+def test_virtual_rows_pass_the_head_alone():
     model, x = Net().double(), torch.randn(N, 8, dtype=torch.float64)
-    logits = model(x)
-    raw, virtual = expanded(model, x, Vicinity(sigma=1e-4))
-    assert model.rows[-1] == 3 * N
-    assert torch.equal(raw, logits)
-    moved = (virtual - logits).abs().amax((1, 2))
+    latent = model[1](model[0](x))
+    outputs = model(x)
+    expander = LatentExpander(model, 'head', 4, Vicinity(sigma=1e-4), seed=3)
+    with expander.armed(0):
+        armed = model(x)
+    raw, virtual = expander.split(armed)
+    seed = expander.seed(0)
+    expander.remove()
+    assert model.rows == [N, N]
+    assert torch.allclose(armed, outputs, atol=1e-12)
+    expected = model[2](Vicinity(sigma=1e-4).sample(latent, 4, torch.Generator().manual_seed(seed)))
+    assert torch.allclose(virtual, expected, atol=1e-12), f'{(virtual - expected).abs().max()}'
+    assert torch.allclose(raw, model[2](latent), atol=1e-12)
+    moved = (virtual - raw).abs().amax((1, 2))
     assert (moved[:2] < 0.01).all() and (moved[2:] > 0.05).all(), moved
-    assert not torch.equal(virtual[0], virtual[1])
-
-
-def test_few_points_of_many_classes_are_drawn_by_feature():
-    model, few, many = Net(), torch.randn(2, 8), torch.randn(3, 8)
-    for x, rows in (few, 2 * (1 + 4)), (many, 3):  # 4 points a row, and 5 classes
-        assert expanded(model, x, GAUSSIAN)[1].shape == (4, len(x), K)
-        assert model.rows[-1] == rows
-
-
-def test_without_dropout_points_the_head_runs_on_raw_rows_only():
-    model, x = Net().double(), torch.randn(N, 8, dtype=torch.float64)
-    raw, virtual = expanded(model, x, GAUSSIAN)
-    assert model.rows[-1] == N and virtual.shape == (4, N, K)
-    assert torch.equal(raw, model(x))
 
 
 def test_steps_draw_anew_and_repeat():
@@ -204,17 +113,6 @@ def test_a_compiled_network_draws_the_same_points():
         assert torch.allclose(mine, theirs, atol=1e-5), f'{(mine - theirs).abs().max()}'
     assert model[2].weight.grad.abs().sum() > 0
     torch._dynamo.reset()
-
-
-def test_the_operator_of_compiled_models_is_the_function():
-    latent, linear = make(torch.float32)
-    weight, seed = linear.weight.detach(), torch.tensor(7)
-    arguments = (latent, weight, seed, 3, to_json(GAUSSIAN))
-    torch.library.opcheck(draw_logit_noise_by_seed, arguments)
-    for ours, theirs in zip(
-        draw_logit_noise_by_seed(*arguments), draw_logit_noise(latent, weight, 3, GAUSSIAN, generator(7)), strict=True
-    ):
-        assert torch.equal(ours, theirs)
 
 
 class Lora(nn.Module):
@@ -289,3 +187,135 @@ def test_a_vanishing_eta_changes_no_weight_and_no_buffer_whatever_the_head_is_ma
     ours, kl = fit([SBA(augment_prob=1.0, eta=1e-30)])
     assert len(kl) == 12 and min(kl) > 0
     assert torch.allclose(ours, plain, rtol=0, atol=1e-13), f'weights differ by {(ours - plain).abs().max()}'
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+    features: torch.Tensor
+
+
+torch.utils._pytree.register_pytree_node(
+    Output, lambda output: ([output.logits, output.features], None), lambda values, _: Output(*values)
+)
+Pair = namedtuple('Pair', ['logits', 'auxiliary'])
+OUTPUTS = {
+    'a dict': lambda logits, features: {'features': features, 'logits': logits},
+    'a tuple': lambda logits, features: (features, logits),
+    'a named tuple': Pair,
+    'a dataclass': Output,
+    'log-probabilities': lambda logits, features: logits.log_softmax(-1),
+    'tokens': lambda logits, features: logits[:, None],
+}
+
+
+class Structured(ComposerModel):
+    """Returns its logits in a structure, and computes its loss in forward."""
+
+    def __init__(self, structure):
+        super().__init__()
+        self.auxiliary, self.trunk, self.fc = nn.Linear(6, 3), nn.Linear(6, 16), nn.Linear(16, 3)
+        self.structure = structure
+
+    def forward(self, batch):
+        features = self.trunk(batch[0]).relu()
+        logits = self.fc(features)
+        self.cross_entropy = F.cross_entropy(logits, batch[1])
+        return OUTPUTS[self.structure](logits, features)
+
+    def loss(self, outputs, batch):
+        return self.cross_entropy
+
+    def eval_forward(self, batch, outputs=None):
+        return self.forward(batch) if outputs is None else outputs
+
+
+def fit_structured(structure, algorithms):
+    torch.manual_seed(0)
+    model = Structured(structure).double()
+    data = TensorDataset(torch.randn(32, 6, dtype=torch.float64), torch.randint(3, (32,)))
+    trainer, log = trainer_of(model, data, 8, algorithms, max_duration='3ep')
+    trainer.fit()
+    return weights(trainer), logged(log, 'sba/kl')
+
+
+@pytest.mark.parametrize('structure', OUTPUTS)
+def test_a_model_may_return_its_logits_in_any_structure_and_compute_its_loss_itself(structure):
+    plain, _ = fit_structured(structure, [])
+    vanishing, kl = fit_structured(structure, [SBA(augment_prob=1.0, eta=1e-30)])
+    assert len(kl) == 12 and min(kl) > 0
+    assert torch.allclose(vanishing, plain, rtol=0, atol=1e-12), f'weights differ by {(vanishing - plain).abs().max()}'
+    trained, ours = fit_structured(structure, [SBA(augment_prob=1.0, eta=10.0)])
+    assert not torch.allclose(trained, plain, atol=1e-4)
+    assert sum(ours[-4:]) < sum(kl[-4:]), f'divergence {ours[-4:]} with eta = 10, {kl[-4:]} without'
+
+
+class Changed(Structured):
+    def forward(self, batch):
+        return {'logits': super().forward(batch)[1] / 2}
+
+
+class Twice(Structured):
+    def forward(self, batch):
+        super().forward(batch)
+        return super().forward(batch)[1]
+
+
+@pytest.mark.parametrize(
+    ('model', 'message'),
+    [(Changed, "makes (8, 3), which is not among the model's outputs, (8, 3): it is not the head"),
+     (Twice, 'the last nn.Linear runs 2 times in one forward pass')],
+)  # fmt: skip
+def test_a_last_linear_layer_that_is_not_the_head_is_refused(model, message):
+    data = TensorDataset(torch.randn(8, 6), torch.randint(3, (8,)))
+    trainer, _ = trainer_of(model('a tuple'), data, 8, [SBA(augment_prob=1.0)], max_duration='1ep')
+    with pytest.raises(CutLayerError) as refusal:
+        trainer.fit()
+    assert message in str(refusal.value) and '\n' not in str(refusal.value), refusal.value
+
+
+def test_a_hard_loss_needs_one_tensor_of_logits():
+    with pytest.raises(UserError, match="^target='hard' needs a model whose output is one tensor of logits, got dict"):
+        fit_structured('a dict', [SBA(augment_prob=1.0, target='hard')])
+
+
+class Counter(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.operators = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.operators.append(str(operator))
+        return operator(*args, **(kwargs or {}))
+
+
+def count_operators(expander, model, x, y):
+    """Count what forward, loss and backward dispatch, views included."""
+    model.zero_grad()
+    with Counter() as counter:
+        if expander is None:
+            F.cross_entropy(model(x), y).backward()
+        else:
+            with expander.armed(3):
+                raw, virtual = expander.split(model(x))
+                torch.add(F.cross_entropy(raw, y), sbaf.soft_label_kl(raw, virtual), alpha=0.1).backward()
+    return counter.operators
+
+
+@pytest.mark.parametrize('fold', [1, 4, 32])
+def test_an_augmented_step_dispatches_few_operators_at_any_fold(fold):
+    model, x, y = (
+        nn.Sequential(nn.Linear(32, 512), nn.ReLU(), nn.Linear(512, 10)),
+        torch.randn(128, 32),
+        torch.ones(128),
+    )
+    y = y.long()
+    plain = count_operators(None, model, x, y)
+    expander = LatentExpander(model, 'head', fold)
+    idle = count_operators(None, model, x, y)
+    augmented = count_operators(expander, model, x, y)
+    expander.remove()
+    more = len(augmented) - len(plain)
+    print(f'M = {fold}: {len(plain)} operators in a plain step, {more} more in an augmented one')
+    assert idle == plain
+    assert more <= 42, sorted(augmented)

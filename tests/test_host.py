@@ -9,7 +9,6 @@ from collections import namedtuple
 import pytest
 import torch
 import torch.nn.functional as F
-from composer import Trainer
 from composer.algorithms import GyroDropout, MixUp
 from composer.algorithms.warnings import NoEffectWarning, NotIntendedUseWarning
 from composer.loss import binary_cross_entropy_with_logits
@@ -109,15 +108,3 @@ def test_a_divergence_that_is_always_zero_warns_once(layers, classes, target, wa
         assert 'a network with one logit has only one distribution' in str(said[0].message)
         assert logged(log, 'sba/kl') == [0.0] * 8
     assert torch.equal(trained, final([])[0]) == warns
-
-
-def test_hugging_face_models_are_refused():
-    transformers = pytest.importorskip('transformers')
-    from composer.models import HuggingFaceModel
-
-    config = transformers.BertConfig(
-        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
-    )
-    model = HuggingFaceModel(transformers.BertForSequenceClassification(config))
-    with pytest.raises(CutLayerError, match='^SBA cannot cut a HuggingFaceModel'):
-        Trainer(model=model, algorithms=[SBA()], device='cpu')

@@ -1,46 +1,151 @@
-"""Draws in compiled networks against those in eager ones: the same points, in the fewest possible graphs.
+"""The kernels of a GPU, run by Triton's interpreter, against the operators of PyTorch that they replace.
 
 Run: pytest tests/test_kernels.py
 """
 
-import copy
+import math
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
+import torch.nn.functional as F
+from torch import nn
 
-from composer_sba import LatentExpander, Vicinity
-from composer_sba.latent.kernels import draw_by_seed, to_json
-from cut_network import GAUSSIAN, M, N, make, predict
+import composer_sba.functional as sbaf
+from composer_sba import LatentExpander, Vicinity, kernels
+from test_head import Counter
 
+pytest.importorskip('triton')
+pytestmark = pytest.mark.filterwarnings('ignore:Conversion of an array with ndim > 0:DeprecationWarning')  # Triton's
 
-@pytest.mark.parametrize('first_armed', [True, False])
-@pytest.mark.parametrize(('layers', 'graphs'), [('head', 2), ('trunk', 2), ('norm', 2), (['trunk', 'head'], 3)])
-def test_compiled_models_expand_with_one_graph_for_plain_steps_and_one_for_each_cut(layers, graphs, first_armed):
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend('eager')
-    model, x, _ = make(dtype=torch.float32)
-    eager = copy.deepcopy(model)
-    expander = LatentExpander(model, layers, M, GAUSSIAN)
-    compiled = torch.compile(model, backend=counter)
-    for step in range(10):
-        if (step % 2 == 0) == first_armed:
-            with expander.armed(step):
-                raw, virtual = expander.split(compiled(x))
-            expected = predict(eager, x, layers, step=step)
-            assert torch.allclose(raw, expected[0], atol=1e-5) and torch.allclose(virtual, expected[1], atol=1e-5)
-        else:
-            assert torch.allclose(compiled(x), eager(x), atol=1e-5)
-    assert counter.frame_count == graphs
-    torch._dynamo.reset()
+SEED = 2**64 - 3
+VICINITIES = {
+    'both': Vicinity(sigma=0.3),
+    'absolute, not rescaled': Vicinity(0.4, sigma=0.5, tau=0.2, noise_scale='absolute', dropout=0.3, rescale=False),
+    'Gaussian points without a bound': Vicinity(1.0, sigma=0.3, tau=math.inf),
+    'dropout points': Vicinity(0.0, dropout=0.7),
+    'no noise': Vicinity(1.0, sigma=0.0),
+}
 
 
-def test_the_operator_of_compiled_models_is_the_eager_expansion():
-    latent, seed = torch.randn(N, 5, requires_grad=True), torch.tensor(7)
-    vicinity = Vicinity(dropout=0.3)
-    arguments = (latent, seed, M, to_json(vicinity))
-    torch.library.opcheck(draw_by_seed, arguments)
-    ours, theirs = draw_by_seed(*arguments)[0], vicinity.expand(latent, M, torch.Generator().manual_seed(7))
-    assert torch.equal(ours, theirs)
-    gradient = torch.randn_like(ours)
-    assert torch.equal(*(torch.autograd.grad(rows, latent, gradient)[0] for rows in (ours, theirs)))
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    """Use kernels on the CPU, which conftest.py has told Triton to interpret."""
+    monkeypatch.setattr(kernels, 'are_usable_on', lambda tensor: tensor.dtype != torch.float64)
+
+
+def expand(vicinity, latent, fold=4, seed=SEED):
+    return vicinity.expand(latent, fold, seed)
+
+
+@pytest.mark.parametrize('vicinity', VICINITIES)
+def test_the_augmented_batch_has_the_law_of_the_vicinity(vicinity):
+    vicinity = VICINITIES[vicinity]
+    latent = torch.randn(32, 300)
+    raw, *copies = expand(vicinity, latent).view(5, 32, 300)
+    _, *expected = vicinity.expand(latent, 4, torch.Generator().manual_seed(123)).view(5, 32, 300)
+    assert torch.equal(raw, latent)
+    for ours, theirs in zip(copies, expected, strict=True):
+        for statistic in (
+            lambda copy: (copy - latent).mean(),
+            lambda copy: (copy - latent).std(),
+            lambda copy: (copy == 0).float().mean(),
+            lambda copy: ((copy - latent) * latent).mean(),
+        ):
+            assert statistic(ours).item() == pytest.approx(statistic(theirs).item(), rel=0.1, abs=0.15)
+        assert (ours - latent).abs().max() <= (theirs - latent).abs().max() * 1.5 + 1e-6
+    if vicinity.has_noise(4):
+        assert not torch.equal(copies[0], copies[1])
+        assert not torch.equal(expand(vicinity, latent, seed=SEED - 1), expand(vicinity, latent))
+    assert torch.equal(expand(vicinity, latent), expand(vicinity, latent))
+
+
+def test_the_noise_is_bounded_in_units_of_the_root_mean_square():
+    latent = 3 * torch.randn(64, 100)
+    noise = expand(Vicinity(1.0, sigma=0.2), latent, 2)[64:] - latent.repeat(2, 1)
+    rms = latent.square().mean().sqrt().item()
+    assert noise.abs().max().item() == pytest.approx(2 * 0.2 * rms, rel=1e-4)
+    assert noise.var().item() / (0.2 * rms) ** 2 == pytest.approx(0.9205, rel=0.05)  # of a Gaussian clipped at 2
+
+
+@pytest.mark.parametrize('vicinity', VICINITIES)
+@pytest.mark.parametrize('shape', [(6, 40), (6, 3, 4, 5), (2, 700)], ids=str)
+def test_the_gradient_is_the_sum_over_copies_with_the_masks_that_were_drawn(vicinity, shape):
+    vicinity, latent = VICINITIES[vicinity], torch.rand(*shape) + 0.5
+    if len(shape) == 4:
+        latent = latent.contiguous(memory_format=torch.channels_last)
+    latent.requires_grad_()
+    rows = expand(vicinity, latent)
+    assert rows.is_contiguous(memory_format=torch.channels_last if len(shape) == 4 else torch.contiguous_format)
+    weight = torch.randn(rows.shape)
+    (ours,) = torch.autograd.grad(rows, latent, weight, retain_graph=True)
+    copies, weights = rows.detach().view(5, *shape), weight.view(5, *shape)
+    p = vicinity.num_gaussian(4)
+    theirs = weights[: 1 + p].sum(0) + vicinity.dropout_scale * (weights[1 + p :] * (copies[1 + p :] != 0)).sum(0)
+    assert torch.allclose(ours, theirs, atol=1e-5), f'{(ours - theirs).abs().max()}'
+    assert ours.stride() == latent.stride()
+    again = torch.autograd.grad(rows, latent, weight, create_graph=True)[0]
+    assert torch.allclose(ours, again, atol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_draws_the_noise_of_float32(dtype):
+    latent = torch.randn(8, 32).to(dtype)
+    ours, theirs = expand(Vicinity(sigma=0.5), latent), expand(Vicinity(sigma=0.5), latent.float())
+    assert ours.dtype == dtype and torch.allclose(ours.float(), theirs, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(('fold', 'classes'), [(1, 2), (4, 10), (3, 1000)])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_the_soft_label_loss_and_its_gradient(fold, classes, dtype, monkeypatch):
+    rows = torch.randn((1 + fold) * 5, classes).mul_(3).to(dtype)
+    raw, virtual = rows[:5], rows[5:].view(fold, 5, classes).requires_grad_()
+    ours = sbaf.soft_label_kl(raw, virtual)
+    (gradient,) = torch.autograd.grad(2.5 * ours, virtual)
+    monkeypatch.setattr(kernels, 'are_usable_on', lambda tensor: False)
+    theirs = sbaf.soft_label_kl(raw, virtual)
+    (expected,) = torch.autograd.grad(2.5 * theirs, virtual)
+    assert gradient.dtype == dtype and ours.dtype == torch.float32
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-4)
+    assert torch.allclose(gradient, expected, rtol=1e-3, atol=1e-6), f'{(gradient - expected).abs().max()}'
+
+
+@pytest.mark.parametrize('fold', [1, 4, 32])
+def test_an_augmented_step_of_a_gpu_dispatches_at_most_25_operators_more(fold, monkeypatch):
+    """A kernel counts as one operator; what the interpreter does in its place does not count."""
+    from composer_sba import triton_kernels
+
+    model, x, y = nn.Sequential(nn.Linear(32, 96), nn.ReLU(), nn.Linear(96, 10)), torch.randn(16, 32), torch.ones(16)
+    y = y.long()
+    launches = []
+    for name in ('expand', 'sum_copies', 'soft_label_kl'):
+        kernel = getattr(triton_kernels, name)
+
+        class Launched:
+            def __getitem__(self, grid, name=name, kernel=kernel):
+                def launch(*args, **kwargs):
+                    launches.append(name)
+                    with torch.utils._python_dispatch._disable_current_modes():
+                        kernel[grid](*args, **kwargs)
+
+                return launch
+
+        monkeypatch.setattr(triton_kernels, name, Launched())
+
+    def count(armed):
+        with Counter() as counter:
+            if armed:
+                with expander.armed(3):
+                    raw, virtual = expander.split(model(x))
+                    torch.add(F.cross_entropy(raw, y), sbaf.soft_label_kl(raw, virtual), alpha=0.1).backward()
+            else:
+                F.cross_entropy(model(x), y).backward()
+        model.zero_grad()
+        return counter.operators
+
+    expander = LatentExpander(model, 'head', fold)
+    plain, augmented = count(False), count(True)
+    expander.remove()
+    assert launches == ['expand', 'soft_label_kl', 'sum_copies']
+    more = len(augmented) + len(launches) - len(plain)
+    print(f'M = {fold}: {more} operators and kernels more than the {len(plain)} of a plain step')
+    assert more <= 25, sorted(augmented)

@@ -3,7 +3,7 @@
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,11 +19,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from composer_sba.errors import CutLayerError, NonFiniteError, UserError
+from composer_sba.latent.cut_check import tensors_in
+
+_IGNORED_LABEL = -100
 
 
 def network_of(model: nn.Module) -> nn.Module:
-    """Return the network whose layers users name and whose input is a tensor: a ComposerClassifier's ``module``."""
+    """Return the network whose layers users name: that of a ComposerClassifier or a HuggingFaceModel, or the model."""
     model = unwrap(model)
+    if isinstance(model, HuggingFaceModel):
+        return model.model
     return model.module if isinstance(model, ComposerClassifier) else model
 
 
@@ -32,7 +37,7 @@ def unwrap(model: nn.Module) -> Any:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def forward_on_batch(state: State) -> Callable[[], torch.Tensor]:
+def forward_on_batch(state: State) -> Callable[[], Any]:
     """Return a function that runs the model on the current batch, without DDP, which counts forward passes.
 
     Each call gets a copy of the batch, which ``forward`` may change; a batch of one row is doubled, because the check
@@ -45,19 +50,27 @@ def forward_on_batch(state: State) -> Callable[[], torch.Tensor]:
             return value
         return value.repeat(2, *[1] * (value.ndim - 1)) if value.ndim > 0 and len(value) == 1 else value.clone()
 
-    def forward() -> torch.Tensor:
+    def forward() -> Any:
         with get_precision_context(state.precision, state.precision_config):
             return model(tree_map(copy, state.batch))
 
     return forward
 
 
-def check_model(model: nn.Module, algorithms: Sequence[Algorithm], target: str) -> None:
+def check_model(
+    model: nn.Module, algorithms: Sequence[Algorithm], layers: str | Sequence[str], target: str = 'soft'
+) -> None:
     """Raise UserError for what cannot be trained with SBA; warn about a loss that does not match a softmax."""
-    if isinstance(model, HuggingFaceModel):
+    if isinstance(model, HuggingFaceModel) and layers not in ('head', ['head'], ('head',)):
         raise CutLayerError(
-            'SBA cannot cut a HuggingFaceModel, which computes its loss inside forward from labels of the raw rows. '
-            'Wrap the network in a ComposerClassifier whose forward returns logits.',
+            'A HuggingFaceModel computes its loss inside forward, from labels of the raw rows: cut it at '
+            f"layers='head', where virtual samples do not reach the loss, not at {layers!r}.",
+        )
+    if isinstance(model, HuggingFaceModel) and target == 'hard':
+        raise UserError(
+            "target='hard' needs a loss of virtual samples' logits, and a HuggingFaceModel computes its loss inside "
+            "forward: use target='soft'.",
+            'target',
         )
     if any(isinstance(algorithm, GyroDropout) for algorithm in algorithms):
         raise CutLayerError(
@@ -78,6 +91,25 @@ def check_model(model: nn.Module, algorithms: Sequence[Algorithm], target: str) 
             NotIntendedUseWarning,
             stacklevel=2,
         )
+
+
+def counted_positions(state: State, logits: torch.Tensor) -> torch.Tensor | None:
+    """Return which of the logits have a label that counts, if each row has several: a token of a sentence, for one.
+
+    Args:
+        state (State): The Trainer's state, whose batch may have labels, one for each position or none.
+        logits (torch.Tensor): The head's output for the raw rows. Shape ``(N, *, K)``.
+
+    Returns:
+        torch.Tensor | None: Bool, shape ``(N, *)``: positions whose label is not the one that cross-entropy ignores,
+        -100. None if the batch has no such labels, and every position counts.
+    """
+    if logits.ndim == 2:
+        return None
+    labels = state.batch.get('labels') if isinstance(state.batch, Mapping) else state.batch[1]
+    if not isinstance(labels, torch.Tensor) or labels.shape != logits.shape[:-1]:
+        return None
+    return labels != _IGNORED_LABEL
 
 
 def task_loss_of_copies(state: State, virtual_logits: torch.Tensor) -> torch.Tensor:
@@ -209,7 +241,7 @@ class FiniteGuard:
 
         Args:
             value (float): The loss.
-            state (State): The Trainer's state; its outputs are the raw rows' predictions.
+            state (State): The Trainer's state; its outputs hold the raw rows' predictions.
             batch (int): Index of the batch, for the message.
             cut (str): Name of the cut layer, for the message.
 
@@ -221,7 +253,8 @@ class FiniteGuard:
             self._overflows = 0
             return
         self._overflows += 1
-        finite = isinstance(state.outputs, torch.Tensor) and bool(state.outputs.isfinite().all())
+        outputs = tensors_in(state.outputs)
+        finite = bool(outputs) and all(bool(tensor.isfinite().all()) for tensor in outputs)
         cause = (
             'the raw predictions are finite: lower the noise (sigma, dropout), or cut at a later layer'
             if finite

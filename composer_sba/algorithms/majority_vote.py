@@ -10,7 +10,7 @@ from composer.loggers import Logger
 from composer_sba import functional as sbaf
 from composer_sba.algorithms._attachment import HookedAlgorithm
 from composer_sba.algorithms._composer import forward_on_batch, network_of
-from composer_sba.errors import check_fold, check_layers, check_seed
+from composer_sba.errors import CutLayerError, check_fold, check_layers, check_seed
 from composer_sba.latent.expander import LatentExpander
 from composer_sba.latent.layers import find_layers
 from composer_sba.vicinity import Vicinity, as_vicinity
@@ -112,7 +112,13 @@ class MajorityVote(HookedAlgorithm):
         assert self._expander is not None
         raw, virtual = self._expander.split(state.outputs)
         self._expander.disarm()
-        state.outputs = sbaf.majority_vote(torch.cat([raw[None], virtual]))
+        if not isinstance(state.outputs, torch.Tensor):
+            raise CutLayerError(
+                f'MajorityVote replaces the logits that eval_forward returns, got {type(state.outputs).__name__}: give '
+                'a HuggingFaceModel use_logits=True.'
+            )
+        votes = sbaf.majority_vote(torch.cat([raw[None], virtual]).flatten(1, -2))
+        state.outputs = votes.view(raw.shape)
 
     def eval_end(self, state: State, logger: Logger) -> None:
         """Remove the hooks."""

@@ -61,14 +61,15 @@ class BatchLayer:
         self.batch = batch
         # What somebody put there before: another expander, or the owner of the network.
         self.replaced: Callable[..., torch.Tensor] | None = vars(module).get('forward')
+        self.forward = partial(_forward, self)  # not a method: torch.compile cannot follow those of an instance here
         vars(module)['forward'] = self.forward
 
     def remove(self) -> None:
         """Put back the module's forward pass, also from below one that was put there later."""
         forward, above = vars(self.module).get('forward'), None
-        while forward != self.forward:
-            above = getattr(forward, '__self__', None)
-            if not isinstance(above, BatchLayer):
+        while forward is not self.forward:
+            above = _owner(forward)
+            if above is None:
                 return  # somebody else replaced it, and calls this one, which now does nothing
             forward = above.replaced
         if above is not None:
@@ -78,7 +79,7 @@ class BatchLayer:
         else:
             del vars(self.module)['forward']
 
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def run(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run the module on the raw rows and the rule on the virtual ones, if the batch is augmented."""
         raw_rows = self.batch.raw_rows
         if raw_rows is None or not self._separates(first_tensor(args, kwargs), raw_rows):
@@ -124,8 +125,17 @@ class BatchLayer:
 
 def _is_foreign(forward: Callable[..., torch.Tensor] | None) -> bool:
     """Whether somebody other than an expander replaced a module's forward pass by ``forward``."""
-    owner = getattr(forward, '__self__', None)
-    return forward is not None and (not isinstance(owner, BatchLayer) or _is_foreign(owner.replaced))
+    owner = _owner(forward)
+    return forward is not None and (owner is None or _is_foreign(owner.replaced))
+
+
+def _forward(layer: BatchLayer, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return layer.run(*args, **kwargs)
+
+
+def _owner(forward: Callable[..., torch.Tensor] | None) -> BatchLayer | None:
+    """Return the batch layer whose forward pass this is, if any."""
+    return forward.args[0] if isinstance(forward, partial) and forward.func is _forward else None
 
 
 def hook_batch_layers(model: nn.Module, batch: AugmentedBatch, norm_stats: str) -> list[BatchLayer]:

@@ -1,7 +1,7 @@
 """The proof that a layer can be cut: predictions depend on no row of the latent batch but their own."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.utils._pytree import tree_leaves
 
 from composer_sba.errors import CutLayerError, one_line
 from composer_sba.latent.batch_layers import batch_layers_by_row
 from composer_sba.latent.forward_window import ForwardWindow, only
-from composer_sba.latent.layers import CutLayer, named_layers, unwrap
+from composer_sba.latent.layers import CutLayer, named_layers
 from composer_sba.schedule import seeded
 
-Forward = Callable[[], torch.Tensor]
+Forward = Callable[[], Any]
 
 _TRIALS = 8  # of layers that draw: MixStyle, for one, acts on half of the batches
 
@@ -31,12 +32,15 @@ def check_cut(model: nn.Module, cut: CutLayer, forward: Forward, *, rows_may_mix
     obstacle. Batch normalization and dropout modules, which ``composer_sba.latent.batch_layers`` handles, are left
     out. A skip connection around the cut fails because its rows are only half as many.
 
+    At ``'head'``, virtual samples pass the head alone. The check is that the head makes the model's logits.
+
     The check leaves buffers, modes, numbers that are attributes of modules, and random streams as they were.
 
     Args:
         model (torch.nn.Module): The model that ``forward`` runs.
         cut (CutLayer): The layer to check.
-        forward (Callable): Runs the model on a batch of at least two rows and returns the logits, ``(N, K)``.
+        forward (Callable): Runs the model on a batch of at least two rows and returns the logits, ``(N, K)``; if the
+            head is cut, anything that holds them.
         rows_may_mix (bool, optional): Accept layers above the cut that mix rows. Default: ``False``.
 
     Raises:
@@ -51,6 +55,8 @@ def check_cut(model: nn.Module, cut: CutLayer, forward: Forward, *, rows_may_mix
 
 def why_no_cut(model: nn.Module, cut: CutLayer, forward: Forward, *, rows_may_mix: bool = False) -> str | None:
     """Return the reason why a layer is no cut point, or None if it is one; arguments as for :func:`check_cut`."""
+    if cut.name == 'head' and not rows_may_mix:
+        return why_no_head(model, cut, forward)
     with repeatable(model) as run, batch_layers_by_row(model):
         seen: list[Any] = []
 
@@ -61,7 +67,7 @@ def why_no_cut(model: nn.Module, cut: CutLayer, forward: Forward, *, rows_may_mi
             logits = run(forward)
         mode = 'training' if model.training else 'evaluation'
         check_logits(logits, mode)
-        rows, classes = logits.shape
+        rows = len(logits)
         if rows < 2:
             raise CutLayerError(
                 f'Layer {cut.name!r} is checked on the first batch, which needs two rows or more; got {rows}.'
@@ -82,10 +88,52 @@ def why_no_cut(model: nn.Module, cut: CutLayer, forward: Forward, *, rows_may_mi
             return f'its {end} has shape {tuple(latent.shape)} for a batch of {rows} rows'
         if not cut.at_input and value.numel() == logits.numel() and value.data_ptr() == logits.data_ptr():
             return "it is the model's output, with no layer above it"
-        outputs = getattr(unwrap(cut.module), 'out_features', classes)
-        if cut.name == 'head' and outputs != classes:
-            return f'the last nn.Linear has {outputs} outputs, the model {classes} logits: it is not the head'
         return _why_rows_differ(model, cut, forward, run, latent, logits, mode, rows_may_mix)
+
+
+def why_no_head(model: nn.Module, cut: CutLayer, forward: Callable[[], Any]) -> str | None:
+    """Return the reason why a model's last linear layer is not its head, or None if its output is the model's logits.
+
+    The model may return them in any structure, and shifted by a constant for each row, as by a softmax.
+    """
+    seen: list[tuple[Any, Any]] = []
+
+    def record(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        latent = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+        seen.append((latent, output.clone() if isinstance(output, torch.Tensor) else output))
+
+    handle = cut.module.register_forward_hook(record, with_kwargs=True)
+    try:
+        with repeatable(model) as run:
+            outputs = run(forward)
+    finally:
+        handle.remove()
+    if len(seen) != 1:
+        return f'the last nn.Linear runs {len(seen)} times in one forward pass'
+    [(latent, logits)] = seen
+    for name, value in ('input', latent), ('output', logits):
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.ndim < 2:
+            got = f'{value.dtype}, {tuple(value.shape)}' if isinstance(value, torch.Tensor) else type(value).__name__
+            return f"the last nn.Linear's {name} is no floating tensor of shape (N, ..., features), but {got}"
+    if not logits.isfinite().all():
+        raise CutLayerError("Layer 'head' cannot be checked: the logits for the first batch are not finite.")
+    tensors = tensors_in(outputs)
+    for tensor in tensors:
+        if tensor.numel() == logits.numel() and tensor.shape[-1:] == logits.shape[-1:]:
+            shift = (tensor - logits.view_as(tensor)).float()
+            if (shift - shift[..., :1]).abs().max() <= 1e-2 * logits.abs().max():
+                return None
+    shapes = ', '.join(str(tuple(tensor.shape)) for tensor in tensors)
+    return (
+        f"the last nn.Linear makes {tuple(logits.shape)}, which is not among the model's outputs, {shapes}: it is not "
+        'the head'
+    )
+
+
+def tensors_in(outputs: Any) -> list[torch.Tensor]:
+    """Return the tensors of what a model returned: a tensor, or a tuple, a mapping or a dataclass of them."""
+    leaves = tree_leaves(dict(outputs) if isinstance(outputs, Mapping) else outputs)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 def check_logits(logits: Any, mode: str) -> None:
@@ -93,8 +141,9 @@ def check_logits(logits: Any, mode: str) -> None:
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
         got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise CutLayerError(
-            f'SBA needs a classifier whose output is one tensor of logits, (N, K); got {got} in {mode} mode. Turn '
-            'auxiliary outputs off, or wrap the network in a module that returns the logits alone.'
+            f'A cut below the head needs a classifier whose output is one tensor of logits, (N, K); got {got} in '
+            f"{mode} mode. Cut it at layers='head', turn auxiliary outputs off, or wrap the network in a module that "
+            'returns the logits alone.'
         )
 
 
@@ -180,10 +229,12 @@ def _nearest_cuts(model: nn.Module, cut: CutLayer, forward: Forward, rows_may_mi
     handles = [module.register_forward_hook(partial(record, name)) for name, module in named_layers(model).items()]
     try:
         with repeatable(model) as run:
-            run(forward)
+            logits = run(forward)
     finally:
         for handle in handles:
             handle.remove()
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+        return []  # only the head can be cut
     names = list(order)
     at = names.index(cut.name) if cut.name in order else len(names)
     found = []

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from composer_sba.errors import CutLayerError, one_line
-from composer_sba.latent.cut_check import check_logits, repeatable, why_no_cut
+from composer_sba.latent.cut_check import check_logits, repeatable, tensors_in, why_no_cut
 from composer_sba.latent.layers import CutLayer, find_layers, named_layers
 
 _ROWS = 2
@@ -56,14 +56,16 @@ def survey(network: nn.Module, shape: Sequence[int]) -> list[Cut]:
     if the forward pass needs the values of the images.
 
     Args:
-        network (torch.nn.Module): A classifier that takes a batch of images and returns logits ``(N, K)``.
+        network (torch.nn.Module): A classifier that takes a batch of images and returns logits ``(N, K)``. If it
+            returns them in another form, only its head can be cut.
         shape (Sequence[int]): An image's shape, ``(C, H, W)``.
 
     Returns:
         list[Cut]: In the order in which the layers run.
 
     Raises:
-        CutLayerError: If the network takes no such images or its output is not one tensor of logits.
+        CutLayerError: If the network takes no such images, or its output is not one tensor of logits and it has no
+            head.
 
     Example:
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(12, 30), nn.ReLU(), nn.Linear(30, 2))
@@ -138,8 +140,8 @@ def _count(network: nn.Module, layers: Mapping[str, CutLayer], shape: Sequence[i
     with torch.enable_grad(), mode, FlopCounterMode(display=False) as counter:
         images = torch.empty(_ROWS, *shape)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            logits, passed = _watch(layers, partial(torch.func.functional_call, network, fakes, images), measure)
-        logits.sum().backward()
+            outputs, passed = _watch(layers, partial(torch.func.functional_call, network, fakes, images), measure)
+        torch.stack([tensor.sum() for tensor in tensors_in(outputs) if tensor.requires_grad]).sum().backward()
         total = counter.get_total_flops()
     weights = {_storage(tensor) for tensor in fakes.values()}
     return {
@@ -177,8 +179,8 @@ def _watch(
     layers: Mapping[str, CutLayer],
     forward: Callable[[], Any],
     measure: Callable[[str, torch.Tensor], Any] = lambda name, value: None,
-) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, int, Any]]]:
-    """Run a forward pass and return the logits, and what passed at each layer that ran once, with its measure."""
+) -> tuple[Any, dict[str, tuple[torch.Tensor, int, Any]]]:
+    """Run a forward pass; return the outputs, and what passed at each layer that ran once, with its measure."""
     passed: dict[str, tuple[torch.Tensor, int, Any]] = {}
     calls: Counter[str] = Counter()
 
@@ -189,12 +191,15 @@ def _watch(
 
     handles = [cut.hook(partial(record, name)) for name, cut in layers.items()]
     try:
-        logits = forward()
+        outputs = forward()
     finally:
         for handle in handles:
             handle.remove()
-    check_logits(logits, 'training')
-    return logits, {name: each for name, each in passed.items() if calls[name] == 1}
+    if 'head' not in layers:
+        check_logits(outputs, 'training')
+    elif not isinstance(outputs, torch.Tensor) or outputs.ndim != 2:
+        passed = {name: each for name, each in passed.items() if name == 'head'}  # the only layer that can be cut
+    return outputs, {name: each for name, each in passed.items() if calls[name] == 1}
 
 
 def _memory(latent: torch.Tensor, kept: Sequence[torch.Tensor], weights: set[int]) -> int:

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -13,10 +13,9 @@ from torch.utils.hooks import RemovableHandle
 from composer_sba.errors import CutLayerError, check_choice, check_fold, check_seed
 from composer_sba.latent.batch_layers import BatchLayer, find_below, hook_batch_layers
 from composer_sba.latent.cut_check import Forward, check_cut, repeatable
-from composer_sba.latent.forward_window import ForwardWindow
-from composer_sba.latent.head import MIN_POINTS_PER_CLASS, can_draw_logits, draw_logit_noise
-from composer_sba.latent.kernels import draw_by_seed, draw_logit_noise_by_seed, to_json
-from composer_sba.latent.layers import find_layers, first_tensor, forget_compiled_code, hook_linear, unwrap
+from composer_sba.latent.forward_window import ForwardWindow, in_backward
+from composer_sba.latent.layers import find_layers, forget_compiled_code
+from composer_sba.latent.operators import draw_by_seed, to_json
 from composer_sba.schedule import choose_layer, noise_seed
 from composer_sba.vicinity import Vicinity, as_vicinity
 
@@ -29,6 +28,9 @@ class LatentExpander:
     At the cut layer k the latent batch :math:`X_k` of N rows becomes :math:`[X_k; V_g; V_d]` (Eq. 6 of `Li et al., 2020
     <https://arxiv.org/abs/2006.15284>`_): the N raw rows, then M copies of all N rows, drawn from the vicinity. The
     layers above run once, on (1 + M) N rows. The network does not change while the expander is not armed.
+
+    At ``'head'`` only the head runs on (1 + M) N rows. Its hooks keep the virtual samples' logits and return those of
+    the raw rows to the network, which may return them in any form and compute its loss itself.
 
     Args:
         model (torch.nn.Module): The network. It gets hooks, which :meth:`remove` removes, and no parameters.
@@ -52,9 +54,6 @@ class LatentExpander:
         random stream is not used. Dropout, RReLU and stochastic depth modules above the cut use that stream for raw
         rows only, as without SBA; functions such as ``F.dropout`` use it for all rows. Under activation checkpointing,
         stay armed until the backward pass is over.
-
-        At the head, Gaussian copies are drawn as noise of its outputs if the clip and the width allow it
-        (:mod:`composer_sba.latent.head`). The head then runs on raw rows and dropout copies only.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
@@ -86,17 +85,15 @@ class LatentExpander:
         self.norm_stats = norm_stats
         self._seed = seed
         self._raw_rows: int | None = None  # N, once an augmented batch has passed the cut
+        self._above_cut = False  # whether it is still augmented
         self._armed: int | None = None  # index of the cut that is armed
         self._window = ForwardWindow(model)
         self._key = (seed, 0, 0, 0, 0)
-        self._noise_seeds = torch.zeros(2, dtype=torch.int64)
-        # The head, if its Gaussian copies can be drawn as noise of its outputs.
-        head = next((unwrap(cut.module) for cut in self.cuts if cut.name == 'head'), None)
-        self._head = head if isinstance(head, nn.Linear) and can_draw_logits(head, self.vicinity) else None
-        self._dropout_only = replace(self.vicinity, gaussian_fraction=0.0)
-        self._vicinity_json, self._dropout_only_json = to_json(self.vicinity), to_json(self._dropout_only)
-        self._logit_copies = 0  # Gaussian copies to append after the head, while an augmented batch passes it
+        self._noise_seed = np.zeros((), dtype=np.uint64)  # and the same memory as compiled code reads it
+        self._noise_seed_tensor = torch.from_numpy(self._noise_seed.view(np.int64))
+        self._vicinity_json = to_json(self.vicinity)
         self._split_rows: int | None = None
+        self._head_logits: tuple[torch.Tensor, torch.Tensor] | None = None  # raw and virtual, if the head was cut
         self._handles: list[RemovableHandle] = []
         self._batch_layers: list[BatchLayer] = []
         forget_compiled_code(model)
@@ -107,14 +104,17 @@ class LatentExpander:
         self.remove()
         self._window.attach()
         self._handles = [cut.hook(partial(self._at_cut, index)) for index, cut in enumerate(self.cuts)]
-        if self._head is not None:
-            self._handles.append(hook_linear(self._head, self._at_head))
+        self._handles += [
+            cut.module.register_forward_hook(partial(self._after_head, index))
+            for index, cut in enumerate(self.cuts)
+            if cut.name == 'head'
+        ]
         self._batch_layers = hook_batch_layers(self.model, self, self.norm_stats)
 
     @property
     def raw_rows(self) -> int | None:
         """N, while an augmented batch is above the cut; also when activation checkpointing runs a layer again."""
-        return self._raw_rows if self._window.open else None
+        return self._raw_rows if self._window.open and (self._above_cut or in_backward()) else None
 
     def arm(self, step: int, microbatch: int = 0) -> int:
         """Arm the hooks: the next forward pass expands the latent batch at the layer k(t).
@@ -133,17 +133,16 @@ class LatentExpander:
     def _arm(self, layer: int, step: int, microbatch: int) -> None:
         self.disarm()
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        self._split_rows = None
+        self._split_rows = self._head_logits = None
         self._key = (self._seed, rank, step, microbatch, layer)
-        for stream in range(2):
-            self._noise_seeds[stream] = (self.seed(stream) + 2**63) % 2**64 - 2**63  # 64 bits, in int64
+        self._noise_seed[...] = self.seed(0)
         self._armed = layer
         self._window.arm()
 
     def disarm(self) -> None:
         """Disarm the hooks. An expanded batch can still be split."""
         self._armed = self._raw_rows = None
-        self._logit_copies = 0
+        self._above_cut = False
         self._window.disarm()
 
     @contextmanager
@@ -159,26 +158,31 @@ class LatentExpander:
         """Split the predictions of an armed forward pass.
 
         Args:
-            outputs (torch.Tensor): What the network returned. Shape ``((1 + M) * N, K)``.
+            outputs (torch.Tensor): What the network returned. Shape ``((1 + M) * N, K)``. If the head was cut, the
+                hooks have split the logits already: ``outputs`` is what the network makes of N rows, in any form.
 
         Returns:
-            tuple: Raw logits, shape ``(N, K)``, and virtual logits, shape ``(M, N, K)``.
+            tuple: Raw logits, shape ``(N, K)``, and virtual logits, shape ``(M, N, K)``. A head of N sequences of T
+            tokens gives ``(N, T, K)`` and ``(M, N, T, K)``.
 
         Raises:
             RuntimeError: If no layer was expanded since :meth:`arm`, or the rows are not those of the expanded batch.
         """
         if self._split_rows is None:
             raise RuntimeError(
-                f'No virtual samples: no layer of {[cut.name for cut in self.cuts]} ran in the armed forward pass. '
-                'Either forward bypasses the layer, or code ran that was compiled before the hooks were attached: call '
-                'torch._dynamo.reset() first.',
+                f'No virtual samples: no layer of {[cut.name for cut in self.cuts]} ran in the armed forward pass, or '
+                'its outputs were split before. Either forward bypasses the layer, or code ran that was compiled '
+                'before the hooks were attached: call torch._dynamo.reset() first.',
             )
+        if self._head_logits is not None:
+            logits, self._head_logits = self._head_logits, None  # their graph ends with the caller
+            self._split_rows = None
+            return logits
         expected = (1 + self.fold) * self._split_rows
         if not isinstance(outputs, torch.Tensor) or outputs.ndim != 2 or len(outputs) != expected:
             got = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
             raise RuntimeError(f'Expected logits of shape ({expected}, K) from the armed forward pass, got {got}.')
-        virtual = outputs[self._split_rows :].unflatten(0, (self.fold, self._split_rows))
-        return outputs[: self._split_rows], virtual
+        return self._split(outputs, self._split_rows)
 
     def check(self, forward: Forward) -> None:
         """Refuse layers that are no cut points, by running the model on a real batch.
@@ -217,7 +221,7 @@ class LatentExpander:
         self._handles, self._batch_layers = [], []
 
     def seed(self, stream: int) -> int:
-        """Return the seed of this microbatch's noise (streams 0 and 1) or of one call of a layer above the cut."""
+        """Return the seed of this microbatch's noise (stream 0) or of one call of a layer above the cut."""
         return noise_seed(*self._key, stream)
 
     def _at_cut(self, index: int, latent: Any) -> torch.Tensor | None:
@@ -227,39 +231,21 @@ class LatentExpander:
             got = latent.dtype if isinstance(latent, torch.Tensor) else type(latent).__name__
             raise CutLayerError(f'Expected a floating tensor at layer {self.cuts[index].name!r}, got {got}.')
         self._raw_rows = self._split_rows = len(latent)
-        vicinity, vicinity_json, copies = self.vicinity, self._vicinity_json, self.fold
-        self._logit_copies = self._count_logit_copies(index, latent)
-        if self._logit_copies > 0:
-            vicinity, vicinity_json, copies = self._dropout_only, self._dropout_only_json, copies - self._logit_copies
-        if copies == 0:
-            return None
+        self._above_cut = True
         if torch.compiler.is_compiling():  # which cannot trace a generator; otherwise an operator only costs time
-            return draw_by_seed(latent, self._noise_seeds[0], copies, vicinity_json)[0]
-        return vicinity.expand(latent, copies, torch.Generator(latent.device).manual_seed(self.seed(0)))
+            return draw_by_seed(latent, self._noise_seed_tensor, self.fold, self._vicinity_json)[0]
+        return self.vicinity.expand(latent, self.fold, self.seed(0))
 
-    def _count_logit_copies(self, index: int, latent: torch.Tensor) -> int:
-        """Return how many Gaussian copies are drawn as noise of the head's outputs: all of them, or none."""
-        if self._head is None or self.cuts[index].name != 'head' or latent.ndim != 2:
-            return 0
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-            return 0  # torch.func.vmap does not draw from a generator
-        copies = self.vicinity.num_gaussian(self.fold)
-        return copies if copies * len(latent) >= MIN_POINTS_PER_CLASS * self._head.out_features else 0
-
-    def _at_head(
-        self, linear: nn.Linear, args: tuple, kwargs: dict[str, Any], output: torch.Tensor
-    ) -> torch.Tensor | None:
-        """Insert the Gaussian copies between raw rows and dropout copies, if they are not among the features."""
-        if self._logit_copies == 0 or self.raw_rows is None:
+    def _after_head(self, index: int, module: nn.Module, args: tuple, output: Any) -> torch.Tensor | None:
+        """Keep the virtual samples' logits and return the raw rows', as if the head had seen no others."""
+        if self._armed != index or self.raw_rows is None:
             return None
-        latent = first_tensor(args, kwargs)[: self.raw_rows].detach()
-        raw, dropout = output.split([self.raw_rows, len(output) - self.raw_rows])
-        if torch.compiler.is_compiling():
-            weight, seed = linear.weight.detach(), self._noise_seeds[1]
-            xi, directions = draw_logit_noise_by_seed(latent, weight, seed, self._logit_copies, self._vicinity_json)
-        else:
-            generator = torch.Generator(latent.device).manual_seed(self.seed(1))
-            xi, directions = draw_logit_noise(latent, linear.weight, self._logit_copies, self.vicinity, generator)
-        with torch.autocast(latent.device.type, enabled=False):
-            points = raw + xi @ (linear.weight.to(xi.dtype) @ directions).T
-        return torch.cat([raw, points.flatten(0, 1).to(output.dtype), dropout])
+        logits = self._split(output, self.raw_rows)
+        self._above_cut = False
+        if not in_backward():
+            self._head_logits = logits
+        return logits[0]
+
+    def _split(self, rows: torch.Tensor, raw_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        raw, virtual = rows.split([raw_rows, self.fold * raw_rows])
+        return raw, virtual.unflatten(0, (self.fold, raw_rows))

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
@@ -73,14 +72,6 @@ def replace_tensor(args: tuple, kwargs: dict[str, Any], tensor: torch.Tensor) ->
     index = next(index for index, value in enumerate(values) if isinstance(value, torch.Tensor))
     values[index] = tensor
     return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
-
-
-def hook_linear(
-    linear: nn.Linear, edit: Callable[[nn.Linear, tuple, dict[str, Any], torch.Tensor], torch.Tensor | None]
-) -> RemovableHandle:
-    """Call ``edit`` after a linear layer, while its weight is whole, and replace the output by what it returns."""
-    # FSDP2 takes the weight away in a hook of its own.
-    return linear.register_forward_hook(edit, prepend=isinstance(linear, FSDPModule), with_kwargs=True)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
