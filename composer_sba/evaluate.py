@@ -105,11 +105,11 @@ def evaluate_checkpoint(
         folder (Path, optional): Folder of the file of certificates, ``certificates-<key>.tsv``. The key stands for all
             that they depend on, so the same call continues the file. Default: the current one.
         seed (int, optional): Seed of all draws. Default: ``0``.
-        **options (Any): Further arguments of :func:`composer_sba.robustness.evaluate`.
+        **options (Any): Further arguments of :func:`composer_sba.robustness.evaluation.evaluate`.
 
     Returns:
-        dict[str, Any]: The result of :func:`composer_sba.robustness.evaluate`, and what it was measured with: recipe,
-        checkpoint and its SHA-256, seed, batch size, versions, commit, hardware, date and seconds.
+        dict[str, Any]: The result of :func:`composer_sba.robustness.evaluation.evaluate`, and what it was measured
+        with: recipe, checkpoint and its SHA-256, seed, batch size, versions, commit, hardware, date and seconds.
 
     Raises:
         UserError: If the recipe has no ``eval_dataset``, or the checkpoint or the data cannot be used.
@@ -176,7 +176,7 @@ def evaluate_checkpoint(
 
 
 def table(result: Mapping[str, Any]) -> Table:
-    """Lay out a result of :func:`composer_sba.robustness.evaluate`, one condition a line.
+    """Lay out a result of :func:`composer_sba.robustness.evaluation.evaluate`, one condition a line.
 
     Args:
         result (Mapping[str, Any]): The result.
@@ -219,7 +219,7 @@ def draw(result: Mapping[str, Any], path: Path) -> str:
     """Draw the error against the standard deviation of the noise.
 
     Args:
-        result (Mapping[str, Any]): A result of :func:`composer_sba.robustness.evaluate`.
+        result (Mapping[str, Any]): A result of :func:`composer_sba.robustness.evaluation.evaluate`.
         path (Path): The file to write, in a format of Matplotlib.
 
     Returns:

@@ -12,7 +12,7 @@ from composer_sba.errors import UserError, check_number, nearest
 from composer_sba.schedule import hash_key, seeded
 
 ATTACKS = ('pgd_l2', 'pgd_linf', 'auto_pgd_l2', 'auto_pgd_linf')
-"""Names of the attacks: projected gradient descent (Madry et al., 2018) and AutoPGD (Croce & Hein, 2020)."""
+"""Names of the attacks, which are projected gradient descent and AutoPGD in two norms."""
 EPSILONS = {'l2': 0.25, 'linf': 1 / 255}
 """Largest distances by norm, in units of the pixel range."""
 

@@ -55,8 +55,8 @@ def evaluate(
     Args:
         network (torch.nn.Module): Maps normalized images to logits of shape ``(N, K)``. It is evaluated in evaluation
             mode; the modes of its modules are restored.
-        loader (DataLoader): Batches of images in pixel units, uint8 or floating in [0, 1], shape ``(N, 3, H, W)``, and
-            labels, shape ``(N,)``: without ``Normalize`` and without shuffling.
+        loader (torch.utils.data.DataLoader): Batches of images in pixel units, uint8 or floating in [0, 1], shape
+            ``(N, 3, H, W)``, and labels, shape ``(N,)``: without ``Normalize`` and without shuffling.
         mean (Sequence[float]): Means of the channels that the network expects images to be normalized with.
         std (Sequence[float]): Their standard deviations.
         sigmas (Sequence[float], optional): Standard deviations of the noise, in units of the pixel range; 0 is the
@@ -64,9 +64,9 @@ def evaluate(
         corruptions (Sequence[str], optional): Their names. Default: all of
             :data:`~composer_sba.robustness.corruptions.CORRUPTIONS`.
         severities (Sequence[int], optional): 1 to 5. Default: all.
-        published (Iterable[tuple[str, int, DataLoader]], optional): Corruption, severity and batches of a published
-            set, such as CIFAR-10-C. These are evaluated then, and ``corruptions`` and ``severities`` have no effect.
-            Default: ``None``.
+        published (Iterable, optional): Tuples of corruption, severity and DataLoader, of a published set such as
+            CIFAR-10-C. These are evaluated then, and ``corruptions`` and ``severities`` have no effect. Default:
+            ``None``.
         attacks (Sequence[str], optional): Names in :data:`~composer_sba.robustness.attacks.ATTACKS`. Default: none.
         epsilons (Mapping[str, float], optional): Largest distances of attacks, for ``'l2'`` and ``'linf'``, in units of
             the pixel range. Default: :data:`~composer_sba.robustness.attacks.EPSILONS`.

@@ -78,11 +78,11 @@ def spread(loader: DataLoader, number: int) -> tuple[list[int], DataLoader]:
     """Choose images at equal distances in a dataset, which may be sorted by class.
 
     Args:
-        loader (DataLoader): Batches of a dataset that has a length and can be indexed.
+        loader (torch.utils.data.DataLoader): Batches of a dataset that has a length and can be indexed.
         number (int): How many; all if there are fewer.
 
     Returns:
-        tuple[list[int], DataLoader]: Their indices in the dataset, and their batches, of the same size.
+        tuple[list[int], torch.utils.data.DataLoader]: Their indices in the dataset, and their batches.
 
     Example:
         >>> from torch.utils.data import TensorDataset
