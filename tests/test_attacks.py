@@ -91,6 +91,17 @@ def test_evaluate_reports_the_error_of_the_closed_form():
     assert entry['error'] == pytest.approx(expected, abs=1e-6), (entry, expected)
 
 
+def test_an_image_that_is_misclassified_without_an_attack_counts(monkeypatch):
+    """An attack may happen to move it to its class."""
+    model, images, labels, _ = linear_classifier()
+    options = {'mean': [0.5] * 3, 'std': STD, 'corruptions': [], 'attacks': ['pgd_l2']}
+    monkeypatch.setattr('composer_sba.robustness.evaluation.attack', lambda *_, **__: images)
+    result = evaluate(model.network, DataLoader(TensorDataset(1 - images, labels), 40), **options)
+    wrong = (model(1 - images).argmax(1) != labels).float().mean().item()
+    assert wrong > 0
+    assert result['attacks'][0]['error'] == pytest.approx(wrong), 'only the attacked images, which are all right, count'
+
+
 def test_mistakes_are_one_line(monkeypatch):
     model, images, labels, _ = linear_classifier()
     for arguments, line in [
