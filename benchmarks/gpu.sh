@@ -15,8 +15,9 @@ step() { # NAME ARGUMENTS
   timeout 150 "$python" -m composer_sba.study step --device "${DEVICE:-gpu}" --dtype "${DTYPE:-bf16}" \
     --rounds "${ROUNDS:-20}" --out "$out/$1" "${@:2}" ${SMALL:-} 2>&1 | tail -n 12 || echo "$1: stopped"
 }
-step head-vgg16 --networks vgg16 --datasets cifar10 --cuts head --fold 4 --kinds plain unarmed sba --batch 128
-step head-resnet44 --networks resnet44 --datasets cifar10 --cuts head --fold 4 --kinds plain unarmed sba --batch 128
-step head-resnet50 --networks resnet50 --datasets imagenet --cuts head --fold 4 --kinds plain unarmed sba --batch 64
-step input-resnet44 --networks resnet44 --datasets cifar10 --cuts input --fold 1 --kinds plain sba twice --batch 512
-step input-resnet50 --networks resnet50 --datasets imagenet --cuts input --fold 1 --kinds plain sba twice --batch 32
+step head-vgg16 --networks vgg16 --datasets cifar10 --cuts head --fold 4 --basis identity --kinds plain unarmed sba --batch 128
+step head-resnet44 --networks resnet44 --datasets cifar10 --cuts head --fold 4 --basis identity --kinds plain unarmed sba --batch 128
+step head-resnet50 --networks resnet50 --datasets imagenet --cuts head --fold 4 --basis identity --kinds plain unarmed sba --batch 64
+step input-resnet44 --networks resnet44 --datasets cifar10 --cuts input --fold 1 --basis identity --kinds plain sba twice --batch 512
+step input-resnet50 --networks resnet50 --datasets imagenet --cuts input --fold 1 --basis identity --kinds plain sba twice --batch 32
+if [ "${DEVICE:-gpu}" = gpu ]; then timeout 60 "$python" benchmarks/hugging_face_step.py --batch 32 | tee "$out/hugging-face.txt"; fi
