@@ -97,7 +97,7 @@ def canonical(section: str, name: str) -> str | None:
         str | None: The listed name, or that of a library's model as it is; None if no component has it.
 
     Raises:
-        UserError: As :func:`find`, for a name with a library.
+        UserError: If a name with a library is not known to it, or the library is missing.
 
     Example:
         >>> canonical('algorithms', 'MixUp'), canonical('loggers', 'wandb_logger'), canonical('algorithms', 'mixpu')
