@@ -41,7 +41,10 @@ napoleon_use_ivar = True  # otherwise dataclass fields are described twice
 
 nitpicky = True  # an unresolved name in a docstring fails the build
 nitpick_ignore_regex = [  # names of other libraries, and words that are not types
-    (r'py:.*', r'(torch|torchvision|transformers|composer|numpy|np|streaming|rich|PIL|omegaconf|pathlib|collections)\..*'),
+    (
+        r'py:.*',
+        r'(torch|torchvision|transformers|composer|numpy|np|streaming|rich|PIL|omegaconf|pathlib|collections)\..*',
+    ),
     (r'py:.*', r'(nn|F|dist|transforms)\..*'),
     (r'py:class', r'optional|[a-z]+'),
     (r'py:class', r'(Any|Callable|Mapping|Path|Sequence|Table|Time|ComposerClassifier|LoggerDestination|State)'),

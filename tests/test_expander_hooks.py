@@ -59,7 +59,7 @@ def interrupted_check(network, x, expander):
 
     def forward():
         passes.append(0)
-        if len(passes) == 4:
+        if len(passes) == 2:
             raise KeyboardInterrupt
         return network(x)
 

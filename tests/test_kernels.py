@@ -40,9 +40,9 @@ def expand(vicinity, latent, fold=4, seed=SEED):
 @pytest.mark.parametrize('vicinity', VICINITIES)
 def test_the_augmented_batch_has_the_law_of_the_vicinity(vicinity):
     vicinity = VICINITIES[vicinity]
-    latent = torch.randn(32, 300)
-    raw, *copies = expand(vicinity, latent).view(5, 32, 300)
-    _, *expected = vicinity.expand(latent, 4, torch.Generator().manual_seed(123)).view(5, 32, 300)
+    latent = torch.randn(16, 300)
+    raw, *copies = expand(vicinity, latent).view(5, 16, 300)
+    _, *expected = vicinity.expand(latent, 4, torch.Generator().manual_seed(123)).view(5, 16, 300)
     assert torch.equal(raw, latent)
     for ours, theirs in zip(copies, expected, strict=True):
         for statistic in (
@@ -51,12 +51,12 @@ def test_the_augmented_batch_has_the_law_of_the_vicinity(vicinity):
             lambda copy: (copy == 0).float().mean(),
             lambda copy: ((copy - latent) * latent).mean(),
         ):
-            assert statistic(ours).item() == pytest.approx(statistic(theirs).item(), rel=0.1, abs=0.15)
+            assert statistic(ours).item() == pytest.approx(statistic(theirs).item(), rel=0.1, abs=0.2)
         assert (ours - latent).abs().max() <= (theirs - latent).abs().max() * 1.5 + 1e-6
     if vicinity.has_noise(4):
         assert not torch.equal(copies[0], copies[1])
-        assert not torch.equal(expand(vicinity, latent, seed=SEED - 1), expand(vicinity, latent))
-    assert torch.equal(expand(vicinity, latent), expand(vicinity, latent))
+        assert not torch.equal(expand(vicinity, latent[:1], seed=SEED - 1), expand(vicinity, latent[:1]))
+    assert torch.equal(expand(vicinity, latent[:1]), expand(vicinity, latent[:1]))
 
 
 def test_the_noise_is_bounded_in_units_of_the_root_mean_square():

@@ -355,6 +355,6 @@ def test_the_layers_of_a_model_are_listed(
 
 def test_layers_uses_the_size_of_the_model(vit: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert layers.main(['--model', f'huggingface/{vit}']) == 0
-    assert ', 8 px, ' in capsys.readouterr().out
+    assert ', 8 px, ' in ' '.join(capsys.readouterr().out.split())
     assert layers.main(['--model', 'timm/test_vitt']) == 2
     assert "error: --model: unknown model 'test_vitt'; nearest in timm: test_vit" in capsys.readouterr().err

@@ -74,10 +74,10 @@ def test_every_yaml_is_read_and_built(path: Path) -> None:
 @pytest.mark.filterwarnings('ignore:SAM has known issues')
 def test_every_method_merges_over_a_baseline(path: Path) -> None:
     baseline = YAMLS / 'resnet44_cifar10_baseline.yaml'
-    recipe = load([baseline, path])
+    recipe, before = load([baseline, path]), load(baseline).to_dict()
     with torch.device('meta'):
         build_components(recipe)
-    changed = {key for key, value in recipe.to_dict().items() if value != load(baseline).to_dict()[key]}
+    changed = {key for key, value in recipe.to_dict().items() if value != before[key]}
     assert recipe.run_name == f'resnet44_cifar10_baseline+{path.stem}'
     assert changed - {'run_name', 'save_folder'}, 'the method changes nothing'
     assert f'-f yamls/methods/{path.name}' in path.read_text()

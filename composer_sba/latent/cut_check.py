@@ -102,7 +102,8 @@ def why_no_head(model: nn.Module, cut: CutLayer, forward: Callable[[], Any]) -> 
         latent = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
         seen.append((latent, output.clone() if isinstance(output, torch.Tensor) else output))
 
-    handle = cut.module.register_forward_hook(record, with_kwargs=True)
+    # First: a hook that changes the output afterwards changes what virtual samples do not pass.
+    handle = cut.module.register_forward_hook(record, prepend=True, with_kwargs=True)
     try:
         with repeatable(model) as run:
             outputs = run(forward)

@@ -140,7 +140,9 @@ class LatentExpander:
         self._window.arm()
 
     def disarm(self) -> None:
-        """Disarm the hooks. An expanded batch can still be split."""
+        """Disarm the hooks. An expanded batch can still be split, if its forward pass ended."""
+        if self._window.broken:
+            self._split_rows = self._head_logits = None  # of a failed attempt, and its graph
         self._armed = self._raw_rows = None
         self._above_cut = False
         self._window.disarm()

@@ -64,6 +64,11 @@ class ForwardWindow:
         self._armed = self._begun = self._over = self._mode = False
 
     @property
+    def broken(self) -> bool:
+        """Whether an armed pass has begun and did not end: an exception broke it off."""
+        return self._begun and not self._over
+
+    @property
     def open(self) -> bool:
         """Whether armed hooks act now."""
         return self._counts and (not self._over or in_backward())
