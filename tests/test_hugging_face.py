@@ -33,6 +33,13 @@ def sentences():
     return words(lambda: torch.randint(3, ()))
 
 
+def padded_sentences():
+    rows = sentences()
+    for length, row in enumerate(rows):
+        row['input_ids'][1 + length % 6 :] = 0
+    return rows
+
+
 def tokens():
     def labels():
         drawn = torch.randint(3, (6,))
@@ -60,6 +67,12 @@ MODELS = {
     'Roberta, sentences': (
         lambda: transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**SMALL, **TEXT)),
         sentences,
+    ),
+    'GPT-2, sentences': (  # its head makes logits of every token, and the model returns those of the last
+        lambda: transformers.GPT2ForSequenceClassification(
+            transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20, num_labels=3, pad_token_id=0)
+        ),
+        padded_sentences,
     ),
     'Bert, tokens': (
         lambda: transformers.BertForTokenClassification(transformers.BertConfig(**SMALL, **TEXT)),
@@ -106,6 +119,19 @@ def test_a_vanishing_eta_changes_nothing_and_a_large_one_pulls_predictions_toget
     trained, pulled, _ = fit(name, [SBA(augment_prob=1.0, eta=30.0)])
     assert not torch.allclose(trained, plain, atol=1e-4)
     assert pulled[-1] < kl[-1], f'divergence {pulled[-1]} with eta = 30, {kl[-1]} without'
+
+
+def test_the_token_that_the_model_returns_is_the_one_that_counts():
+    make, data = MODELS['GPT-2, sentences']
+    torch.manual_seed(0)
+    network, batch = make().eval(), next(iter(DataLoader(data(), batch_size=8)))
+    expander = LatentExpander(network, 'head', fold=2, vicinity=Vicinity(1.0, sigma=1e-6))
+    with expander.armed(0):
+        outputs = network(**batch)
+    raw, virtual = expander.split(outputs)
+    expander.remove()
+    assert torch.equal(raw, outputs.logits) and raw.shape == (8, 3)
+    assert virtual.shape == (2, 8, 3) and torch.allclose(virtual, raw.expand(2, -1, -1), atol=1e-4)
 
 
 def test_microbatches_give_the_divergence_of_the_batch():

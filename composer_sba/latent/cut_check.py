@@ -94,7 +94,8 @@ def why_no_cut(model: nn.Module, cut: CutLayer, forward: Forward, *, rows_may_mi
 def why_no_head(model: nn.Module, cut: CutLayer, forward: Callable[[], Any]) -> str | None:
     """Return the reason why a model's last linear layer is not its head, or None if its output is the model's logits.
 
-    The model may return them in any structure, and shifted by a constant for each row, as by a softmax.
+    The model may return them in any structure, shifted by a constant for each row, as by a softmax, or those of one
+    position of each row, as classifiers made of language models do.
     """
     seen: list[tuple[Any, Any]] = []
 
@@ -124,11 +125,33 @@ def why_no_head(model: nn.Module, cut: CutLayer, forward: Callable[[], Any]) -> 
             shift = (tensor - logits.view_as(tensor)).float()
             if (shift - shift[..., :1]).abs().max() <= 1e-2 * logits.abs().max():
                 return None
+    if returned_positions(logits, outputs) is not None:
+        return None
     shapes = ', '.join(str(tuple(tensor.shape)) for tensor in tensors)
     return (
         f"the last nn.Linear makes {tuple(logits.shape)}, which is not among the model's outputs, {shapes}: it is not "
         'the head'
     )
+
+
+def returned_positions(logits: torch.Tensor, outputs: Any) -> torch.Tensor | None:
+    """Return the position in each row whose logits a model returned; None unless it returned those of one position.
+
+    Args:
+        logits (torch.Tensor): The head's output. Shape ``(N, *, K)``.
+        outputs: What the model returned.
+
+    Returns:
+        torch.Tensor | None: Int64, shape ``(N,)``, for ``logits`` of shape ``(N, T, K)``.
+    """
+    if logits.ndim != 3:
+        return None
+    for tensor in tensors_in(outputs):
+        if tensor.shape == (len(logits), logits.shape[-1]):
+            equal = (logits == tensor[:, None]).all(-1)
+            if equal.any(1).all():
+                return equal.int().argmax(1)
+    return None
 
 
 def tensors_in(outputs: Any) -> list[torch.Tensor]:

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from composer_sba.errors import CutLayerError, check_choice, check_fold, check_seed
 from composer_sba.latent.batch_layers import BatchLayer, find_below, hook_batch_layers
-from composer_sba.latent.cut_check import Forward, check_cut, repeatable
+from composer_sba.latent.cut_check import Forward, check_cut, repeatable, returned_positions
 from composer_sba.latent.forward_window import ForwardWindow, in_backward
 from composer_sba.latent.layers import find_layers, forget_compiled_code
 from composer_sba.latent.operators import draw_by_seed, to_json
@@ -165,7 +165,7 @@ class LatentExpander:
 
         Returns:
             tuple: Raw logits, shape ``(N, K)``, and virtual logits, shape ``(M, N, K)``. A head of N sequences of T
-            tokens gives ``(N, T, K)`` and ``(M, N, T, K)``.
+            tokens gives ``(N, T, K)`` and ``(M, N, T, K)``, unless the network returned those of one token of each.
 
         Raises:
             RuntimeError: If no layer was expanded since :meth:`arm`, or the rows are not those of the expanded batch.
@@ -177,9 +177,13 @@ class LatentExpander:
                 'before the hooks were attached: call torch._dynamo.reset() first.',
             )
         if self._head_logits is not None:
-            logits, self._head_logits = self._head_logits, None  # their graph ends with the caller
+            (raw, virtual), self._head_logits = self._head_logits, None  # their graph ends with the caller
             self._split_rows = None
-            return logits
+            positions = returned_positions(raw.detach(), outputs)
+            if positions is None:
+                return raw, virtual
+            rows = torch.arange(len(raw), device=raw.device)
+            return raw[rows, positions], virtual[:, rows, positions]
         expected = (1 + self.fold) * self._split_rows
         if not isinstance(outputs, torch.Tensor) or outputs.ndim != 2 or len(outputs) != expected:
             got = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
