@@ -179,7 +179,7 @@ class LatentExpander:
         if self._head_logits is not None:
             (raw, virtual), self._head_logits = self._head_logits, None  # their graph ends with the caller
             self._split_rows = None
-            positions = returned_positions(raw.detach(), outputs)
+            positions = returned_positions(raw.detach(), outputs) if raw.ndim > 2 else None
             if positions is None:
                 return raw, virtual
             rows = torch.arange(len(raw), device=raw.device)
