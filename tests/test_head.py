@@ -274,6 +274,22 @@ def test_a_last_linear_layer_that_is_not_the_head_is_refused(model, message):
     assert message in str(refusal.value) and '\n' not in str(refusal.value), refusal.value
 
 
+class Reentrant(Structured):
+    def forward(self, batch):
+        features = self.trunk(batch[0]).relu()
+        logits = checkpoint(lambda rows: self.fc(rows), features, use_reentrant=True)
+        self.cross_entropy = F.cross_entropy(logits, batch[1])
+        return logits
+
+
+@pytest.mark.filterwarnings('ignore:None of the inputs have requires_grad=True')  # in the check, without gradients
+def test_a_head_in_reentrant_checkpointing_is_refused_as_no_gradient_would_leave_it():
+    data = TensorDataset(torch.randn(8, 6), torch.randint(3, (8,)))
+    trainer, _ = trainer_of(Reentrant('a tuple'), data, 8, [SBA(augment_prob=1.0)], max_duration='1ep')
+    with pytest.raises(CutLayerError, match='reentrant activation checkpointing'):
+        trainer.fit()
+
+
 def test_a_hard_loss_needs_one_tensor_of_logits():
     with pytest.raises(UserError, match="^target='hard' needs a model whose output is one tensor of logits, got dict"):
         fit_structured('a dict', [SBA(augment_prob=1.0, target='hard')])
