@@ -108,8 +108,8 @@ def check_number(name: str, value: Any, expected: str, holds: Callable[[Any], bo
         >>> check_number('eta', 0.5, 'a number >= 0', lambda value: value >= 0)
         0.5
     """
-    if isinstance(value, kind) and not isinstance(value, bool):
-        value = int(value) if isinstance(value, Integral) else float(value)  # type: ignore[arg-type]  # kind is a Real
+    if not isinstance(value, bool) and isinstance(value, Real) and isinstance(value, kind):
+        value = int(value) if isinstance(value, Integral) else float(value)
         if (isinstance(value, float) or -(2**63) <= value < 2**63) and holds(value):
             return value
     raise UserError(f'Expected {name} to be {expected}, got {value!r}.', name)

@@ -6,6 +6,7 @@ Fixtures import what they use: pytest-xdist reads this file before it starts wor
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import random
@@ -85,7 +86,7 @@ def only_worker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope='session', autouse=True)
 def _composer_reads_its_commit_once() -> None:
-    import commit_once  # noqa: F401
+    importlib.import_module('commit_once')
 
 
 @pytest.fixture

@@ -137,7 +137,7 @@ def test_dry_run_fetches_no_weights(offline: None, capsys: pytest.CaptureFixture
 
 
 class TestPretrained:
-    """Weights from a file in the place of a download."""
+    """Load weights from a file instead of downloading them."""
 
     @pytest.fixture
     def fetched(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:

@@ -187,7 +187,7 @@ def test_a_living_run_in_another_container_keeps_its_blocks(tmp_path: Path, digi
     """A process namespace of its own, with the machine's shared memory, as ``docker --ipc=host`` makes it."""
     unshare = ['unshare', '--pid', '--fork', '--mount-proc']
     if subprocess.run([*unshare, 'true'], capture_output=True).returncode:
-        pytest.skip('may not make a process namespace')
+        pytest.skip('only root may make a process namespace')
     theirs, ours = tmp_path / 'theirs.py', tmp_path / 'ours.py'
     theirs.write_text(
         'import sys, time\n'

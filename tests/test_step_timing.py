@@ -101,8 +101,10 @@ def test_the_size_of_images_is_the_recipe_s(tmp_path: Path, capsys: pytest.Captu
     assert '| digits, flowers | 24 | 8 | head | 2 | sba |' in report.read_text()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without a GPU')
-def test_a_gpu_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gpu_that_is_not_there_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     assert main(['step', '--recipes', str(YAMLS), '--out', str(tmp_path), '--device', 'gpu']) == 2
     assert capsys.readouterr().err == 'error: --device gpu: PyTorch finds no GPU on this machine\n'
 

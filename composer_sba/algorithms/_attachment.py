@@ -1,6 +1,7 @@
 """Base classes of the algorithms: how they attach to a Trainer for a fit, and leave nothing behind."""
 
 import weakref
+from abc import abstractmethod
 from typing import ClassVar
 
 from composer.core import Algorithm, Callback, Event, State
@@ -73,11 +74,13 @@ class AttachedAlgorithm(Algorithm):
         self._network = self._state = None
         self._all_attached.discard(self)
 
+    @abstractmethod
     def _install(self, state: State) -> None:
-        raise NotImplementedError  # each algorithm changes something else
+        """Change the model or the state of the Trainer."""
 
+    @abstractmethod
     def _uninstall(self, state: State | None) -> None:
-        raise NotImplementedError  # each algorithm undoes its own change
+        """Undo the change; nothing may be installed, and the state may be gone."""
 
 
 class DetachOnClose(Callback):

@@ -151,7 +151,7 @@ class CopyingLoader(DataLoader):
     def __len__(self) -> int:
         return len(self.original)
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch types a private iterator
+    def __iter__(self) -> Any:  # torch's type of it is private
         """Iterate over batches of copies."""
         batches = iter(self._batches)
         while True:

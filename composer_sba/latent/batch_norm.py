@@ -1,9 +1,9 @@
 """Batch normalization of an augmented batch in one pass: all rows with the batch statistics of the raw rows."""
 
+import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -25,7 +25,11 @@ def normalize(module: _BatchNorm, rows: torch.Tensor, raw_rows: int) -> torch.Te
         ValueError: If the shape does not fit the layer, or the raw rows have only one value per channel.
     """
     module._check_input_dim(rows)
-    F._verify_batch_size(torch.Size([raw_rows, *rows.shape[1:]]))  # type: ignore[attr-defined]  # torch's stubs omit it
+    count = raw_rows * math.prod(rows.shape[2:])  # values of a channel, of which the variance needs two
+    if count < 2:
+        raise ValueError(
+            f'Expected more than 1 value per channel in the raw rows, got {raw_rows} of {tuple(rows.shape)}.'
+        )
     running_mean = running_var = None
     momentum = 0.0
     if module.training and module.track_running_stats:
@@ -39,7 +43,6 @@ def normalize(module: _BatchNorm, rows: torch.Tensor, raw_rows: int) -> torch.Te
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         output, mean, variance = _by_operators(rows, raw_rows, module.weight, module.bias, module.eps)
         if running_mean is not None and running_var is not None:
-            count = raw_rows * rows[0, 0].numel()
             with torch.no_grad():
                 running_mean.lerp_(mean.to(running_mean.dtype), momentum)
                 running_var.lerp_((variance * (count / (count - 1))).to(running_var.dtype), momentum)

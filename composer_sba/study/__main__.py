@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
@@ -185,9 +185,9 @@ def _add_step(command: argparse.ArgumentParser) -> None:
     command.add_argument('--out', type=_path, default=Path('benchmarks'), metavar='DIR', help='folder of the report')
 
 
-def _add_list(command: argparse.ArgumentParser, *names: str, **options: object) -> None:
+def _add_list(command: argparse.ArgumentParser, *names: str, **options: Any) -> None:
     """Add an option with several values, which may be given several times."""
-    command.add_argument(*names, nargs='+', action='extend', default=[], **options)  # type: ignore[arg-type]  # argparse's
+    command.add_argument(*names, nargs='+', action='extend', default=[], **options)
 
 
 def _path(text: str) -> Path:
