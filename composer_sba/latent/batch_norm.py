@@ -27,9 +27,8 @@ def normalize(module: _BatchNorm, rows: torch.Tensor, raw_rows: int) -> torch.Te
     module._check_input_dim(rows)
     count = raw_rows * math.prod(rows.shape[2:])  # values of a channel, of which the variance needs two
     if count < 2:
-        raise ValueError(
-            f'Expected more than 1 value per channel in the raw rows, got {raw_rows} of {tuple(rows.shape)}.'
-        )
+        size = torch.Size([raw_rows, *rows.shape[1:]])
+        raise ValueError(f'Expected more than 1 value per channel when training, got input size {size}')  # as torch
     running_mean = running_var = None
     momentum = 0.0
     if module.training and module.track_running_stats:
