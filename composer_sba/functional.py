@@ -131,22 +131,24 @@ class _SoftLabelKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, virtual_logits: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(logits, virtual_logits)
+        gradient = None
         if kernels.are_usable_on(virtual_logits) and logits.shape[1] <= kernels.MAX_CLASSES:
-            kl, ctx.gradient = kernels.soft_label_kl(logits, virtual_logits)
-            return kl
-        pairs = max(virtual_logits.shape[:2].numel(), 1)
-        log_soft_NK, log_virtual_MNK = _log_softmax(logits), _log_softmax(virtual_logits)
-        soft_NK = log_soft_NK.exp()
-        kl = (log_soft_NK - log_virtual_MNK).mul_(soft_NK).sum() / pairs
-        ctx.gradient = log_virtual_MNK.exp_().sub_(soft_NK).div_(pairs) if ctx.needs_input_grad[1] else None
+            kl, gradient = kernels.soft_label_kl(logits, virtual_logits)
+        else:
+            pairs = max(virtual_logits.shape[:2].numel(), 1)
+            log_soft_NK, log_virtual_MNK = _log_softmax(logits), _log_softmax(virtual_logits)
+            soft_NK = log_soft_NK.exp()
+            kl = (log_soft_NK - log_virtual_MNK).mul_(soft_NK).sum() / pairs
+            if ctx.needs_input_grad[1]:
+                gradient = log_virtual_MNK.exp_().sub_(soft_NK).div_(pairs)
+        ctx.save_for_backward(logits, virtual_logits, gradient)
         return kl
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor]:
+        logits, virtual_logits, unscaled = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            return None, ctx.gradient * gradient
-        logits, virtual_logits = ctx.saved_tensors
+            return None, unscaled * gradient
         with torch.enable_grad():  # the same, of which there is a second derivative
             soft_NK, virtual_MNK = (_at_least_float32(each).softmax(-1) for each in (logits.detach(), virtual_logits))
             return None, gradient * (virtual_MNK - soft_NK) / virtual_MNK.shape[:2].numel()

@@ -39,9 +39,9 @@ from composer_sba.errors import (
     check_number,
     check_seed,
 )
-from composer_sba.latent.cut_check import tensors_in
 from composer_sba.latent.expander import LatentExpander, NormStats
-from composer_sba.latent.layers import find_layers, forget_compiled_code
+from composer_sba.latent.head import tensors_in
+from composer_sba.latent.layers import find_layers, forget_compiled_code, is_head_alone
 from composer_sba.vicinity import Vicinity, as_vicinity
 
 Target = Literal['soft', 'hard']
@@ -164,7 +164,7 @@ class SBA(HookedAlgorithm):
         for name in ('eta', 'augment_prob'):
             if getattr(self, name) == 0:
                 warnings.warn(f'SBA with {name}=0 does not change training.', NoEffectWarning, stacklevel=2)
-        if target == 'soft' and layers in ('head', ['head']) and not self.vicinity.has_noise(self.fold):
+        if target == 'soft' and is_head_alone(layers) and not self.vicinity.has_noise(self.fold):
             problem = 'SBA at the head with a vicinity without noise does not change training.'
             warnings.warn(problem, NoEffectWarning, stacklevel=2)
         names = (

@@ -14,13 +14,13 @@ from composer.models import ComposerClassifier, ComposerModel
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
 import composer_sba.functional as sbaf
 from composer_sba import SBA, LatentExpander, Vicinity
 from composer_sba.errors import CutLayerError, UserError
+from operator_count import operators_of_step
 from small_training import logged, trainer_of, weights
 
 N, K, Q = 6, 5, 128
@@ -295,41 +295,14 @@ def test_a_hard_loss_needs_one_tensor_of_logits():
         fit_structured('a dict', [SBA(augment_prob=1.0, target='hard')])
 
 
-class Counter(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.operators = []
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        self.operators.append(str(operator))
-        return operator(*args, **(kwargs or {}))
-
-
-def count_operators(expander, model, x, y):
-    """Count what forward, loss and backward dispatch, views included."""
-    model.zero_grad()
-    with Counter() as counter:
-        if expander is None:
-            F.cross_entropy(model(x), y).backward()
-        else:
-            with expander.armed(3):
-                raw, virtual = expander.split(model(x))
-                torch.add(F.cross_entropy(raw, y), sbaf.soft_label_kl(raw, virtual), alpha=0.1).backward()
-    return counter.operators
-
-
 @pytest.mark.parametrize('fold', [1, 4, 32])
 def test_an_augmented_step_dispatches_few_operators_at_any_fold(fold):
-    model, x, y = (
-        nn.Sequential(nn.Linear(32, 512), nn.ReLU(), nn.Linear(512, 10)),
-        torch.randn(128, 32),
-        torch.ones(128),
-    )
-    y = y.long()
-    plain = count_operators(None, model, x, y)
-    expander = LatentExpander(model, 'head', fold)
-    idle = count_operators(None, model, x, y)
-    augmented = count_operators(expander, model, x, y)
+    network = nn.Sequential(nn.Linear(32, 512), nn.ReLU(), nn.Linear(512, 10))
+    batch = torch.randn(128, 32), torch.randint(10, (128,))
+    plain = operators_of_step(network, *batch).names
+    expander = LatentExpander(network, 'head', fold)
+    idle = operators_of_step(network, *batch).names
+    augmented = operators_of_step(network, *batch, expander).names
     expander.remove()
     more = len(augmented) - len(plain)
     print(f'M = {fold}: {len(plain)} operators in a plain step, {more} more in an augmented one')

@@ -7,12 +7,11 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import composer_sba.functional as sbaf
 from composer_sba import LatentExpander, Vicinity, kernels
-from test_head import Counter
+from operator_count import operators_of_step
 
 pytest.importorskip('triton')
 pytestmark = pytest.mark.filterwarnings('ignore:Conversion of an array with ndim > 0:DeprecationWarning')  # Triton's
@@ -114,8 +113,8 @@ def test_an_augmented_step_of_a_gpu_dispatches_at_most_25_operators_more(fold, m
     """A kernel counts as one operator; what the interpreter does in its place does not count."""
     from composer_sba import triton_kernels
 
-    model, x, y = nn.Sequential(nn.Linear(32, 96), nn.ReLU(), nn.Linear(96, 10)), torch.randn(16, 32), torch.ones(16)
-    y = y.long()
+    network = nn.Sequential(nn.Linear(32, 96), nn.ReLU(), nn.Linear(96, 10))
+    batch = torch.randn(16, 32), torch.randint(10, (16,))
     launches = []
     for name in ('expand', 'sum_copies', 'soft_label_kl'):
         kernel = getattr(triton_kernels, name)
@@ -131,19 +130,9 @@ def test_an_augmented_step_of_a_gpu_dispatches_at_most_25_operators_more(fold, m
 
         monkeypatch.setattr(triton_kernels, name, Launched())
 
-    def count(armed):
-        with Counter() as counter:
-            if armed:
-                with expander.armed(3):
-                    raw, virtual = expander.split(model(x))
-                    torch.add(F.cross_entropy(raw, y), sbaf.soft_label_kl(raw, virtual), alpha=0.1).backward()
-            else:
-                F.cross_entropy(model(x), y).backward()
-        model.zero_grad()
-        return counter.operators
-
-    expander = LatentExpander(model, 'head', fold)
-    plain, augmented = count(False), count(True)
+    plain = operators_of_step(network, *batch).names
+    expander = LatentExpander(network, 'head', fold)
+    augmented = operators_of_step(network, *batch, expander).names
     expander.remove()
     assert launches == ['expand', 'soft_label_kl', 'sum_copies']
     more = len(augmented) + len(launches) - len(plain)

@@ -19,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from composer_sba.errors import CutLayerError, NonFiniteError, UserError
-from composer_sba.latent.cut_check import tensors_in
+from composer_sba.latent.head import tensors_in
+from composer_sba.latent.layers import is_head_alone
 
 _IGNORED_LABEL = -100
 
@@ -61,7 +62,7 @@ def check_model(
     model: nn.Module, algorithms: Sequence[Algorithm], layers: str | Sequence[str], target: str = 'soft'
 ) -> None:
     """Raise UserError for what cannot be trained with SBA; warn about a loss that does not match a softmax."""
-    if isinstance(model, HuggingFaceModel) and layers not in ('head', ['head'], ('head',)):
+    if isinstance(model, HuggingFaceModel) and not is_head_alone(layers):
         raise CutLayerError(
             'A HuggingFaceModel computes its loss inside forward, from labels of the raw rows: cut it at '
             f"layers='head', where virtual samples do not reach the loss, not at {layers!r}.",

@@ -1,7 +1,7 @@
 """The proof that a layer can be cut: predictions depend on no row of the latent batch but their own."""
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.utils._pytree import tree_leaves
 
 from composer_sba.errors import CutLayerError, one_line
 from composer_sba.latent.batch_layers import batch_layers_by_row
 from composer_sba.latent.forward_window import ForwardWindow, only
-from composer_sba.latent.layers import CutLayer, named_layers
+from composer_sba.latent.head import returned_positions, tensors_in
+from composer_sba.latent.layers import CutLayer, first_tensor, named_layers
 from composer_sba.schedule import seeded
 
 Forward = Callable[[], Any]
@@ -100,8 +100,7 @@ def why_no_head(model: nn.Module, cut: CutLayer, forward: Callable[[], Any]) -> 
     seen: list[tuple[Any, Any]] = []
 
     def record(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        latent = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
-        seen.append((latent, output.clone() if isinstance(output, torch.Tensor) else output))
+        seen.append((first_tensor(args, kwargs), output.clone() if isinstance(output, torch.Tensor) else output))
 
     # First: a hook that changes the output afterwards changes what virtual samples do not pass.
     handle = cut.module.register_forward_hook(record, prepend=True, with_kwargs=True)
@@ -132,32 +131,6 @@ def why_no_head(model: nn.Module, cut: CutLayer, forward: Callable[[], Any]) -> 
         f"the last nn.Linear makes {tuple(logits.shape)}, which is not among the model's outputs, {shapes}: it is not "
         'the head'
     )
-
-
-def returned_positions(logits: torch.Tensor, outputs: Any) -> torch.Tensor | None:
-    """Return the position in each row whose logits a model returned; None unless it returned those of one position.
-
-    Args:
-        logits (torch.Tensor): The head's output. Shape ``(N, *, K)``.
-        outputs: What the model returned.
-
-    Returns:
-        torch.Tensor | None: Int64, shape ``(N,)``, for ``logits`` of shape ``(N, T, K)``.
-    """
-    if logits.ndim != 3:
-        return None
-    for tensor in tensors_in(outputs):
-        if tensor.shape == (len(logits), logits.shape[-1]):
-            equal = (logits == tensor[:, None]).all(-1)
-            if equal.any(1).all():
-                return equal.int().argmax(1)
-    return None
-
-
-def tensors_in(outputs: Any) -> list[torch.Tensor]:
-    """Return the tensors of what a model returned: a tensor, or a tuple, a mapping or a dataclass of them."""
-    leaves = tree_leaves(dict(outputs) if isinstance(outputs, Mapping) else outputs)
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 def check_logits(logits: Any, mode: str) -> None:

@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from composer_sba.errors import CutLayerError, one_line
-from composer_sba.latent.cut_check import check_logits, repeatable, tensors_in, why_no_cut
+from composer_sba.latent.cut_check import check_logits, repeatable, why_no_cut
+from composer_sba.latent.head import tensors_in
 from composer_sba.latent.layers import CutLayer, find_layers, named_layers
 
 _ROWS = 2

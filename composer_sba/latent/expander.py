@@ -12,8 +12,9 @@ from torch.utils.hooks import RemovableHandle
 
 from composer_sba.errors import CutLayerError, check_choice, check_fold, check_seed
 from composer_sba.latent.batch_layers import BatchLayer, find_below, hook_batch_layers
-from composer_sba.latent.cut_check import Forward, check_cut, repeatable, returned_positions
+from composer_sba.latent.cut_check import Forward, check_cut, repeatable
 from composer_sba.latent.forward_window import ForwardWindow, in_backward
+from composer_sba.latent.head import returned_positions
 from composer_sba.latent.layers import find_layers, forget_compiled_code
 from composer_sba.latent.operators import draw_by_seed, to_json
 from composer_sba.schedule import choose_layer, noise_seed

@@ -153,6 +153,16 @@ def find_layers(model: nn.Module, layers: str | Sequence[str]) -> list[CutLayer]
     return cuts
 
 
+def is_head_alone(layers: str | Sequence[str]) -> bool:
+    """Return whether the head is the only eligible layer.
+
+    Example:
+        >>> is_head_alone('head'), is_head_alone(('head',)), is_head_alone(['input', 'head'])
+        (True, True, False)
+    """
+    return layers == 'head' or (not isinstance(layers, str) and [*layers] == ['head'])
+
+
 def _find(model: nn.Module, known: dict[str, nn.Module], name: str) -> CutLayer:
     if name == 'input':
         return CutLayer(name, network_in(model), at_input=True)
