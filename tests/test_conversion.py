@@ -7,7 +7,6 @@ import errno
 import json
 import os
 import re
-import subprocess
 import threading
 import time
 import tracemalloc
@@ -24,6 +23,7 @@ from composer_sba.data import conversion as module
 from composer_sba.data.conversion import convert
 from composer_sba.errors import DatasetError
 from conversions import content, image_folder, record, samples, small_folder, text_file, visible
+from disks import disk
 from programs import start
 
 
@@ -89,6 +89,7 @@ def test_failed_overwrite_keeps_the_old_dataset(tmp_path: Path) -> None:
 SLOW = """
 import sys, time
 from composer_sba.data import conversion
+from disks import disk
 
 encode = conversion._encode
 conversion._encode = lambda *arguments: time.sleep(0.05) or encode(*arguments)
@@ -146,13 +147,8 @@ def test_a_rename_that_fails_loses_no_dataset(tmp_path: Path, monkeypatch: pytes
 
 @pytest.fixture
 def mount_point(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / 'volume'
-    folder.mkdir()
-    mounted = subprocess.run(['mount', '-t', 'tmpfs', 'none', str(folder)], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f'only root may mount: {mounted.stderr.strip()}')
-    yield folder
-    subprocess.run(['umount', str(folder)], check=True)
+    with disk(tmp_path / 'volume') as folder:
+        yield folder
 
 
 def test_a_mount_point_is_refused_before_anything_is_converted(tmp_path: Path, mount_point: Path) -> None:

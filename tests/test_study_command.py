@@ -152,7 +152,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
         raise AssertionError('the work began')
 
     monkeypatch.setattr('composer_sba.study.runner._Pool', work)
-    monkeypatch.setattr('composer_sba.study.step_timing.measure', work)
+    monkeypatch.setattr('composer_sba.study.step_report.measure', work)
     Path(occupied).write_text('a file\n')
     assert main(arguments) == 2
     assert f"'{occupied}" in capsys.readouterr().err

@@ -25,7 +25,8 @@ from composer_sba.study.plan import MAX_COST, STUDIES, plan
 from composer_sba.study.records import Record, read_records
 from composer_sba.study.runner import run_all
 from composer_sba.study.runs import Run
-from composer_sba.study.step_timing import DTYPES, STEP_KINDS, Options, benchmark
+from composer_sba.study.step_report import DTYPES, Options, benchmark
+from composer_sba.study.step_timing import STEP_KINDS
 from composer_sba.vicinity import Basis
 
 RECIPES = shipped()

@@ -25,6 +25,7 @@ from composer_sba.data.conversion import convert
 from composer_sba.errors import DatasetError
 from composer_sba.recipe.recipe import load
 from composer_sba.train import main, train
+from disks import disk
 
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / 'yamls' / 'digits_sba.yaml')
@@ -43,25 +44,16 @@ def digits(digits_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(digits_folder, tmp_path / 'digits'))
 
 
-def disk(folder: Path, options: str) -> Iterator[Path]:
-    folder.mkdir()
-    mounted = subprocess.run(
-        ['mount', '-t', 'tmpfs', '-o', options, 'none', str(folder)], capture_output=True, text=True
-    )
-    if mounted.returncode:  # only root may mount, and the real disk must not be filled
-        pytest.skip(f'cannot mount a small disk: {mounted.stderr.strip()}')
-    yield folder
-    subprocess.run(['umount', '--lazy', str(folder)], check=True)
-
-
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    yield from disk(tmp_path / 'small', 'size=4m')
+    with disk(tmp_path / 'small') as folder:
+        yield folder
 
 
 @pytest.fixture
 def read_only_disk(tmp_path: Path) -> Iterator[Path]:
-    yield from disk(tmp_path / 'locked', 'ro,size=1m')
+    with disk(tmp_path / 'locked', 'ro,size=1m') as folder:
+        yield folder
 
 
 def run(digits: Path, *more: str) -> int:
