@@ -89,7 +89,6 @@ def test_failed_overwrite_keeps_the_old_dataset(tmp_path: Path) -> None:
 SLOW = """
 import sys, time
 from composer_sba.data import conversion
-from disks import disk
 
 encode = conversion._encode
 conversion._encode = lambda *arguments: time.sleep(0.05) or encode(*arguments)
