@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from composer_sba.convert import main as convert_main
-from composer_sba.data import readers
+from composer_sba.data import archives
 from composer_sba.data.conversion import convert
 from conversions import small_folder
 
@@ -99,7 +99,7 @@ def test_a_hostile_source_is_refused_and_leaves_nothing(
     make: Callable[..., Path], what: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(readers, 'ALWAYS_ACCEPTED', 1 << 20)
+    monkeypatch.setattr(archives, 'ALWAYS_ACCEPTED', 1 << 20)
     (tmp_path / 'source').mkdir()
     source = make(tmp_path / 'source', **what)
     assert convert_main(['imagefolder', '--source', str(source), '--out', 'out']) == 2
@@ -113,7 +113,7 @@ def test_an_archive_that_does_not_fit_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     archive = zip_with(tmp_path, 'train/ant/1.png', os.urandom(1 << 20))
-    monkeypatch.setattr(readers.shutil, 'disk_usage', lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(archives.shutil, 'disk_usage', lambda path: SimpleNamespace(free=1000))
     assert convert_main(['imagefolder', '--source', str(archive), '--out', 'out']) == 2
     assert 'evil.zip: needs more than the 1,000 free bytes: free some space' in capsys.readouterr().err
 
