@@ -117,17 +117,10 @@ def evaluate_checkpoint(
     start = time.perf_counter()
     if dist.get_world_size() > 1:
         raise UserError('evaluate runs in one process: start it as composer-sba evaluate, without the launcher')
-    if recipe.eval_dataset is None:
-        raise recipe.sources.error('eval_dataset', 'is required: its images are evaluated')
     network, device = load_network(recipe, checkpoint)
     rows = recipe.device_eval_batch_size or recipe.global_train_batch_size
-    config = DatasetConfig(**recipe.eval_dataset)
+    loader, pixels, mean, std = pixel_loader(recipe, device)
     try:
-        if dataset_classes(config) != recipe.model['num_classes']:
-            raise DatasetError(f'{config.name} has {dataset_classes(config)} classes, the model another number')
-        mean, std = mean_and_std(config)
-        pixels = replace(config, mean=[0.0] * 3, std=[1.0] * 3, augment=False, shuffle=False)
-        loader = build_dataloader(pixels, rows, device=device)
         corrupted = None if published is None else _published(published, pixels, rows, device)
     except (UserError, OSError) as error:
         raise recipe.sources.error('eval_dataset', one_line(error)) from error
@@ -173,6 +166,36 @@ def evaluate_checkpoint(
         'date': datetime.now(timezone.utc).isoformat(timespec='seconds'),
         'seconds': round(time.perf_counter() - start, 1),
     }
+
+
+def pixel_loader(
+    recipe: Recipe, device: torch.device
+) -> tuple[DataLoader, DatasetConfig, Sequence[float], Sequence[float]]:
+    """Load the ``eval_dataset`` of a recipe in pixel units, as :mod:`composer_sba.robustness` needs it.
+
+    Args:
+        recipe (Recipe): From :func:`composer_sba.recipe.load`.
+        device (torch.device): The device that evaluates.
+
+    Returns:
+        tuple[DataLoader, DatasetConfig, Sequence[float], Sequence[float]]: Batches of images in [0, 1] and labels;
+        the configuration of their dataset; mean and standard deviation that the network expects.
+
+    Raises:
+        RecipeError: If there is no ``eval_dataset``, it cannot be read, or its classes are not the model's.
+    """
+    if recipe.eval_dataset is None:
+        raise recipe.sources.error('eval_dataset', 'is required: its images are evaluated')
+    config = DatasetConfig(**recipe.eval_dataset)
+    try:
+        if dataset_classes(config) != recipe.model['num_classes']:
+            raise DatasetError(f'{config.name} has {dataset_classes(config)} classes, the model another number')
+        mean, std = mean_and_std(config)
+        pixels = replace(config, mean=[0.0] * 3, std=[1.0] * 3, augment=False, shuffle=False)
+        rows = recipe.device_eval_batch_size or recipe.global_train_batch_size
+        return build_dataloader(pixels, rows, device=device), pixels, mean, std
+    except (UserError, OSError) as error:
+        raise recipe.sources.error('eval_dataset', one_line(error)) from error
 
 
 def table(result: Mapping[str, Any]) -> Table:

@@ -10,7 +10,8 @@ import torch
 from composer.utils import dist
 from streaming.base.compression import decompress
 from streaming.base.format import Reader, reader_from_json
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import DistributedSampler
+from torchvision.datasets import VisionDataset
 
 from composer_sba.data.partition import shared_samples
 from composer_sba.data.samples import Expected
@@ -18,11 +19,12 @@ from composer_sba.errors import DatasetError, one_line
 from composer_sba.schedule import hash_key, seeded
 
 
-class MemoryDataset(Dataset):
+class MemoryDataset(VisionDataset):  # type: ignore[misc]  # torchvision has no types
     """The images and labels of an MDS split, all of one size, as two tensors on a device.
 
-    Random transforms draw from torch's CPU generator, which is seeded for each batch with (seed, epoch, first sample)
-    and restored afterwards. A resumed run repeats the draws.
+    Random transforms draw from the generators of torch (on the CPU), NumPy and Python, which are seeded for each batch
+    with (seed, epoch, first sample) and restored afterwards. A resumed run repeats the draws. It is a ``VisionDataset``
+    because Composer's RandAugment, AugMix and ColOut insert their transforms only into one.
 
     Args:
         shards (Sequence[dict]): As ``index.json`` lists them; their files are in ``expected.folder``.
@@ -59,7 +61,7 @@ class MemoryDataset(Dataset):
         pixels = torch.from_numpy(np.stack([np.asarray(image) for image, _ in samples]))
         self.images = pixels.permute(0, 3, 1, 2).contiguous().to(device)
         self.labels = torch.tensor([label for _, label in samples], device=device)
-        self.transform = transform  # BatchAugmentation looks for this name
+        super().__init__(expected.folder, transform=transform)  # BatchAugmentation looks for this name too
         self.seed = seed
         self.epoch = 0  # set by EachOnce
 

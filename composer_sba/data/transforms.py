@@ -68,11 +68,12 @@ def transform(config: DatasetConfig) -> transforms.Compose:
     return Pipeline([*crop, *flip, ToFloats(), *noise, transforms.Normalize(*mean_and_std(config)), *cutout])
 
 
-class BatchTransform:
+class BatchTransform(transforms.Compose):  # type: ignore[misc]  # torchvision has no types
     """The transforms of a dataset with images of one size, for a whole batch at once.
 
     Their distribution is that of :func:`transform`, with independent draws for each sample. The draws come from torch's
-    CPU generator and are the same on every device.
+    CPU generator and are the same on every device. A transform of single images that Composer's RandAugment, AugMix or
+    ColOut inserts before ``ToTensor`` is applied to the images of a batch one by one.
 
     Args:
         config (DatasetConfig): The dataset.
@@ -95,35 +96,63 @@ class BatchTransform:
         self.flip = config.known.flip and config.augment
         self.noise = config.gaussian_noise if config.augment else None
         self.cutout = config.cutout if config.augment else None
+        self._of_batches = [self._crop_and_flip, ToBytes(), self.normalize, self._add_noise, self._cut_out]
+        super().__init__([*self._of_batches])
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Transform ``images``, shape ``(N, 3, H, W)``, uint8, to normalized float32 of the same shape."""
-        size, _, height, width = images.shape
-        down, across = (torch.arange(length, device=images.device) for length in (height, width))
+        for step in self.transforms:
+            images = step(images) if step in self._of_batches else _one_by_one(step, images)
+        return images
 
-        def draw(bound: int) -> torch.Tensor:
-            return torch.randint(bound, (size, 1)).to(images.device, non_blocking=True)
+    def __repr__(self) -> str:
+        names = (getattr(step, '__name__', type(step).__name__).lstrip('_') for step in self.transforms)
+        return f'{type(self).__name__}({", ".join(names)})'
 
-        if self.padding or self.flip:
-            rows = down + draw(2 * self.padding + 1)
-            columns = torch.where(draw(2) == 1, across.flip(0), across) if self.flip else across
-            columns = columns + draw(2 * self.padding + 1)
-            source = rows[:, :, None] * (width + 2 * self.padding) + columns[:, None]
-            padded = F.pad(images, [self.padding] * 4).flatten(2)
-            images = padded.gather(2, source.view(size, 1, -1).expand(-1, 3, -1)).view_as(images)
-        batch = self.normalize(images)
-        if self.noise is not None:
-            black, white = ((level - self.normalize.mean) / self.normalize.std for level in (0, 1))
-            draws = torch.randn(batch.shape).to(images.device, non_blocking=True)
-            noisy = (batch + self.noise.sigma / self.normalize.std * draws).clamp(black, white)
-            chosen = torch.rand(size, 1, 1, 1).to(images.device, non_blocking=True) < self.noise.prob
-            batch = torch.where(chosen, noisy, batch)
-        if self.cutout:
-            rows = down - draw(height) + self.cutout // 2  # counted from the top of the square, which may be outside
-            columns = across - draw(width) + self.cutout // 2
-            erased = (rows // self.cutout == 0)[:, :, None] & (columns // self.cutout == 0)[:, None]
-            batch.masked_fill_(erased[:, None], 0)
-        return batch
+    def _crop_and_flip(self, images: torch.Tensor) -> torch.Tensor:
+        if not self.padding and not self.flip:
+            return images
+        down, across = _positions(images)
+        rows = down + _draw(2 * self.padding + 1, images)
+        columns = torch.where(_draw(2, images) == 1, across.flip(0), across) if self.flip else across
+        columns = columns + _draw(2 * self.padding + 1, images)
+        source = rows[:, :, None] * (len(across) + 2 * self.padding) + columns[:, None]
+        padded = F.pad(images, [self.padding] * 4).flatten(2)
+        return padded.gather(2, source.view(len(images), 1, -1).expand(-1, 3, -1)).view_as(images)
+
+    def _add_noise(self, images: torch.Tensor) -> torch.Tensor:
+        if self.noise is None:
+            return images
+        black, white = ((level - self.normalize.mean) / self.normalize.std for level in (0, 1))
+        draws = torch.randn(images.shape).to(images.device, non_blocking=True)
+        noisy = (images + self.noise.sigma / self.normalize.std * draws).clamp(black, white)
+        chosen = torch.rand(len(images), 1, 1, 1).to(images.device, non_blocking=True) < self.noise.prob
+        return torch.where(chosen, noisy, images)
+
+    def _cut_out(self, images: torch.Tensor) -> torch.Tensor:
+        if not self.cutout:
+            return images
+        down, across = _positions(images)
+        rows = down - _draw(len(down), images) + self.cutout // 2  # from the top of the square, which may be outside
+        columns = across - _draw(len(across), images) + self.cutout // 2
+        erased = (rows // self.cutout == 0)[:, :, None] & (columns // self.cutout == 0)[:, None]
+        return images.masked_fill_(erased[:, None], 0)
+
+
+def _positions(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the indices of rows and of columns."""
+    height, width = images.shape[2:]
+    return torch.arange(height, device=images.device), torch.arange(width, device=images.device)
+
+
+def _draw(bound: int, images: torch.Tensor) -> torch.Tensor:
+    """Draw an integer below ``bound`` for each image, shape ``(N, 1)``."""
+    return torch.randint(bound, (len(images), 1)).to(images.device, non_blocking=True)
+
+
+def _one_by_one(step: Callable[[Image.Image], Image.Image], images: torch.Tensor) -> torch.Tensor:
+    changed = [TF.pil_to_tensor(step(TF.to_pil_image(image))) for image in images.cpu()]
+    return torch.stack(changed).to(images.device, non_blocking=True)
 
 
 class Pipeline(transforms.Compose):  # type: ignore[misc]  # torchvision has no types

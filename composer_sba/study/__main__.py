@@ -84,6 +84,7 @@ def _study(arguments: argparse.Namespace) -> int:
         methods=arguments.methods,
         seeds=arguments.seeds,
         trials=getattr(arguments, 'trials', 0),
+        forms=getattr(arguments, 'forms', False),
         epochs_scale=arguments.epochs_scale,
         overrides=overrides,
         scratch=SCRATCH,
@@ -128,7 +129,7 @@ def _cost_table(
 def _parser(prog: str = 'python -m composer_sba.study') -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description=__doc__.partition('\n')[0], allow_abbrev=False)
     commands = parser.add_subparsers(
-        dest='study', required=True, metavar='{table1,eta,layers,methods,search,step,vicinity,report}'
+        dest='study', required=True, metavar='{table1,eta,layers,methods,search,robustness,step,vicinity,report}'
     )
     helps = {
         'table1': "the cells of the paper's Table 1",
@@ -136,6 +137,7 @@ def _parser(prog: str = 'python -m composer_sba.study') -> argparse.ArgumentPars
         'layers': 'SBA and latent BA at each layer, as in Fig. 3',
         'methods': 'every method that has a recipe',
         'search': f'SBA at random settings that cost up to {MAX_COST} times the baseline',
+        'robustness': 'SBA at the input and what it is compared with, under noise, corruptions and an attack',
     }
     for study in STUDIES:
         command = _command(commands, study, helps[study], f'Train {helps[study]}.')
@@ -144,6 +146,8 @@ def _parser(prog: str = 'python -m composer_sba.study') -> argparse.ArgumentPars
         command.add_argument('--seeds', type=_positive_int, default=3, metavar='N', help='seeds of each run (3)')
         if study == 'search':
             command.add_argument('--trials', type=_positive_int, default=20, metavar='N', help='settings to try (20)')
+        if study == 'robustness':
+            command.add_argument('--forms', action='store_true', help='add other forms of SBA at the input')
         command.add_argument('--jobs', type=_positive_int, default=1, metavar='N', help='runs at a time (1)')
         command.add_argument('--epochs-scale', type=_positive, default=1.0, metavar='F', help='scale all durations (1)')
         command.add_argument('--device', choices=('cpu', 'gpu'), help='where to train; a GPU if there is one')

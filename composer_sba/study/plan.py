@@ -14,11 +14,12 @@ from composer_sba.study.display_names import scaled_duration
 from composer_sba.study.flops import flops_per_image
 from composer_sba.study.paper import TABLE_1
 from composer_sba.study.recipe_index import BASELINE, RecipeFamily, check_names, families
+from composer_sba.study.robustness import settings
 from composer_sba.study.runs import Run, cut_layers
 
 ETAS = (0.0, 1e-3, 0.01, 0.1, 1.0, 10.0)
 TABLE_1_METHODS = (BASELINE, 'cutout', 'cutout_ba', 'ba', 'sba')
-STUDIES = ('table1', 'eta', 'layers', 'methods', 'search')
+STUDIES = ('table1', 'eta', 'layers', 'methods', 'search', 'robustness')
 
 # The values that `search` draws SBA's settings from, besides the layers
 SEARCH: dict[str, Sequence[float]] = {
@@ -41,6 +42,7 @@ def plan(
     methods: Sequence[str] = (),
     seeds: int = 3,
     trials: int = 20,
+    forms: bool = False,
     epochs_scale: float = 1.0,
     overrides: Sequence[str] = (),
     scratch: Path = Path('runs/study'),
@@ -52,12 +54,15 @@ def plan(
             baseline. ``'layers'``: SBA and latent BA at each layer, as in Fig. 3, and the baseline. ``'methods'``:
             every method that has a recipe for the network or a file in ``methods/``. ``'search'``: the baseline, and
             SBA at random settings from ``SEARCH`` and all layers that cost at most ``MAX_COST`` times as much.
+            ``'robustness'``: SBA at the input and what it is compared with,
+            :func:`composer_sba.study.robustness.settings`.
         recipes (Path): The folder of the recipes.
         networks (Sequence[str], optional): The networks to keep, by the names of their recipes. Default: ``()``, all.
         datasets (Sequence[str], optional): The data sets to keep. Default: ``()``, all.
         methods (Sequence[str], optional): The methods to keep. Default: ``()``, all.
         seeds (int, optional): The number of seeds, counted upwards from the recipe's seed. Default: ``3``.
         trials (int, optional): The number of settings of ``'search'``. Default: ``20``.
+        forms (bool, optional): Whether ``'robustness'`` adds other forms of SBA at the input. Default: ``False``.
         epochs_scale (float, optional): A factor for every duration, applied through Composer's
             ``scale_schedule_ratio``. Default: ``1.0``.
         overrides (Sequence[str], optional): ``key.sub=value`` for every run. An override of an algorithm's argument
@@ -85,7 +90,7 @@ def plan(
     first = [
         Run(study, *family.names, each.method, each.setting, _load(each, overrides, epochs_scale))
         for family in chosen
-        for each in _variants(study, family, methods, trials, overrides)
+        for each in _variants(study, family, methods, trials, forms, overrides)
         if not methods or each.method in methods
     ]
     if not first:
@@ -106,7 +111,7 @@ class _Variant(NamedTuple):
 
 
 def _variants(
-    study: str, family: RecipeFamily, methods: Sequence[str], trials: int, overrides: Sequence[str]
+    study: str, family: RecipeFamily, methods: Sequence[str], trials: int, forms: bool, overrides: Sequence[str]
 ) -> Iterator[_Variant]:
     if study in ('table1', 'methods'):
         names = TABLE_1_METHODS if study == 'table1' else dict.fromkeys(methods) or family.methods()
@@ -114,6 +119,13 @@ def _variants(
             files = family.files(method)
             if files is not None and (study == 'methods' or files == [family.own(method)]):
                 yield _Variant(method, {}, files)
+        return
+    if study == 'robustness':
+        baseline = load(family.own(BASELINE), [text for text in overrides if _applies(text, {})])
+        for each in settings(baseline.global_train_batch_size, cut_layers(baseline)[:-1], forms):
+            files = family.files(each.method)
+            if files is not None:
+                yield _Variant(each.method, each.values, files, each.overrides)
         return
     yield _Variant(BASELINE, {}, [family.own(BASELINE)])
     sba = family.files('sba')

@@ -25,9 +25,7 @@ class Evaluation(TypedDict):
     train_loss: float | None
 
 
-class Record(TypedDict):
-    """One finished run. Its metrics are medians over the evaluations of its last five epochs."""
-
+class _Run(TypedDict):
     study: str
     network: str
     dataset: str
@@ -51,6 +49,12 @@ class Record(TypedDict):
     wall_seconds: float
     images_per_second: float | None
     flops: float | None
+
+
+class Record(_Run, total=False):
+    """One finished run. Its metrics are medians over the evaluations of its last five epochs."""
+
+    robustness: dict[str, Any]  # of composer_sba.study.robustness.measure, in runs of that study
 
 
 def read_records(path: Path) -> list[Record]:
@@ -142,7 +146,7 @@ def _problem(line: bytes) -> str:
     if missing:
         return f'lacks {", ".join(missing)}'
     for key, hint in get_type_hints(Record).items():
-        if not _matches(record[key], hint):
+        if key in record and not _matches(record[key], hint):
             return f'has {key} {record[key]!r}, expected {getattr(hint, "__name__", hint)}'
     try:
         scaled_duration(record['recipe'])

@@ -25,12 +25,14 @@ from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from composer_sba.algorithms._composer import network_of
 from composer_sba.algorithms.last_epochs_median import last_epochs_median
 from composer_sba.errors import AlreadyTrainedError, UserError
 from composer_sba.provenance import commit, hardware, versions
 from composer_sba.recipe.redact import redact
 from composer_sba.study.flops import flops_per_image
 from composer_sba.study.records import append_record, read_records
+from composer_sba.study.robustness import measure
 from composer_sba.study.runs import Run
 from composer_sba.train import METRICS, Summary, train
 
@@ -240,6 +242,10 @@ def _record(run: Run, summary: Summary, trainer: Trainer) -> dict[str, Any]:
     state, evaluations = trainer.state, summary.evaluations
     images, epochs = int(state.timestamp.sample), int(state.timestamp.epoch)
     seconds = state.timestamp.total_wct.total_seconds()
+    found = {}
+    if run.study == 'robustness':
+        device = torch.device(state.device.tensor_to_device(torch.empty(0)).device)
+        found['robustness'] = measure(run.recipe, network_of(state.model), device)
     return {
         'study': run.study,
         'network': run.network,
@@ -259,4 +265,5 @@ def _record(run: Run, summary: Summary, trainer: Trainer) -> dict[str, Any]:
         'wall_seconds': round(summary.wall_seconds, 2),
         'images_per_second': round(images / seconds, 1),
         'flops': flops_per_image(run.recipe) * images,
+        **found,
     }

@@ -1,0 +1,104 @@
+"""The study of robustness: the methods and settings that it compares, and what it measures of a trained network."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from composer_sba.evaluate import pixel_loader
+from composer_sba.recipe.recipe import Recipe
+from composer_sba.robustness import evaluate
+from composer_sba.study.recipe_index import BASELINE
+
+SEVERITIES = (1, 3, 5)
+ATTACK, ATTACK_IMAGES = 'pgd_l2', 500
+
+
+class Setting(NamedTuple):
+    """A method's name, the values in which it differs from the method's recipe, and the overrides that set them."""
+
+    method: str
+    values: dict[str, Any] = {}
+    overrides: tuple[str, ...] = ()
+
+
+def settings(batch_size: int, stages: Sequence[str], forms: bool) -> list[Setting]:
+    """List the methods of the study and their settings.
+
+    Args:
+        batch_size (int): The ``global_train_batch_size`` of the baseline.
+        stages (Sequence[str]): The names of the network's stages, from the input upwards, without the head.
+        forms (bool): Whether to add other forms of SBA at the input, and of Gaussian noise.
+
+    Returns:
+        list[Setting]: Those that decide the question first. A value ``epochs`` is a factor of the baseline's epochs.
+    """
+    every_step = ('algorithms.sba.augment_prob=1.0', 'algorithms.sba.eta=1.0')
+    compared = [
+        Setting(BASELINE),
+        Setting('gaussian_half'),
+        Setting('gaussian_half', *_longer(1.5)),
+        Setting('sba_robust'),
+        Setting('sba_robust', {'p': 1.0}, every_step),
+        Setting(BASELINE, *_longer(1.5)),
+        Setting('latent_ba_input'),
+        Setting('label_smoothing'),
+        Setting('augmix'),
+    ]
+    if not forms:
+        return compared
+    half_of_rows = (*every_step, f'global_train_batch_size={max(batch_size // 2, 1)}', 'scale_schedule_ratio=0.5')
+    everywhere = ','.join(['input', *stages])
+    moved = [(stage, stage) for stage in stages[:2]] + [('a random one', f'[{everywhere}]')]
+    return [
+        *compared,
+        Setting('gaussian_half', *_longer(2)),
+        Setting('gaussian'),
+        Setting('sba_robust_gaussian_half'),
+        Setting('sba_robust', {'raw rows': 'half'}, half_of_rows),
+        Setting('sba_robust', {'raw rows': 'half', 'target': 'hard'}, (*half_of_rows, 'algorithms.sba.target=hard')),
+        Setting('sba_robust', {'stop_gradient': False}, ('algorithms.sba.stop_gradient=false',)),
+        *(Setting('sba_robust', {'sigma': s}, (f'algorithms.sba.vicinity.sigma={s}',)) for s in (0.2, 0.8)),
+        *(Setting('sba_robust', {'layer': name}, (f'algorithms.sba.layers={key}',)) for name, key in moved),
+    ]
+
+
+def measure(recipe: Recipe, network: nn.Module, device: torch.device) -> dict[str, Any]:
+    """Measure a trained network under noise, corruptions and an attack.
+
+    Args:
+        recipe (Recipe): Its recipe, whose ``eval_dataset`` is taken.
+        network (torch.nn.Module): The network, on the device.
+        device (torch.device): The device that evaluates.
+
+    Returns:
+        dict[str, Any]: Of :func:`composer_sba.robustness.evaluate`: ``images``, ``clean``, ``noise``, ``corruptions``
+        at :data:`SEVERITIES`, ``mean_corruption_error`` and ``attacks``, with five decimals.
+    """
+    loader, _, mean, std = pixel_loader(recipe, device)
+    result = evaluate(
+        network,
+        loader,
+        mean=mean,
+        std=std,
+        severities=SEVERITIES,
+        attacks=[ATTACK],
+        attack_images=ATTACK_IMAGES,
+        device=device,
+    )
+    kept = ('images', 'clean', 'noise', 'corruptions', 'mean_corruption_error', 'attacks')
+    rounded: dict[str, Any] = _rounded({key: result[key] for key in kept})
+    return rounded
+
+
+def _longer(factor: float) -> tuple[dict[str, Any], tuple[str, ...]]:
+    return {'epochs': factor}, (f'scale_schedule_ratio={factor}',)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _rounded(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    return round(value, 5) if isinstance(value, float) else value
