@@ -6,10 +6,11 @@ from typing import Any
 
 from composer.core import Time
 
-LONGER = ('longer', 'twice')  # the baseline trained for longer: these methods change the duration
+LONGER = ('longer', 'twice', 'gaussian_half_longer', 'gaussian_half_twice')  # these methods change the duration
 
 _NAMES = {
     'alexnet': 'AlexNet',
+    'augmix': 'AugMix',
     'ba': 'BA',
     'ba2': 'BA',  # row_label adds M
     'cifar10': 'CIFAR-10',
@@ -22,8 +23,11 @@ _NAMES = {
     'ema': 'EMA',
     'gaussian': 'Gaussian noise',
     'gaussian_half': 'Gaussian noise on half',
+    'gaussian_half_longer': 'Gaussian noise on half',  # row_label adds the duration
+    'gaussian_half_twice': 'Gaussian noise on half',
     'imagenet': 'ImageNet',
     'latent_ba': 'latent BA',
+    'latent_ba_input': 'latent BA at the input',
     'longer': 'baseline',  # row_label adds the duration
     'manifold_mixup': 'Manifold Mixup',
     'mixup': 'Mixup',
@@ -32,6 +36,8 @@ _NAMES = {
     'sba': 'SBA',
     'sba_conv': 'SBA at conv layers',
     'sba_robust': 'SBA at the input',
+    'sba_robust_every_step': 'SBA at the input, p = 1',
+    'sba_robust_gaussian_half': 'SBA at the input + Gaussian noise on half',
     'sba_strong': 'strong SBA',
     'twice': 'baseline',
 }

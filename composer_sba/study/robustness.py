@@ -23,41 +23,33 @@ class Setting(NamedTuple):
     overrides: tuple[str, ...] = ()
 
 
+COMPARED = (  # those that decide the question first
+    *(BASELINE, 'gaussian_half', 'gaussian_half_longer', 'sba_robust', 'sba_robust_every_step', 'twice'),
+    *('latent_ba_input', 'label_smoothing', 'augmix'),
+)
+
+
 def settings(batch_size: int, stages: Sequence[str], forms: bool) -> list[Setting]:
     """List the methods of the study and their settings.
 
     Args:
         batch_size (int): The ``global_train_batch_size`` of the baseline.
         stages (Sequence[str]): The names of the network's stages, from the input upwards, without the head.
-        forms (bool): Whether to add other forms of SBA at the input, and of Gaussian noise.
+        forms (bool): Whether to add other forms of SBA at the input and of Gaussian noise to :data:`COMPARED`.
 
     Returns:
-        list[Setting]: Those that decide the question first. A value ``epochs`` is a factor of the baseline's epochs.
+        list[Setting]: In the order to run them.
     """
-    every_step = ('algorithms.sba.augment_prob=1.0', 'algorithms.sba.eta=1.0')
-    compared = [
-        Setting(BASELINE),
-        Setting('gaussian_half'),
-        Setting('gaussian_half', *_longer(1.5)),
-        Setting('sba_robust'),
-        Setting('sba_robust', {'p': 1.0}, every_step),
-        Setting(BASELINE, *_longer(1.5)),
-        Setting('latent_ba_input'),
-        Setting('label_smoothing'),
-        Setting('augmix'),
-    ]
+    compared = [Setting(method) for method in COMPARED]
     if not forms:
         return compared
-    half_of_rows = (*every_step, f'global_train_batch_size={max(batch_size // 2, 1)}', 'scale_schedule_ratio=0.5')
+    half = (f'global_train_batch_size={max(batch_size // 2, 1)}', 'scale_schedule_ratio=0.5')
     everywhere = ','.join(['input', *stages])
-    moved = [(stage, stage) for stage in stages[:2]] + [('a random one', f'[{everywhere}]')]
+    moved = [*((stage, stage) for stage in stages[:2]), ('a random one', f'[{everywhere}]')]
     return [
         *compared,
-        Setting('gaussian_half', *_longer(2)),
-        Setting('gaussian'),
-        Setting('sba_robust_gaussian_half'),
-        Setting('sba_robust', {'raw rows': 'half'}, half_of_rows),
-        Setting('sba_robust', {'raw rows': 'half', 'target': 'hard'}, (*half_of_rows, 'algorithms.sba.target=hard')),
+        *map(Setting, ('gaussian_half_twice', 'gaussian', 'sba_robust_gaussian_half')),
+        *(Setting(name, {'raw rows': 'half'}, half) for name in ('sba_robust_every_step', 'latent_ba_input')),
         Setting('sba_robust', {'stop_gradient': False}, ('algorithms.sba.stop_gradient=false',)),
         *(Setting('sba_robust', {'sigma': s}, (f'algorithms.sba.vicinity.sigma={s}',)) for s in (0.2, 0.8)),
         *(Setting('sba_robust', {'layer': name}, (f'algorithms.sba.layers={key}',)) for name, key in moved),
@@ -90,10 +82,6 @@ def measure(recipe: Recipe, network: nn.Module, device: torch.device) -> dict[st
     kept = ('images', 'clean', 'noise', 'corruptions', 'mean_corruption_error', 'attacks')
     rounded: dict[str, Any] = _rounded({key: result[key] for key in kept})
     return rounded
-
-
-def _longer(factor: float) -> tuple[dict[str, Any], tuple[str, ...]]:
-    return {'epochs': factor}, (f'scale_schedule_ratio={factor}',)
 
 
 def _rounded(value: Any) -> Any:
