@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'python -m composer_sba.
     Returns:
         int: The exit code.
     """
-    given = _parser(prog).parse_args(argv)
+    given = _parser(prog).parse_intermixed_args(argv)
     try:
         recipe = load(given.file or [given.checkpoint.parent / RECIPE_FILE], given.overrides)
         out = _writable(given.out or given.checkpoint.parent, make=given.out is not None)

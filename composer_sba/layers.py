@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'python -m composer_sba.
     Returns:
         int: The exit code.
     """
-    given = _parser(prog).parse_args(argv)
+    given = _parser(prog).parse_intermixed_args(argv)
     try:
         if given.fold < 1:
             raise UserError(f'--fold: expected M >= 1, got {given.fold}')

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'composer train.py') -> 
     Returns:
         int: The exit code.
     """
-    arguments = _parser(prog).parse_args(argv)
+    arguments = _parser(prog).parse_intermixed_args(argv)
     try:
         recipe = load(arguments.file, arguments.overrides)
         if arguments.dry_run:

@@ -60,7 +60,7 @@ REFUSED = [
     ({'name': 'imagefolder', 'local': 'UNLABELLED'}, 'train does not record its number of classes: set num_classes'),
     ({'name': 'cifar10', 'local': 'BARE'}, 'sample 0 has 8x8 pixels, expected 32x32'),
     (
-        {'name': 'imagefolder', 'split': 'val', 'crop_size': 300},
+        {'name': 'imagefolder', 'split': 'val', 'crop_size': 300, 'resize_size': 256},
         'resize_size: 256 is smaller than crop_size: 300: choose a larger one',
     ),
 ]

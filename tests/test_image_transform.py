@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from composer_sba.data.config import resolve
 from composer_sba.data.loader import DatasetConfig, transform
 
 
@@ -40,3 +41,15 @@ def test_large_images_are_cropped_to_size() -> None:
     centre = transform(DatasetConfig('imagenet', split='val', crop_size=160, resize_size=176))
     assert centre(image).shape == (3, 160, 160)
     assert torch.equal(centre(image), centre(image))
+
+
+@pytest.mark.parametrize(
+    ('crop_size', 'resize_size'), [(None, 256), (32, 36), (96, 109), (160, 182), (224, 256), (299, 341), (384, 438)]
+)
+def test_evaluation_sees_seven_eighths_of_each_side_at_any_size(crop_size: int | None, resize_size: int) -> None:
+    """As timm does it, floor(size / 0.875): a fixed 256 would show a network of 32 pixels 1/64 of the image."""
+    config = DatasetConfig('imagefolder', 'nowhere', split='val', crop_size=crop_size, mean=[0, 0, 0], std=[1, 1, 1])
+    assert resolve(config).resize_size == resize_size
+    ramp = np.tile(np.linspace(0, 255, 512).round().astype(np.uint8), (512, 1))  # brightness is the position
+    seen = transform(config)(Image.fromarray(ramp))[0, 0]
+    assert seen.max() - seen.min() == pytest.approx(7 / 8, abs=0.03), (seen.min(), seen.max())

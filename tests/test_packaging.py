@@ -73,6 +73,11 @@ def test_a_recipe_of_the_package_goes_by_its_name_anywhere(tmp_path, monkeypatch
         ('layers --model nowhere', 2, "error: --model: unknown model 'nowhere'"),
         ('layers --model digits_net', 0, 'head'),
         ('study methods --networks nowhere --dry-run', 2, 'nowhere'),
+        # Options and overrides in any order
+        ('train -f digits_sba.yaml seed=3 --dry-run algorithms.sba.eta=0.7', 0, 'eta: 0.7'),
+        ('train seed=3 --dry-run algorithms.sba.nowhere=1 -f digits_sba.yaml', 2, 'algorithms.sba.nowhere: unknown'),
+        ('evaluate -f digits_sba.yaml seed=3 --checkpoint a.pt nowhere=1 --seed 1', 2, 'nowhere: unknown key'),
+        ('layers --model digits_net dropout=0.1 --fold 2 num_classes=5', 0, 'M = 2'),
     ],
 )
 def test_the_console_command_hands_on_arguments_and_exit_code(command, code, said, tmp_path, monkeypatch, capsys):

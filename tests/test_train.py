@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from composer_sba.errors import UserError
 from composer_sba.recipe.recipe import load
 from composer_sba.study.runner import Curve
 from composer_sba.train import Summary, main, train
@@ -121,6 +122,11 @@ def test_dry_run_prints_the_recipe(capsys: pytest.CaptureFixture[str], tmp_path:
     assert main(['-f', RECIPE, '--dry-run', 'seed=5']) == 0
     (tmp_path / 'again.yaml').write_text(capsys.readouterr().out)
     assert load(tmp_path / 'again.yaml') == load(RECIPE, ['seed=5'])
+
+
+def test_a_traceback_for_who_asks_for_it_among_the_overrides() -> None:
+    with pytest.raises(UserError, match='sede: unknown key'):
+        main(['-f', RECIPE, 'max_duration=2ba', '--traceback', 'sede=3'])
 
 
 def test_under_the_launcher(tmp_path: Path) -> None:

@@ -79,7 +79,8 @@ class DatasetConfig:
     crop_size: int | None = None
     """Height and width of the images of imagenet and imagefolder after cropping, in pixels. None: 224."""
     resize_size: int | None = None
-    """Their shorter side before the crop in evaluation, in pixels. None: 256."""
+    """Their shorter side before the crop in evaluation, in pixels. None: crop_size / 0.875, rounded down, which keeps
+    7/8 of each side; 256 for 224."""
     mean: list[float] | None = None
     """Means of red, green and blue in [0, 1], for normalization. None: those of the dataset."""
     std: list[float] | None = None
@@ -179,7 +180,7 @@ def resolve(config: DatasetConfig) -> ResolvedConfig:
             f'{known.size}x{known.size}: remove them, or read the data as name: imagefolder'
         )
     values['crop_size'] = known.size or values['crop_size'] or 224
-    values['resize_size'] = known.size or values['resize_size'] or 256
+    values['resize_size'] = known.size or values['resize_size'] or values['crop_size'] * 8 // 7  # timm's crop_pct
     for key in ('augment', 'shuffle'):
         values[key] = config.split == 'train' if values[key] is None else bool(values[key])
     local = values['local'] = os.path.expanduser(config.local or f'data/{config.name}')
