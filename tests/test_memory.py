@@ -4,6 +4,7 @@ Run: pytest tests/test_memory.py
 """
 
 import copy
+import dataclasses
 from collections import Counter
 from itertools import product
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 import torchvision.transforms.functional as TF
 from composer import Callback, Trainer
 from composer.models import ComposerClassifier
-from PIL import Image
+from composer.utils import add_vision_dataset_transform
+from PIL import Image, ImageOps
 from streaming import MDSWriter
 from torch import nn
 
@@ -328,3 +330,36 @@ def test_decompressed_shards_alone_are_not_deleted(tmp_path):
     assert sorted((tmp_path / 'cache' / 'train').iterdir()) == cached
     memory = build_dataloader(DatasetConfig('cifar10', in_memory=True, **keys), 8)
     assert multiset(*epoch(memory)) == multiset(Normalize(*STATISTICS)(pixels), torch.arange(40) % 10)
+
+
+def test_a_transform_of_single_images_acts_before_they_are_normalized(loader):
+    """Composer's RandAugment, AugMix and ColOut insert one into the dataset of a DataLoader."""
+    plain, changed = loader(split='val'), loader(split='val')
+    add_vision_dataset_transform(changed.dataset, ImageOps.invert)
+    normalize = changed.dataset.transform.normalize
+    inverted = normalize(255 - (epoch(plain)[0] * normalize.std + normalize.mean).mul(255).round().to(torch.uint8))
+    assert torch.equal(epoch(changed)[0], inverted)
+    assert 'invert' in repr(changed.dataset.transform)
+
+
+@pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")  # Pillow's, about Composer's transforms
+@pytest.mark.parametrize('algorithm', ['augmix', 'randaugment'])
+def test_algorithms_that_change_single_images_train_in_memory_and_repeat(algorithm, folder, tmp_path):
+    """Two runs with one seed have equal weights, unlike a run without the algorithm."""
+    data = {'local': folder, 'in_memory': True}
+    weights = []
+    for number, algorithms in enumerate([{algorithm: {}}, {algorithm: {}}, {}]):
+        recipe = load(RECIPE)
+        recipe = dataclasses.replace(
+            recipe,
+            algorithms=algorithms,
+            train_dataset=recipe.train_dataset | data,
+            eval_dataset=recipe.eval_dataset | data,
+            max_duration='4ba',
+            save_folder=str(tmp_path / str(number)),
+            progress_bar=False,
+        )
+        state = train(recipe).state
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in state.model.parameters()]))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])

@@ -151,7 +151,8 @@ def _draw(bound: int, images: torch.Tensor) -> torch.Tensor:
 
 
 def _one_by_one(step: Callable[[Image.Image], Image.Image], images: torch.Tensor) -> torch.Tensor:
-    changed = [TF.pil_to_tensor(step(TF.to_pil_image(image))) for image in images.cpu()]
+    arrays = images.permute(0, 2, 3, 1).cpu().numpy()
+    changed = [TF.pil_to_tensor(step(Image.fromarray(array))) for array in arrays]
     return torch.stack(changed).to(images.device, non_blocking=True)
 
 

@@ -9,6 +9,7 @@ from composer_sba.errors import UserError
 from composer_sba.study import figures, paper
 from composer_sba.study.groups import Group, group
 from composer_sba.study.records import Record, read_records
+from composer_sba.study.robustness_report import ROBUSTNESS_LEGEND, robustness_figures, robustness_tables
 from composer_sba.study.tables import COST_LEGEND, LEGEND, group_table
 
 SECTIONS = {  # study -> title of its section
@@ -17,6 +18,7 @@ SECTIONS = {  # study -> title of its section
     'layers': 'The cut layer (Fig. 3)',
     'methods': 'Other methods',
     'search': 'Search for settings',
+    'robustness': 'Robustness',
 }
 _NOTES = {
     **paper.CLAIMS,
@@ -34,8 +36,8 @@ def report(results: Path, page: Path) -> list[Path]:
     """Write the results of all studies into a Markdown page and their figures into the folder ``figures/`` next to it.
 
     Args:
-        results (Path): The folder of ``table1.jsonl``, ``eta.jsonl``, ``layers.jsonl``, ``methods.jsonl`` and
-            ``search.jsonl``. Files that do not exist are skipped.
+        results (Path): The folder of ``table1.jsonl``, ``eta.jsonl``, ``layers.jsonl``, ``methods.jsonl``,
+            ``search.jsonl`` and ``robustness.jsonl``. Files that do not exist are skipped.
         page (Path): The page, created if necessary. The text between ``<!-- methods:begin -->`` and
             ``<!-- methods:end -->``, and likewise for the other studies, is replaced; the rest stays. A study that has
             runs but no markers gets a section at the end.
@@ -75,6 +77,8 @@ def _runs(path: Path) -> list[Record]:
         if run['study'] != path.stem:
             problem = f"run {run['hash']} has the study '{run['study']}', expected '{path.stem}'"
             raise UserError(f'{path}: {problem}: move its line or correct it')
+        if path.stem == 'robustness' and 'robustness' not in run:
+            raise UserError(f'{path}: run {run["hash"]} lacks robustness: delete its line and run the study again')
     return runs
 
 
@@ -96,7 +100,7 @@ def _body(groups: dict[Group, list[Record]], folder: Path) -> tuple[str, list[Pa
     """Write the text between the markers of a study, and draw its figures."""
     study = next(iter(groups)).study
     parts = [
-        LEGEND,
+        ROBUSTNESS_LEGEND if study == 'robustness' else LEGEND,
         *([COST_LEGEND] if study == 'layers' else []),
         *([_NOTES[study]] if study in _NOTES else []),
     ]
@@ -106,7 +110,8 @@ def _body(groups: dict[Group, list[Record]], folder: Path) -> tuple[str, list[Pa
     for each, runs in groups.items():
         unique = titles.count(each.title) == 1
         heading = f'### {each.title}' if unique else f'### {each.title}, {each.hardware}'
-        parts += [heading, group_table(each, runs)]
+        table = robustness_tables if study == 'robustness' else group_table
+        parts += [heading, table(each, runs)]
         stem = f'{study}-{each.network}-{each.dataset}-{each.train_samples}-{each.max_duration}'
         stem = next(name for name in chain([stem], (f'{stem}-{n}' for n in count(2))) if name not in stems)
         stems.add(stem)
@@ -120,6 +125,8 @@ def _body(groups: dict[Group, list[Record]], folder: Path) -> tuple[str, list[Pa
 
 def _figures(group: Group, runs: list[Record]) -> list[tuple[str, Callable[[Path], None], str]]:
     """Return the kind, the drawing function and the caption of each figure of a group."""
+    if group.study == 'robustness':
+        return robustness_figures(runs)
     varied = any(run['setting'] for run in runs)
     if group.study == 'search' or (group.study in ('eta', 'layers') and not varied):
         return []

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from scipy.stats import ttest_ind
+from scipy.stats import ttest_1samp, ttest_ind
 
 from composer_sba.study.records import Record
 
@@ -80,6 +80,31 @@ def difference(values: Sequence[float], baseline: Sequence[float]) -> Difference
         warnings.filterwarnings('ignore', message='Precision loss occurred', category=RuntimeWarning)
         interval = ttest_ind(values, baseline, equal_var=False).confidence_interval(LEVEL)
     return Difference(mean, float(interval.low), float(interval.high))
+
+
+def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
+    """Compute the mean, over the seeds that both have, of a run's value minus that of the other run of the same seed.
+
+    Args:
+        values (Mapping[int, float]): Seed -> value.
+        baseline (Mapping[int, float]): Seed -> the value to subtract.
+
+    Returns:
+        Difference | None: With Student's interval for the mean of the differences if there are two seeds or more whose
+        differences vary. None if the two sides have no seed in common.
+
+    Example:
+        >>> tuple(round(number, 2) for number in paired_difference({1: 5.0, 2: 6.0, 3: 9.0}, {1: 4.0, 2: 4.0, 3: 6.0}))
+        (2.0, -0.48, 4.48)
+    """
+    pairs = [value - baseline[seed] for seed, value in values.items() if seed in baseline]
+    if not pairs:
+        return None
+    found = spread(pairs)
+    if not found.sd:
+        return Difference(found.mean)
+    interval = ttest_1samp(pairs, 0).confidence_interval(LEVEL)
+    return Difference(found.mean, float(interval.low), float(interval.high))
 
 
 def paired_ratio(values: Mapping[int, float], baseline: Mapping[int, float]) -> float | None:

@@ -7,7 +7,7 @@ from composer_sba.study.display_names import display_name
 from composer_sba.study.groups import Group, rows
 from composer_sba.study.recipe_index import BASELINE
 from composer_sba.study.records import Record
-from composer_sba.study.stats import TOLERANCE, cost_ratios, difference, median_ratio, paired_ratio, spread
+from composer_sba.study.stats import TOLERANCE, Difference, cost_ratios, difference, median_ratio, paired_ratio, spread
 
 LEGEND = (
     'Error, NLL and calibration error of a run are medians over the evaluations of its last five epochs. The table '
@@ -43,14 +43,14 @@ def group_table(group: Group, runs: _Row) -> str:
 
     columns = {
         'method': list(labels),
-        'error, %': column(lambda row: _mean(errors(row), 2)),
+        'error, %': column(lambda row: mean_cell(errors(row), 2)),
         'n': column(lambda row: str(len(row))),
         'difference from the baseline, points': column(lambda row: _difference(row, baseline)),
         't1 / t2': column(lambda row: _cost_ratio(row, runs)),
-        'NLL, nats': column(lambda row: _mean([run['loss'] for run in row], 3)),
-        'calibration error, %': column(lambda row: _mean(_percent(run['calibration_error'] for run in row), 1)),
-        'time ÷ baseline': column(lambda row: _ratio(row, baseline, lambda run: run['train_seconds'])),
-        'FLOP ÷ baseline': column(lambda row: _ratio(row, baseline, lambda run: run['flops'])),
+        'NLL, nats': column(lambda row: mean_cell([run['loss'] for run in row], 3)),
+        'calibration error, %': column(lambda row: mean_cell(_percent(run['calibration_error'] for run in row), 1)),
+        'time ÷ baseline': column(lambda row: ratio_cell(row, baseline, lambda run: run['train_seconds'])),
+        'FLOP ÷ baseline': column(lambda row: ratio_cell(row, baseline, lambda run: run['flops'])),
         "paper's error, %": column(_paper_error),
     }
     shown = {heading: cells for heading, cells in columns.items() if any(cells)}
@@ -60,7 +60,7 @@ def group_table(group: Group, runs: _Row) -> str:
         parts.append('The baseline has no run, which leaves nothing to compare with.')
     cells = [(row[0]['method'], _paper_cell(row)) for row in ordered]
     parts += [f'† {display_name(method)} in the paper: {cell.doubt}.' for method, cell in cells if cell and cell.doubt]
-    return '\n\n'.join([*parts, _origin(runs)])
+    return '\n\n'.join([*parts, origin(runs)])
 
 
 def errors(row: _Row) -> list[float]:
@@ -87,7 +87,8 @@ def _percent(values: Iterable[float | None]) -> list[float | None]:
     return [None if value is None else 100 * value for value in values]
 
 
-def _mean(values: Sequence[float | None], digits: int) -> str:
+def mean_cell(values: Sequence[float | None], digits: int) -> str:
+    """Write mean and standard deviation; nothing if a value is missing."""
     given = [value for value in values if value is not None]
     if len(given) < len(values):  # the mean over some seeds would look like the mean over all n
         return ''
@@ -96,9 +97,11 @@ def _mean(values: Sequence[float | None], digits: int) -> str:
 
 
 def _difference(row: _Row, baseline: _Row) -> str:
-    if not baseline or row is baseline:
-        return ''
-    found = difference(errors(row), errors(baseline))
+    return '' if not baseline or row is baseline else difference_cell(difference(errors(row), errors(baseline)))
+
+
+def difference_cell(found: Difference) -> str:
+    """Write a difference in points with its interval, bold if that excludes 0."""
     if found.low is None or found.high is None:
         return _signed(found.mean)
     text = f'{_signed(found.mean)} [{_signed(found.low)}, {_signed(found.high)}]'
@@ -109,7 +112,8 @@ def _signed(value: float) -> str:
     return f'{round(value, 2) + 0.0:+.2f}'.replace('-', '−')  # adding 0 turns -0.0 into 0.0
 
 
-def _ratio(row: _Row, baseline: _Row, cost: Callable[[Record], float | None]) -> str:
+def ratio_cell(row: _Row, baseline: _Row, cost: Callable[[Record], float | None]) -> str:
+    """Write the median ratio of costs over pairs of runs with the same seed; nothing if a cost is missing."""
     own, reference = ({run['seed']: cost(run) or 0.0 for run in runs} for runs in (row, baseline))
     ratio = paired_ratio(own, reference) if all(own.values()) else None
     return '' if ratio is None else f'{ratio:.2f}'
@@ -144,7 +148,7 @@ def _paper_error(row: _Row) -> str:
     return f'{cell.error:.2f}{f" (M = {cell.fold})" if cell.fold else ""}{" †" if cell.doubt else ""}'
 
 
-def _origin(runs: _Row) -> str:
+def origin(runs: _Row) -> str:
     """Describe where the numbers come from; if the runs differ, list every value that occurs."""
     jobs = _listed(f'{run["jobs"]}' for run in runs)
     packages = dict.fromkeys(package for run in runs for package in run['versions'])
