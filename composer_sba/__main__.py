@@ -9,6 +9,7 @@ from importlib.metadata import version
 COMMANDS = {
     'train': ('composer_sba.train', 'train what a recipe describes'),
     'evaluate': ('composer_sba.evaluate', 'measure the robustness of a trained classifier'),
+    'predict': ('composer_sba.predict', 'write the classes of images in a folder to a CSV file'),
     'convert': ('composer_sba.convert', 'convert a dataset of images to shards that recipes read'),
     'layers': ('composer_sba.layers', 'list the layers of a network that SBA can cut, and their cost'),
     'study': ('composer_sba.study.__main__', "run the paper's experiments and others, and report their results"),

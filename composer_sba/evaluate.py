@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from composer.utils import dist
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
@@ -31,11 +30,11 @@ from composer_sba.data.transforms import mean_and_std, transform
 from composer_sba.errors import DatasetError, UserError, nearest, one_line
 from composer_sba.provenance import commit, hardware, versions
 from composer_sba.recipe.build import load_network
-from composer_sba.recipe.recipe import Recipe, load
+from composer_sba.recipe.recipe import Recipe
 from composer_sba.recipe.redact import redact
 from composer_sba.robustness import ATTACKS, CORRUPTIONS, EPSILONS, SEVERITIES, SIGMAS, Smoothing, evaluate
+from composer_sba.trained import add_options, add_overrides, read_recipe, require_one_process
 
-RECIPE_FILE = 'recipe.yaml'  # which training saves beside its checkpoints
 RESULTS_FILE, FIGURE_FILE = 'evaluation.jsonl', 'error_under_noise.png'
 
 
@@ -51,7 +50,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'python -m composer_sba.
     """
     given = _parser(prog).parse_intermixed_args(argv)
     try:
-        recipe = load(given.file or [given.checkpoint.parent / RECIPE_FILE], given.overrides)
+        recipe = read_recipe(given)
         out = _writable(given.out or given.checkpoint.parent, make=given.out is not None)
         smoothing = Smoothing(given.certify_sigma, given.n0, given.n, given.alpha) if given.certify else None
         record = evaluate_checkpoint(
@@ -115,8 +114,7 @@ def evaluate_checkpoint(
         UserError: If the recipe has no ``eval_dataset``, or the checkpoint or the data cannot be used.
     """
     start = time.perf_counter()
-    if dist.get_world_size() > 1:
-        raise UserError('evaluate runs in one process: start it as composer-sba evaluate, without the launcher')
+    require_one_process('evaluate')
     network, device = load_network(recipe, checkpoint)
     rows = recipe.device_eval_batch_size or recipe.global_train_batch_size
     loader, pixels, mean, std = pixel_loader(recipe, device)
@@ -329,12 +327,7 @@ def _parser(prog: str = 'python -m composer_sba.evaluate') -> argparse.ArgumentP
         prog=prog,
         description='Measure the error of a trained classifier on clean, noisy, corrupted and attacked images.',
     )
-    parser.add_argument('--checkpoint', type=Path, required=True, metavar='FILE', help='a checkpoint of training')
-    parser.add_argument(
-        *('-f', '--file'),
-        action='append',
-        help=f"the recipe that was trained, as in train (default: {RECIPE_FILE} in the checkpoint's folder)",
-    )
+    add_options(parser)
     parser.add_argument('--out', type=Path, metavar='FOLDER', help="folder for the results (default: the checkpoint's)")
     parser.add_argument(
         '--sigmas',
@@ -388,7 +381,7 @@ def _parser(prog: str = 'python -m composer_sba.evaluate') -> argparse.ArgumentP
     ):
         parser.add_argument(option, type=float, default=value, metavar='X', help=f'{text} (default: {value:g})')
     parser.add_argument('--seed', type=int, default=0, metavar='N', help='seed of noise and corruptions (default: 0)')
-    parser.add_argument('overrides', nargs='*', metavar='key.sub=value', help='changes to the recipe')
+    add_overrides(parser)
     return parser
 
 

@@ -27,10 +27,9 @@ from rich.table import Table
 from composer_sba.errors import AlreadyTrainedError, UserError, one_line
 from composer_sba.recipe.build import build_components, build_trainer
 from composer_sba.recipe.explain import explained
-from composer_sba.recipe.recipe import Recipe, load, save, to_yaml
+from composer_sba.recipe.recipe import RECIPE_FILE, Recipe, load, save, to_yaml
 from composer_sba.recipe.redact import redact
 
-RECIPE_FILE = 'recipe.yaml'
 TRAIN_LOSS = 'loss/train/total'
 METRICS = {  # an evaluation's value -> Composer's name, title, factor, unit
     'accuracy': ('MulticlassAccuracy', 'accuracy', 100.0, '%'),

@@ -319,7 +319,7 @@ def write(path: Path, content: bytes) -> Path:
 
 def test_several_processes_are_refused(recipe_options, monkeypatch, capsys):
     """Each would count only its own images."""
-    monkeypatch.setattr('composer_sba.evaluate.dist.get_world_size', lambda: 2)
+    monkeypatch.setattr('composer.utils.dist.get_world_size', lambda: 2)
     assert main(['--checkpoint', 'any.pt', '-f', 'digits_baseline.yaml', *recipe_options]) == 2
     assert capsys.readouterr().err.startswith('error: evaluate runs in one process')
 

@@ -229,11 +229,16 @@ class _Folder:
         """Return the entries of a folder, sorted, without those that are hidden or that a system adds."""
         visible = []
         for entry in sorted(folder.iterdir()):
-            if entry.name.startswith('.') or entry.name in _SYSTEM_FOLDERS:
+            if is_hidden(entry.name):
                 self.left_out['hidden, or made by the operating system'].append(entry)
             else:
                 visible.append(entry)
         return visible
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder of this name is hidden, or made by the operating system."""
+    return name.startswith('.') or name in _SYSTEM_FOLDERS
 
 
 def refuse_links(folder: Path) -> None:

@@ -23,6 +23,7 @@ from composer_sba.recipe.redact import HIDDEN, redact
 from composer_sba.recipe.registry import component_errors, components, data_config
 from composer_sba.recipe.signature import argument_errors, as_yaml
 
+RECIPE_FILE = 'recipe.yaml'  # which training saves beside its checkpoints
 MAX_TIMEOUT = 10**9  # seconds, which is 30 years
 MAX_CLASSES = 1_000_000  # a head with so many rows still fits into memory
 DECAY_ALL = 'decay_norm_and_bias'  # an option that a recipe adds to every optimizer
