@@ -1,5 +1,7 @@
 """What ``composer train.py -f FILE`` runs."""
 
-from composer_sba.train import main
+import sys
 
-raise SystemExit(main())
+from composer_sba.__main__ import main
+
+raise SystemExit(main(['train', *sys.argv[1:]], prog='composer train.py'))

@@ -2,33 +2,48 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
+
+from composer_sba.arguments import convert_parser, layers_parser, parse_train
 
 COMMANDS = {
     'train': ('composer_sba.train', 'train what a recipe describes'),
     'evaluate': ('composer_sba.evaluate', 'measure the robustness of a trained classifier'),
     'predict': ('composer_sba.predict', 'write the classes of images in a folder to a CSV file'),
+    'recipes': ('composer_sba.recipes', 'list the recipes, methods and models that come with the package'),
     'convert': ('composer_sba.convert', 'convert a dataset of images to shards that recipes read'),
     'layers': ('composer_sba.layers', 'list the layers of a network that SBA can cut, and their cost'),
     'study': ('composer_sba.study.__main__', "run the paper's experiments and others, and report their results"),
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run a command with the remaining arguments.
 
     Args:
         argv (Sequence[str], optional): The arguments after the program's name. Default: ``None``, those of the process.
+        prog (str, optional): The program's name in the command's help. Default: ``None``, ``composer-sba COMMAND``.
 
     Returns:
         int: The command's exit code.
     """
     given = sys.argv[1:] if argv is None else list(argv)
     _parser().parse_args(given[:1])  # ends the process at --help, --version and unknown commands
-    module, _ = COMMANDS[given[0]]
-    return int(importlib.import_module(module).main(given[1:], prog=f'composer-sba {given[0]}'))
+    command, *rest = given
+    title = prog = prog or f'composer-sba {command}'
+    if command == 'train':
+        title = '+'.join(Path(each).stem for each in parse_train(rest, prog).file)
+    elif command in ('convert', 'layers'):
+        parser = convert_parser(prog) if command == 'convert' else layers_parser(prog)
+        parser.parse_intermixed_args(rest)  # ends the process at --help and at mistakes
+    if command != 'recipes' and os.environ.get('RANK', '0') == '0':
+        print(f'{title}: loading PyTorch and Composer ...', file=sys.stderr, flush=True)
+    module, _ = COMMANDS[command]
+    return int(importlib.import_module(module).main(rest, prog=prog))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,8 +52,11 @@ def _parser() -> argparse.ArgumentParser:
         prog='composer-sba',
         description='Stochastic Batch Augmentation for MosaicML Composer.',
         usage='%(prog)s COMMAND ...',
-        epilog=f'commands:\n{commands}\n\n"composer-sba COMMAND --help" describes a command. To train on several '
-        'GPUs, let Composer start the processes:\n  composer -m composer_sba.train -f digits_sba.yaml',
+        epilog=f'commands:\n{commands}\n\nexamples:\n'
+        '  # a demo that takes seconds\n  composer-sba train -f digits_sba.yaml\n'
+        '  # the same in one process for each GPU, which Composer starts\n'
+        '  composer -m composer_sba.train -f digits_sba.yaml\n'
+        "  # a command's options and examples\n  composer-sba train --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('command', choices=COMMANDS, metavar='COMMAND', help='one of the commands below')

@@ -1,13 +1,12 @@
 """Convert images to MDS shards, which recipes read: ``python -m composer_sba.convert``."""
 
-import argparse
 import os
 import sys
 import time
 from collections.abc import Sequence
 
+from composer_sba.arguments import convert_parser as _parser
 from composer_sba.data.conversion import convert as convert
-from composer_sba.data.readers import READERS
 from composer_sba.errors import DatasetError
 
 
@@ -21,20 +20,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'python -m composer_sba.
     Returns:
         int: Exit code: 0, or 2 after a mistake of the user, which one line on stderr describes.
     """
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('dataset', metavar=f'{{{",".join(sorted(READERS))}}}', help='kind of the source')
-    parser.add_argument(
-        '--source',
-        help='folder with train/<class>/ and val/<class>/ or test/<class>/ (also for ImageNet), or an archive of one '
-        '(.tar, .tar.gz, .tar.bz2, .tar.xz, .zip); for CIFAR also the original cifar-10-python.tar.gz, '
-        'cifar-100-python.tar.gz or their unpacked folders; for cifar10c CIFAR-10-C.tar or its folder; digits need '
-        'none',
-    )
-    parser.add_argument('--out', help='folder to make (default: data/<dataset>)')
-    parser.add_argument('--overwrite', action='store_true', help='replace an existing dataset')
-    args = parser.parse_args(argv)
+    args = _parser(prog).parse_args(argv)
     out = os.path.expanduser(args.out or f'data/{args.dataset}')
     start = time.perf_counter()
     try:

@@ -23,6 +23,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
+from composer_sba.arguments import with_examples
 from composer_sba.data.config import DatasetConfig, resolve
 from composer_sba.data.loader import build_dataloader, dataset_classes
 from composer_sba.data.mds_index import INDEX, RECORD
@@ -382,7 +383,11 @@ def _parser(prog: str = 'python -m composer_sba.evaluate') -> argparse.ArgumentP
         parser.add_argument(option, type=float, default=value, metavar='X', help=f'{text} (default: {value:g})')
     parser.add_argument('--seed', type=int, default=0, metavar='N', help='seed of noise and corruptions (default: 0)')
     add_overrides(parser)
-    return parser
+    return with_examples(
+        parser,
+        ('--checkpoint FILE --attacks none', 'noise and corruptions'),
+        ('--checkpoint FILE --certify 100 --corruptions none', 'certificates'),
+    )
 
 
 if __name__ == '__main__':

@@ -21,6 +21,7 @@ from torch import nn
 from yaml import YAMLError
 
 from composer_sba import libraries
+from composer_sba.arguments import layers_parser as _parser
 from composer_sba.errors import UserError, nearest, one_line
 from composer_sba.latent.cut_survey import Cut, survey
 from composer_sba.models import MODELS
@@ -160,32 +161,6 @@ def _arguments(given: argparse.Namespace) -> dict[str, Any]:
     except (YAMLError, OmegaConfBaseException) as error:
         raise UserError(f'command line: expected YAML after =: {one_line(error)}') from error
     return arguments | ({} if given.num_classes is None else {'num_classes': given.num_classes})
-
-
-def _parser(prog: str = 'python -m composer_sba.layers') -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description='List the layers of a network that SBA can cut, and the cost of each cut.',
-    )
-    parser.add_argument(
-        '--model',
-        required=True,
-        metavar='NAME',
-        help='a model of the recipes (resnet_cifar, timm/resnet18, huggingface/FOLDER), a classifier of torchvision '
-        '(convnext_tiny), or module:factory, a function that returns an nn.Module, in a module that can be imported '
-        'from the current directory',
-    )
-    parser.add_argument('--fold', type=int, default=4, metavar='M', help='virtual samples per image (default: 4)')
-    parser.add_argument(
-        '--image-size',
-        type=int,
-        metavar='N',
-        help='side of the images in pixels (default: 224, or the size for which the model is made)',
-    )
-    parser.add_argument('--channels', type=int, default=3, metavar='C', help='channels of the images (default: 3)')
-    parser.add_argument('--num-classes', type=int, metavar='K', help="classes (default: the model's)")
-    parser.add_argument('arguments', nargs='*', metavar='key=value', help='more arguments of the model: depth=20')
-    return parser
 
 
 if __name__ == '__main__':

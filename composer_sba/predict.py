@@ -21,6 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from composer_sba.arguments import with_examples
 from composer_sba.data.config import DatasetConfig, resolve
 from composer_sba.data.readers import is_hidden
 from composer_sba.data.samples import decoding_error, to_rgb
@@ -218,7 +219,7 @@ def _parser(prog: str = 'python -m composer_sba.predict') -> argparse.ArgumentPa
     parser.add_argument('--overwrite', action='store_true', help='replace an existing file')
     parser.add_argument('folder', type=Path, help='folder of images, searched with its sub-folders; or one image')
     add_overrides(parser)
-    return parser
+    return with_examples(parser, ('--checkpoint FILE photos --top 3', 'three classes for each image'))
 
 
 if __name__ == '__main__':

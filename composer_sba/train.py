@@ -3,7 +3,6 @@
 Exit codes: 0 trained, 2 a mistake in the recipe or its data (described in one line on stderr), 130 interrupted.
 """
 
-import argparse
 import os
 import signal
 import sys
@@ -24,6 +23,7 @@ from composer.utils import dist, format_name_with_dist, maybe_create_object_stor
 from rich.console import Console
 from rich.table import Table
 
+from composer_sba.arguments import parse_train
 from composer_sba.errors import AlreadyTrainedError, UserError, one_line
 from composer_sba.recipe.build import build_components, build_trainer
 from composer_sba.recipe.explain import explained
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'composer train.py') -> 
     Returns:
         int: The exit code.
     """
-    arguments = _parser(prog).parse_intermixed_args(argv)
+    arguments = parse_train(argv, prog)
     try:
         recipe = load(arguments.file, arguments.overrides)
         if arguments.dry_run:
@@ -149,21 +149,6 @@ def _is_interrupt(error: BaseException | None) -> bool:
     if isinstance(error, SystemExit):
         return error.code == 128 + signal.SIGINT
     return error is not None and _is_interrupt(error.__context__)
-
-
-def _parser(prog: str = 'composer train.py') -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description='Train what a recipe describes.')
-    parser.add_argument(
-        *('-f', '--file'),
-        required=True,
-        action='append',
-        help='the recipe: a YAML file, or the name of one that comes with the package (digits_sba.yaml). Repeat the '
-        'option to merge further files over it (methods/sba.yaml)',
-    )
-    parser.add_argument('--dry-run', action='store_true', help='check and print the resolved recipe, train nothing')
-    parser.add_argument('--traceback', action='store_true', help='show the traceback of an error')
-    parser.add_argument('overrides', nargs='*', metavar='key.sub=value', help='changes to the recipe')
-    return parser
 
 
 def _folder(recipe: Recipe) -> str | None:

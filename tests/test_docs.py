@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import composer_sba
 from composer_sba import __main__ as cli
+from composer_sba import arguments as arguments_of_commands
 from composer_sba import convert, layers
 from composer_sba.models import digits_net
 from composer_sba.recipe import load
 from composer_sba.recipe.build import build_components
 from composer_sba.study import __main__ as study
-from composer_sba.train import _parser as train_parser
 from programs import start
 
 ROOT = Path(__file__).parents[1]
@@ -130,14 +130,17 @@ def test_a_command_exists_and_takes_its_arguments(page, command, monkeypatch, ca
             launched = launcher._get_parser().parse_args(arguments)
             by_name = launched.training_script == 'composer_sba.train' and launched.module_mode
             assert by_name or (launched.training_script == 'train.py' and (ROOT / 'train.py').exists())
-            parsed = train_parser().parse_args(launched.training_script_args)
+            parsed = arguments_of_commands.parse_train(launched.training_script_args, 'train.py')
             load(parsed.file, parsed.overrides)
         case ['python', '-m', 'composer_sba.convert', *arguments]:
             monkeypatch.setattr(convert, 'convert', lambda *args, **kwargs: {'train': 1})
             assert convert.main(arguments) == 0
         case ['composer-sba', name, *arguments]:
             module, _ = cli.COMMANDS[name]
-            importlib.import_module(module)._parser().parse_args(arguments)
+            if name == 'train':
+                arguments_of_commands.parse_train(arguments, name)
+            else:
+                importlib.import_module(module)._parser().parse_intermixed_args(arguments)
         case ['python', '-m', 'composer_sba.layers', *arguments]:
             assert layers.main(arguments) == 0
             printed = capsys.readouterr().out.splitlines()

@@ -18,7 +18,10 @@ import pytest
 
 import composer_sba
 from composer_sba import __main__ as cli
+from composer_sba.data.readers import READERS
+from composer_sba.models import MODELS
 from composer_sba.recipe import merge as sources
+from composer_sba.shipped import names
 
 try:
     import tomllib
@@ -68,7 +71,13 @@ def test_a_recipe_of_the_package_goes_by_its_name_anywhere(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ('command', 'code', 'said'),
     [
-        ('train -f nowhere.yaml', 2, 'error: nowhere.yaml: No such file or directory'),
+        (
+            'train -f nowhere.yaml',
+            2,
+            'error: nowhere.yaml: No such file or directory; composer-sba recipes lists those',
+        ),
+        ('train -f yamls/digit_sba.yml', 2, 'digit_sba.yml: No such file or directory; did you mean digits_sba.yaml?'),
+        ('train -f digits_sba.yaml methods/mixup.yaml', 2, 'a recipe needs -f: -f methods/mixup.yaml'),
         ('convert cifar10 --source nowhere.tar.gz', 2, 'nowhere.tar.gz'),
         ('layers --model nowhere', 2, "error: --model: unknown model 'nowhere'"),
         ('layers --model digits_net', 0, 'head'),
@@ -87,10 +96,86 @@ def test_the_console_command_hands_on_arguments_and_exit_code(command, code, sai
 
 
 @pytest.mark.parametrize('command', cli.COMMANDS)
-def test_the_help_of_a_command_calls_it_as_the_user_does(command, capsys) -> None:
+def test_the_help_of_a_command_calls_it_as_the_user_does(command, capsys, monkeypatch) -> None:
+    monkeypatch.setenv('COLUMNS', '80')
     with pytest.raises(SystemExit, match='0'):
         cli.main([command, '--help'])
-    assert capsys.readouterr().out.startswith(f'usage: composer-sba {command} ')
+    said = capsys.readouterr().out
+    assert said.startswith(f'usage: composer-sba {command} ')
+    examples = said.partition('\nexamples:\n')[2].splitlines()
+    assert any(line.startswith(f'  composer-sba {command} ') for line in examples), said
+    assert max(map(len, examples)) <= 80, max(examples, key=len)
+    assert command != 'convert' or all(kind in said for kind in READERS)
+
+
+@pytest.mark.parametrize(
+    ('given', 'remedy'),
+    [
+        ('train digits_sba.yaml', '-f digits_sba.yaml'),
+        ('train digit_sba.yaml seed=3', '-f digits_sba.yaml'),
+        ('train seed=3 mixup.yaml', '-f methods/mixup.yaml'),
+        ('train own.yaml', '-f own.yaml'),
+        ('train', '-f digits_sba.yaml'),
+    ],
+)
+def test_a_recipe_without_its_option(given, remedy, capsys) -> None:
+    with pytest.raises(SystemExit, match='2'):
+        cli.main(given.split())
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == f'composer-sba train: error: expected the recipe after -f: composer-sba train {remedy}'
+
+
+def run_until_torch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the console command in a process that ends with 99 when it begins to import PyTorch."""
+    program = (
+        'import os, sys\n'
+        'class NoTorch:\n'
+        '    def find_spec(self, name, *_):\n'
+        '        if name == "torch":\n'
+        '            os._exit(99)\n'
+        'sys.meta_path.insert(0, NoTorch())\n'
+        'from composer_sba.__main__ import main\n'
+        'sys.exit(main())\n'
+    )
+    command = [sys.executable, '-c', program, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {'RANK': '0'}, check=False)
+
+
+@pytest.mark.parametrize(
+    'given',
+    ['--help', '--version', 'train --help', 'train digits_sba.yaml', 'convert --help', 'layers --help', 'recipes'],
+)
+def test_what_needs_no_pytorch_does_not_wait_for_it(given) -> None:
+    done = run_until_torch(*given.split())
+    assert done.returncode == (2 if given == 'train digits_sba.yaml' else 0), done.stderr
+    assert done.stdout or done.stderr
+
+
+def test_the_first_line_comes_before_pytorch() -> None:
+    done = run_until_torch('train', '-f', 'digits_baseline.yaml', '-f', 'methods/sba.yaml')
+    assert (done.returncode, done.stdout) == (99, '')
+    assert done.stderr == 'digits_baseline+sba: loading PyTorch and Composer ...\n'
+
+
+def test_the_list_of_recipes_has_status_and_cost_in_80_columns(capsys, monkeypatch) -> None:
+    monkeypatch.setenv('COLUMNS', '80')
+    assert cli.main(['recipes']) == 0
+    lines = {line.split()[0]: ' '.join(line.split()[1:]) for line in capsys.readouterr().out.splitlines()}
+    assert set(lines) == {'recipe', *(name for name in names() if '/' not in name)}
+    assert lines['digits_sba.yaml'] == 'measured 15 s on 2 CPU cores'
+    assert lines['alexnet_cifar10_baseline.yaml'] == '5 epochs 7.1e14 FLOP'
+    assert lines['vgg16_cifar10_cutout_ba.yaml'] == "not measured 32 times the baseline's"
+    without = [name for name, facts in lines.items() if not re.search(r'(measured|epochs) \S', facts)]
+    assert without == ['recipe'], without
+
+
+def test_the_lists_of_methods_and_models_are_complete(capsys) -> None:
+    assert cli.main(['recipes', 'methods']) == 0
+    methods = re.findall(r'^methods/\S+ +\S', capsys.readouterr().out, re.MULTILINE)
+    assert [line.split()[0] for line in methods] == [name for name in names() if name.startswith('methods/')]
+    assert cli.main(['recipes', 'models']) == 0
+    said = capsys.readouterr().out
+    assert [line.split()[0] for line in said.partition('\n\n')[0].splitlines() if line[0] != ' '] == ['name', *MODELS]
 
 
 @pytest.mark.parametrize(('given', 'code'), [('--help', 0), ('--version', 0), ('nowhere', 2), ('', 2)])

@@ -21,6 +21,7 @@ from yaml import MarkedYAMLError, YAMLError
 from composer_sba.errors import RecipeError, UserError, nearest, one_line
 from composer_sba.recipe import registry
 from composer_sba.recipe.signature import as_yaml
+from composer_sba.shipped import nearest_name, shipped
 
 NAMED = ('algorithms', 'callbacks', 'loggers')  # sections that map names to arguments
 SINGLE = ('model', 'optimizer', 'scheduler')  # sections of one component, with its name under `name`
@@ -81,7 +82,7 @@ def read(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Sources:
 
     Args:
         paths (Sequence[str | Path]): YAML files, each merged over the one before. ``extends: FILE`` is relative to the
-            file that has it. A file that does not exist is looked up among those that :func:`shipped` has.
+            file that has it. A file that does not exist is looked up among the recipes of the package.
         overrides (Sequence[str]): ``key.sub=value``, where the value is YAML.
 
     Returns:
@@ -96,12 +97,6 @@ def read(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Sources:
     return Sources(tuple((name, _with_listed_names(Sources(((name, each),)), each)) for name, each in layers))
 
 
-def shipped() -> Path:
-    """Return the folder of the recipes that come with the package, installed or in a checkout."""
-    package = Path(__file__).parents[1]
-    return package / 'yamls' if (package / 'yamls').is_dir() else package.parent / 'yamls'
-
-
 def _read_file(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
     if path.resolve() in [each.resolve() for each in above]:
         raise RecipeError(f'{above[-1]}: extends: a cycle, {" -> ".join(each.name for each in (*above, path))}')
@@ -111,6 +106,9 @@ def _read_file(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict
         extends = f'{above[-1]}: extends: ' if above else ''
         # OmegaConf raises an OSError of its own, without strerror, for YAML that is a bare number
         problem = error.strerror or 'expected a mapping of keys, got another kind of YAML'
+        if isinstance(error, FileNotFoundError):
+            near = nearest_name(path.name)
+            problem += f'; did you mean {near}?' if near else '; composer-sba recipes lists those of the package'
         raise RecipeError(f'{extends}{path}: {problem}') from error
     except MarkedYAMLError as error:
         mark = error.problem_mark
@@ -139,7 +137,8 @@ def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     for text in overrides:
         key, equals, _ = text.partition('=')
         if not equals or not all(key.split('.')):
-            raise RecipeError(f"{COMMAND_LINE}: expected key=value or key.sub=value, got '{text}'")
+            file = f'; a recipe needs -f: -f {text}' if text.endswith(('.yaml', '.yml')) else ''
+            raise RecipeError(f"{COMMAND_LINE}: expected key=value or key.sub=value, got '{text}'{file}")
         try:
             together = OmegaConf.merge(together, OmegaConf.from_dotlist([text]))
         except (YAMLError, OmegaConfBaseException) as error:

@@ -17,9 +17,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from composer_sba.arguments import with_examples
 from composer_sba.errors import UserError, one_line
-from composer_sba.recipe.merge import shipped
 from composer_sba.recipe.redact import redact
+from composer_sba.shipped import shipped
 from composer_sba.study.flops import training_flops
 from composer_sba.study.plan import MAX_COST, STUDIES, plan
 from composer_sba.study.records import Record, read_records
@@ -162,7 +163,11 @@ def _parser(prog: str = 'python -m composer_sba.study') -> argparse.ArgumentPars
     command = _command(commands, 'report', 'tables and figures of all finished runs')
     command.add_argument('--results', type=_path, default=Path('results'), metavar='DIR', help='folder of the runs')
     command.add_argument('--page', type=_path, default=Path('docs/results.md'), metavar='FILE', help='page to write')
-    return parser
+    return with_examples(
+        parser,
+        ('methods --datasets digits --methods baseline sba --seeds 5', 'two methods, five seeds of each'),
+        ('report --page report.md', 'tables and figures of what has been trained'),
+    )
 
 
 def _command(

@@ -1,0 +1,138 @@
+"""The parsers of the commands ``train``, ``convert``, ``layers`` and ``recipes``, which import nothing else.
+
+They answer ``--help`` and a mistake on the command line at once: PyTorch and Composer take seconds to import.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from composer_sba.shipped import nearest_name
+
+
+def train_parser(prog: str = 'composer train.py') -> argparse.ArgumentParser:
+    """Return the parser of ``train``."""
+    parser = _parser(
+        prog,
+        'Train what a recipe describes.',
+        ('-f digits_sba.yaml', 'a demo that takes seconds'),
+        ('-f digits_sba.yaml algorithms.sba.eta=1 run_name=eta1', 'the same with another value'),
+        ('-f digits_sba.yaml algorithms.sba.eta=1 --dry-run', 'print all values and train nothing'),
+        ('-f digits_baseline.yaml -f methods/mixup.yaml', 'a method over a baseline'),
+        ('-f digits_sba.yaml autoresume=true', 'go on with an interrupted run'),
+    )
+    parser.add_argument(
+        *('-f', '--file'),
+        action='append',
+        help='the recipe, required: a YAML file, or the name of one that comes with the package (composer-sba recipes '
+        'lists them). Repeat the option to merge further files over it (methods/sba.yaml)',
+    )
+    parser.add_argument('--dry-run', action='store_true', help='check and print the resolved recipe, train nothing')
+    parser.add_argument('--traceback', action='store_true', help='show the traceback of an error')
+    parser.add_argument('overrides', nargs='*', metavar='key.sub=value', help='changes to the recipe')
+    return parser
+
+
+def parse_train(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    """Parse the arguments of ``train``; end the process at ``--help`` and at a mistake.
+
+    Args:
+        argv (Sequence[str], optional): The arguments; None for those of the process.
+        prog (str): The program's name in the help.
+
+    Returns:
+        argparse.Namespace: ``file``, at least one; ``dry_run``, ``traceback`` and ``overrides``.
+    """
+    parser = train_parser(prog)
+    given = parser.parse_intermixed_args(argv)
+    if not given.file:
+        recipe = next((each for each in given.overrides if '=' not in each), None)
+        known = recipe and (recipe if Path(recipe).exists() else nearest_name(recipe) or recipe)
+        parser.error(f'expected the recipe after -f: {prog} -f {known or "digits_sba.yaml"}')
+    return given
+
+
+def convert_parser(prog: str = 'python -m composer_sba.convert') -> argparse.ArgumentParser:
+    """Return the parser of ``convert``."""
+    parser = _parser(
+        prog,
+        'Convert images to MDS shards, which recipes read.',
+        ('imagefolder --source flowers --out data/flowers', 'a folder of images'),
+        ('cifar10 --source cifar-10-python.tar.gz', 'CIFAR-10, to data/cifar10'),
+    )
+    kinds = 'digits, cifar10, cifar100, imagefolder (also for ImageNet) or cifar10c'
+    parser.add_argument('dataset', metavar='DATASET', help=f'kind of the source: {kinds}')
+    parser.add_argument(
+        '--source',
+        help='folder with train/<class>/ and val/<class>/ or test/<class>/ (also for ImageNet), or an archive of one '
+        '(.tar, .tar.gz, .tar.bz2, .tar.xz, .zip); for CIFAR also the original cifar-10-python.tar.gz, '
+        'cifar-100-python.tar.gz or their unpacked folders; for cifar10c CIFAR-10-C.tar or its folder; digits need '
+        'none',
+    )
+    parser.add_argument('--out', help='folder to make (default: data/<dataset>)')
+    parser.add_argument('--overwrite', action='store_true', help='replace an existing dataset')
+    return parser
+
+
+def layers_parser(prog: str = 'python -m composer_sba.layers') -> argparse.ArgumentParser:
+    """Return the parser of ``layers``."""
+    parser = _parser(
+        prog,
+        'List the layers of a network that SBA can cut, and the cost of each cut.',
+        ('--model resnet_cifar depth=20 --fold 40', 'a network of this package'),
+        ('--model torchvision/convnext_tiny --image-size 160', 'one of a library'),
+        ('--model my_module:make_network', 'your own'),
+    )
+    parser.add_argument(
+        '--model',
+        required=True,
+        metavar='NAME',
+        help='a model of the recipes (resnet_cifar, timm/resnet18, huggingface/FOLDER), a classifier of torchvision '
+        '(convnext_tiny), or module:factory, a function that returns an nn.Module, in a module that can be imported '
+        'from the current directory',
+    )
+    parser.add_argument('--fold', type=int, default=4, metavar='M', help='virtual samples per image (default: 4)')
+    parser.add_argument(
+        '--image-size',
+        type=int,
+        metavar='N',
+        help='side of the images in pixels (default: 224, or the size for which the model is made)',
+    )
+    parser.add_argument('--channels', type=int, default=3, metavar='C', help='channels of the images (default: 3)')
+    parser.add_argument('--num-classes', type=int, metavar='K', help="classes (default: the model's)")
+    parser.add_argument('arguments', nargs='*', metavar='key=value', help='more arguments of the model: depth=20')
+    return parser
+
+
+def recipes_parser(prog: str = 'composer-sba recipes') -> argparse.ArgumentParser:
+    """Return the parser of ``recipes``."""
+    parser = _parser(
+        prog,
+        'List the recipes of the package, with their status and cost; or its methods or models.',
+        ('| grep cifar10', 'the recipes of one dataset'),
+        ('methods', 'what can be merged over a baseline'),
+        ('models', 'the values of model.name'),
+    )
+    kinds = ('recipes', 'methods', 'models')
+    parser.add_argument('kind', nargs='?', default='recipes', choices=kinds, help='what to list (default: recipes)')
+    return parser
+
+
+def with_examples(parser: argparse.ArgumentParser, *examples: tuple[str, str]) -> argparse.ArgumentParser:
+    """Add examples to the help of a parser.
+
+    Args:
+        parser (argparse.ArgumentParser): The parser.
+        *examples (tuple[str, str]): The arguments of a call, and what it does.
+
+    Returns:
+        argparse.ArgumentParser: The same parser.
+    """
+    lines = [f'  # {what}\n  {parser.prog} {arguments}' for arguments, what in examples]
+    parser.epilog = '\n'.join(['examples:', *lines])
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    return parser
+
+
+def _parser(prog: str, description: str, *examples: tuple[str, str]) -> argparse.ArgumentParser:
+    return with_examples(argparse.ArgumentParser(prog=prog, description=description), *examples)
