@@ -126,15 +126,15 @@ def test_a_command_exists_and_takes_its_arguments(page, command, monkeypatch, ca
     while re.fullmatch(r'[A-Z_]+=\S*', words[0]):
         del words[0]
     match words:
+        case ['composer-sba', 'convert', *arguments] | ['python', '-m', 'composer_sba.convert', *arguments]:
+            monkeypatch.setattr(convert, 'convert', lambda *args, **kwargs: {'train': 1})
+            assert convert.main(arguments) == 0
         case ['composer', *arguments]:
             launched = launcher._get_parser().parse_args(arguments)
             by_name = launched.training_script == 'composer_sba.train' and launched.module_mode
             assert by_name or (launched.training_script == 'train.py' and (ROOT / 'train.py').exists())
             parsed = arguments_of_commands.parse_train(launched.training_script_args, 'train.py')
             load(parsed.file, parsed.overrides)
-        case ['python', '-m', 'composer_sba.convert', *arguments]:
-            monkeypatch.setattr(convert, 'convert', lambda *args, **kwargs: {'train': 1})
-            assert convert.main(arguments) == 0
         case ['composer-sba', name, *arguments]:
             module, _ = cli.COMMANDS[name]
             if name == 'train':
@@ -159,8 +159,10 @@ def test_a_command_exists_and_takes_its_arguments(page, command, monkeypatch, ca
             assert (ROOT / path).is_file()
         case ['make', target]:
             assert re.search(rf'^{target}:', (ROOT / 'Makefile').read_text(), re.MULTILINE)
-        case ['pip', 'install', '-e', package]:
-            extra = re.fullmatch(r'\.(?:\[(\w+)\])?', package).group(1)
+        case ['git', 'clone', address] | ['cd', address]:
+            assert address.rpartition('/')[2] == 'composer-sba'
+        case ['pip', 'install', '-e', package] | ['pip', 'install', package]:
+            extra = re.fullmatch(r'(?:\.|composer-sba)(?:\[(\w+)\])?', package).group(1)
             assert extra is None or re.search(rf'^{extra} = \[$', (ROOT / 'pyproject.toml').read_text(), re.MULTILINE)
         case ['source', '.venv/bin/activate']:
             pass
