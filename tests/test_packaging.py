@@ -60,9 +60,10 @@ def test_every_folder_of_modules_and_recipes_is_packaged() -> None:
 def test_links_to_the_repository_name_it_alike_and_exist() -> None:
     """Every file has the address of the metadata, and pages of the repository that are linked exist."""
     urls = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']['urls']
-    texts = [ROOT / name for name in ('README.md', 'SECURITY.md', 'CITATION.cff', 'pyproject.toml')]
+    pages = [ROOT / name for name in ('README.md', 'SECURITY.md', 'CITATION.cff', 'pyproject.toml')]
+    pages += (ROOT / 'docs').rglob('*.md')
     address = r'https://(?:raw\.githubusercontent|github)\.com/[\w-]+/composer-sba\b[^\s)\]"]*'
-    links = [link for text in [*texts, *(ROOT / 'docs').rglob('*.md')] for link in re.findall(address, text.read_text())]
+    links = [link for page in pages for link in re.findall(address, page.read_text())]
     places = [link.replace('raw.githubusercontent', 'github').replace('/blob', '').split('#')[0] for link in links]
     assert all(place.startswith(urls['Repository']) for place in places), places
     files = [place.partition('/main/')[2] for place in places if '/main/' in place]

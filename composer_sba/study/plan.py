@@ -55,7 +55,7 @@ def plan(
             every method that has a recipe for the network or a file in ``methods/``. ``'search'``: the baseline, and
             SBA at random settings from ``SEARCH`` and all layers that cost at most ``MAX_COST`` times as much.
             ``'robustness'``: SBA at the input and what it is compared with,
-            :func:`composer_sba.study.robustness.settings`.
+            ``composer_sba.study.robustness.settings``.
         recipes (Path): The folder of the recipes.
         networks (Sequence[str], optional): The networks to keep, by the names of their recipes. Default: ``()``, all.
         datasets (Sequence[str], optional): The data sets to keep. Default: ``()``, all.
