@@ -1,8 +1,12 @@
 """Configuration of the Sphinx site: ``make docs`` builds it."""
 
+import re
 import sys
 from importlib.metadata import version as installed
 from pathlib import Path
+
+from composer import Algorithm
+from docutils import nodes
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))
@@ -10,6 +14,7 @@ sys.path.insert(0, str(DOCS))
 project = 'composer-sba'
 author = 'The composer-sba authors'
 version = release = installed('composer-sba')
+REPOSITORY = 'https://github.com/composer-sba/composer-sba/'
 
 extensions = [
     'myst_nb',  # Markdown pages and a notebook, which runs during the build
@@ -53,13 +58,47 @@ nitpick_ignore_regex = [  # names of other libraries, and words that are not typ
 
 html_math_renderer = 'mathml'
 html_theme = 'furo'
-html_title = 'composer-sba'
+html_title = f'composer-sba {version}'
+html_theme_options = {
+    'source_repository': REPOSITORY,  # links each page to its source
+    'source_branch': 'main',
+    'source_directory': 'docs/',
+    'footer_icons': [{'name': 'Repository', 'url': REPOSITORY, 'html': f'Repository · version {version}', 'class': ''}],
+}
 html_static_path = ['_static']
 html_css_files = ['site.css']
 html_favicon = '_static/favicon.svg'
 html_copy_source = False
 html_show_sourcelink = False
+html_show_sphinx = False
 html_show_copyright = False  # the licence says it
 
 copybutton_prompt_text = r'\$ |>>> |\.\.\. '
 copybutton_prompt_is_regexp = True
+
+
+def keep_numbers_together(app, doctree):
+    """Put no-break spaces into '39.4 ± 0.2 %' and '[−1.17, +0.51]'."""
+    for text in list(doctree.findall(nodes.Text)):
+        if not isinstance(text.parent, nodes.literal | nodes.literal_block | nodes.math | nodes.raw | nodes.comment):
+            kept = re.sub(r'(?<=[\d)]) (?=[±%])|(?<=±) |(?<=\d,) (?=[+−\d.]+\])', '\u00a0', text)
+            if kept != text:
+                text.parent.replace(text, nodes.Text(kept))
+
+
+def drop_module_docstring(app, what, name, obj, options, lines):
+    """The reference has an introduction of its own on each page."""
+    if what == 'module':
+        lines.clear()
+
+
+def skip_hooks(app, what, name, obj, skip, options):
+    """Leave out what Composer or PyTorch calls: the events of a callback, match, apply and forward."""
+    return True if what == 'class' and (hasattr(Algorithm, name) or name == 'forward') else None
+
+
+def setup(app):
+    """Register the functions above."""
+    app.connect('doctree-read', keep_numbers_together)
+    app.connect('autodoc-process-docstring', drop_module_docstring)
+    app.connect('autodoc-skip-member', skip_hooks)
