@@ -24,7 +24,7 @@ def test_the_page_is_the_report_of_the_runs(tmp_path: Path) -> None:
     written = report(ROOT / 'results', page)
     assert page.read_text() == PAGE.read_text(), 'python -m composer_sba.study report'
     figures = {path.name for path in written[1:]}
-    others = {'vicinity.png'}  # `study vicinity` draws it for another page
+    others = {'vicinity.png', 'corruptions.png'}  # drawn for other pages
     assert figures | others == {path.name for path in (PAGE.parent / 'figures').glob('*.png')}
     assert figures == set(re.findall(r'\(figures/([\w.-]+)\)', PAGE.read_text()))
 
