@@ -25,7 +25,7 @@ from rich.table import Table
 
 from composer_sba.arguments import parse_train
 from composer_sba.errors import AlreadyTrainedError, UserError, one_line
-from composer_sba.recipe.build import build_components, build_trainer
+from composer_sba.recipe.build import build_components, build_trainer, for_evaluation
 from composer_sba.recipe.explain import explained
 from composer_sba.recipe.recipe import RECIPE_FILE, Recipe, load, save, to_yaml
 from composer_sba.recipe.redact import redact
@@ -74,6 +74,8 @@ def main(argv: Sequence[str] | None = None, prog: str = 'composer train.py') -> 
 def train(recipe: Recipe, *destinations: LoggerDestination, summary: 'Summary | None' = None) -> Trainer:
     """Train a recipe, save the recipe next to its checkpoints and print a summary.
 
+    A recipe with a ``max_duration`` of 0 only evaluates what it would start from, and saves nothing.
+
     Args:
         recipe (Recipe): From :func:`composer_sba.recipe.load`.
         *destinations (LoggerDestination): Loggers in addition to the recipe's own.
@@ -85,18 +87,26 @@ def train(recipe: Recipe, *destinations: LoggerDestination, summary: 'Summary | 
     Raises:
         UserError: If the recipe or its data cannot be used.
     """
-    folder = _folder(recipe)
+    only_evaluates = recipe.only_evaluates
+    recipe = for_evaluation(recipe) if only_evaluates else recipe
+    folder = None if only_evaluates else _folder(recipe)
     summary = summary or Summary()
     with warnings.catch_warnings(), _without_empty_folders(folder):
         # Composer warns of the last batch of an epoch, which is shorter than a microbatch in most data sets
         warnings.filterwarnings('ignore', message='Cannot split tensor of length', category=UserWarning)
         trainer = build_trainer(recipe, summary, *destinations)
         try:
-            _fit(trainer, recipe, folder)
+            if only_evaluates:
+                with explained(recipe.sources):
+                    trainer.eval()
+            else:
+                _fit(trainer, recipe, folder)
         finally:
             trainer.close()
     if dist.get_global_rank() == 0:
-        Console().print(summary.table(trainer.state, _written_files(recipe, folder)))
+        weights = trainer.state.load_path or ('pretrained' if recipe.model.get('pretrained') else 'untrained')
+        rows = [('weights', weights)] if only_evaluates else _written_files(recipe, folder)
+        Console().print(summary.table(trainer.state, rows))
     return trainer
 
 

@@ -91,6 +91,35 @@ def test_autoresume_resumes_a_run_and_never_restarts_it(capsys: pytest.CaptureFi
     assert saved['Timestamp']['batch'] == 4
 
 
+@pytest.mark.parametrize('duration', ['0ba', '0ep'])
+def test_a_run_of_no_steps_evaluates_what_it_would_start_from(
+    duration: str, few_digits: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """With a schedule that divides by the duration, a moving average of the weights, and no training data left."""
+    folder, data = tmp_path / 'run', [f'eval_dataset.local={few_digits}', 'algorithms.ema={half_life: 1ba}']
+    schedule = 'scheduler={name: cosine_annealing_with_warmup, t_warmup: 1ba}'
+    train_data = f'train_dataset.local={few_digits}'
+    assert main(['-f', RECIPE, 'max_duration=2ba', *data, train_data, schedule, f'save_folder={folder}']) == 0
+    trained = evaluation_rows(capsys.readouterr().out)
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    again = ['-f', RECIPE, f'max_duration={duration}', *data, schedule, 'train_dataset.local=nowhere']
+    resumed = [f'save_folder={folder}', 'save_overwrite=false', 'autoresume=true']
+    for more in (resumed, [f'load_path={folder}/latest-rank0.pt'], [f'load_path={folder}/ep0-ba2-rank0.pt']):
+        assert main([*again, *more]) == 0
+        printed = capsys.readouterr().out
+        assert evaluation_rows(printed) == trained and 'digits_sba: 2 steps' in printed
+        assert f'{folder}/' in printed.replace('\n', '').replace('│', '').replace(' ', '')
+    assert main([*again, f'save_folder={tmp_path}/new']) == 0
+    printed = capsys.readouterr().out
+    assert 'untrained' in printed and 'digits_sba: 0 steps' in printed and evaluation_rows(printed) != trained
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    assert not (tmp_path / 'new').exists()
+
+
+def evaluation_rows(printed: str) -> list[str]:
+    return [line for line in printed.splitlines() if '│ eval ' in line]
+
+
 @pytest.mark.parametrize(
     ('override', 'line'),
     [

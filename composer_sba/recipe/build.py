@@ -80,6 +80,25 @@ def build_trainer(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
         return trainer
 
 
+def for_evaluation(recipe: Recipe) -> Recipe:
+    """Prepare a recipe whose ``max_duration`` is 0 for :func:`build_trainer`.
+
+    Args:
+        recipe (Recipe): From :func:`composer_sba.recipe.load`.
+
+    Returns:
+        Recipe: It loads what the run would start from, which is the latest checkpoint of its folder under
+        ``autoresume``. It reads no training data and saves nothing.
+    """
+    latest = _latest(recipe)
+    load = {'load_path': latest, 'load_weights_only': False} if latest is not None and os.path.exists(latest) else {}
+    remote = recipe.autoresume and '://' in str(recipe.save_folder)  # Composer finds the latest checkpoint
+    local = {} if remote else {'save_folder': None, 'autoresume': False}
+    no_training = {'max_duration': '1ep', 'train_dataset': None, 'train_subset_num_batches': -1}
+    no_schedule = {'scheduler': None, 'scale_schedule_ratio': 1.0}  # one may divide by the duration
+    return replace(recipe, **no_training, **no_schedule, **local, **load)
+
+
 def load_network(recipe: Recipe, checkpoint: Path) -> tuple[nn.Module, torch.device]:
     """Build the network of a recipe, after model surgery by its algorithms, with the weights of a checkpoint.
 

@@ -38,7 +38,7 @@ class TrainerOptions:
     """Options that go to Composer's ``Trainer`` under Trainer's names. A comment marks a default that differs."""
 
     run_name: str | None = None  # the name of the recipe's file
-    max_duration: Duration
+    max_duration: Duration  # with 0ba the run only evaluates, and saves nothing
     seed: int = 17  # Trainer draws one at random
     eval_interval: Duration = '1ep'
     train_subset_num_batches: int = -1
@@ -109,6 +109,11 @@ class Recipe(TrainerOptions):
     def trainer_options(self) -> dict[str, Any]:
         """Return the options of Trainer as keyword arguments."""
         return {option.name: getattr(self, option.name) for option in fields(TrainerOptions)}
+
+    @property
+    def only_evaluates(self) -> bool:
+        """Whether ``max_duration`` is 0."""
+        return Time.from_input(self.max_duration, TimeUnit.EPOCH).value == 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain data, with defaults."""
@@ -228,11 +233,13 @@ def _range_errors(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if values[key] < -1 or values[key] == 0:  # with no batches, Composer trains epoch after epoch without an end
             yield key, f'expected -1 for all, or at least 1, got {values[key]}'
     duration, ratio = Time.from_input(values['max_duration'], TimeUnit.EPOCH).value, values['scale_schedule_ratio']
-    if duration < 1:
-        yield 'max_duration', f'must be positive, got {as_yaml(values["max_duration"])}'
+    if duration < 0:
+        yield 'max_duration', f'must not be negative, got {as_yaml(values["max_duration"])}'
+    if not duration and values['eval_dataset'] is None:
+        yield 'max_duration', f'{as_yaml(values["max_duration"])} only evaluates, which needs an eval_dataset'
     if not 0 < ratio < math.inf:
         yield 'scale_schedule_ratio', f'expected a positive number, got {ratio}'
-    if int(duration * ratio) < 1:
+    if duration and int(duration * ratio) < 1:
         yield 'scale_schedule_ratio', f'{ratio} shortens max_duration {as_yaml(values["max_duration"])} to 0'
     if ratio != 1 and values['scheduler'] is None:
         yield 'scale_schedule_ratio', 'has no effect without a scheduler'
