@@ -31,10 +31,10 @@ from composer_sba.recipe.build import load_network
 from composer_sba.recipe.recipe import Recipe
 from composer_sba.recipe.redact import redact
 from composer_sba.trained import (
+    ExpectedImages,
     add_options,
     add_overrides,
-    class_names,
-    evaluation_images,
+    expected_images,
     read_recipe,
     require_one_process,
 )
@@ -68,8 +68,8 @@ def main(argv: Sequence[str] | None = None, prog: str = 'python -m composer_sba.
         recipe = read_recipe(given)
         files = image_files(given.folder)
         out = given.out or given.checkpoint.parent / PREDICTIONS_FILE
-        names, why_numbers = class_names(recipe)
-        failed = _write(recipe, given, files, names, out)
+        images = expected_images(recipe, given.checkpoint.parent)
+        failed = _write(recipe, given, files, images, out)
     except UserError as error:
         print(f'error: {redact(one_line(error))}', file=sys.stderr)
         return 2
@@ -77,14 +77,14 @@ def main(argv: Sequence[str] | None = None, prog: str = 'python -m composer_sba.
         few = ', '.join(f'{each.path.name} ({each.problem})' for each in failed[:NAMED_FILES])
         more = ', ...' * (len(failed) > NAMED_FILES)
         print(f'{len(failed):,} of {len(files):,} files cannot be classified: {few}{more}', file=sys.stderr)
-    if why_numbers is not None:
-        print(f'The classes are numbers: {why_numbers}', file=sys.stderr)
+    if images.why_numbers is not None:
+        print(f'The classes are numbers: {images.why_numbers}', file=sys.stderr)
     print(f'predictions of {len(files) - len(failed):,} images: {out}')
     return 0
 
 
 def predict(
-    recipe: Recipe, checkpoint: Path, files: Sequence[Path], names: Sequence[str], top: int = 5
+    recipe: Recipe, checkpoint: Path, files: Sequence[Path], images: ExpectedImages, top: int = 5
 ) -> Iterator[Prediction]:
     """Classify image files with a trained network, after the evaluation transforms of its recipe.
 
@@ -92,7 +92,7 @@ def predict(
         recipe (Recipe): From :func:`composer_sba.recipe.load`: the one that was trained.
         checkpoint (Path): A checkpoint of Composer's Trainer, not sharded.
         files (Sequence[Path]): The image files, in any format that Pillow reads.
-        names (Sequence[str]): Names of the classes, in the order of the logits.
+        images (ExpectedImages): From :func:`composer_sba.trained.expected_images`.
         top (int, optional): How many of the most probable classes to return, at most all. Default: ``5``.
 
     Yields:
@@ -103,23 +103,23 @@ def predict(
         UserError: If the checkpoint cannot be loaded, or the recipe's transforms cannot be built.
     """
     require_one_process('predict')
-    section, config = evaluation_images(recipe)
+    config = images.config
     try:
-        images = _ImageFiles(files, config)
+        dataset = _ImageFiles(files, config)
     except (UserError, OSError) as error:
-        raise recipe.sources.error(section, one_line(error)) from error
+        raise recipe.sources.error(images.section, one_line(error)) from error
     network, device = load_network(recipe, checkpoint)
     network.eval()
     rows = recipe.device_eval_batch_size or recipe.global_train_batch_size
     cores = min(len(os.sched_getaffinity(0)), 8) if config.num_workers is None else config.num_workers
-    loader = DataLoader(images, rows, num_workers=min(cores, len(files) // rows))
+    loader = DataLoader(dataset, rows, num_workers=min(cores, len(files) // rows))
     for indices, batch, problems in loader:
         with torch.inference_mode():
             chances = network(batch.to(device)).float().softmax(1)
         values, labels = (each.tolist() for each in chances.topk(min(top, chances.shape[1])))
         for index, problem, row, ranked in zip(indices, problems, values, labels, strict=True):
-            classes = [] if problem else [(names[label], value) for label, value in zip(ranked, row, strict=True)]
-            yield Prediction(files[index], classes, problem)
+            named = [(images.classes[label], value) for label, value in zip(ranked, row, strict=True)]
+            yield Prediction(files[index], [] if problem else named, problem)
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -169,7 +169,7 @@ class _ImageFiles(Dataset):
 
 
 def _write(
-    recipe: Recipe, given: argparse.Namespace, files: Sequence[Path], names: Sequence[str], out: Path
+    recipe: Recipe, given: argparse.Namespace, files: Sequence[Path], images: ExpectedImages, out: Path
 ) -> list[Prediction]:
     """Write the CSV file as a whole or not at all; return what cannot be classified."""
     if out.exists() and not given.overwrite:
@@ -180,11 +180,11 @@ def _write(
         out.parent.mkdir(parents=True, exist_ok=True)
         # A file's name may have bytes that are no UTF-8
         with partial.open('w', newline='', encoding='utf-8', errors='surrogateescape') as file:
-            top = min(given.top, len(names))
+            top = min(given.top, len(images.classes))
             writer = csv.writer(file)
             ranks = [f'{column}_{rank}' for rank in range(1, top + 1) for column in ('class', 'probability')]
             writer.writerow(['image', *ranks, 'problem'])
-            predictions = predict(recipe, given.checkpoint, files, names, top)
+            predictions = predict(recipe, given.checkpoint, files, images, top)
             for each in tqdm(predictions, total=len(files), unit=' images', disable=None):
                 cells = [cell for name, chance in each.classes for cell in (name, f'{chance:.6f}')]
                 cells += [''] * (len(ranks) - len(cells))

@@ -3,12 +3,13 @@
 Exit codes: 0 trained, 2 a mistake in the recipe or its data (described in one line on stderr), 130 interrupted.
 """
 
+import json
 import os
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -25,11 +26,14 @@ from rich.table import Table
 
 from composer_sba.arguments import parse_train
 from composer_sba.errors import AlreadyTrainedError, UserError, one_line
+from composer_sba.model_card import model_card
 from composer_sba.recipe.build import build_components, build_trainer, for_evaluation
 from composer_sba.recipe.explain import explained
 from composer_sba.recipe.recipe import RECIPE_FILE, Recipe, load, save, to_yaml
 from composer_sba.recipe.redact import redact
+from composer_sba.trained import DATASET_FILE, dataset_record
 
+CARD_FILE = 'model_card.md'
 TRAIN_LOSS = 'loss/train/total'
 METRICS = {  # an evaluation's value -> Composer's name, title, factor, unit
     'accuracy': ('MulticlassAccuracy', 'accuracy', 100.0, '%'),
@@ -107,6 +111,10 @@ def train(recipe: Recipe, *destinations: LoggerDestination, summary: 'Summary | 
         weights = trainer.state.load_path or ('pretrained' if recipe.model.get('pretrained') else 'untrained')
         rows = [('weights', weights)] if only_evaluates else _written_files(recipe, folder)
         Console().print(summary.table(trainer.state, rows))
+        if folder is not None:
+            latest = (recipe.save_latest_filename or recipe.save_filename).replace('{rank}', '0')
+            card = model_card(recipe, latest, summary.rows(trainer.state))
+            _save_file(recipe, folder, CARD_FILE, lambda path: path.write_text(card, encoding='utf-8'))
     return trainer
 
 
@@ -124,9 +132,10 @@ def _without_empty_folders(folder: str | None) -> Iterator[None]:
     try:
         yield
     except UserError:
-        if is_ours and os.path.isdir(path) and set(os.listdir(path)) <= {*before, RECIPE_FILE}:
-            if RECIPE_FILE not in before:
-                (path / RECIPE_FILE).unlink(missing_ok=True)
+        ours = {RECIPE_FILE, DATASET_FILE}
+        if is_ours and os.path.isdir(path) and set(os.listdir(path)) <= before | ours:
+            for name in ours - before:
+                (path / name).unlink(missing_ok=True)
             for each in created:
                 if any(each.iterdir()):
                     break
@@ -140,10 +149,8 @@ def _fit(trainer: Trainer, recipe: Recipe, folder: str | None) -> None:
         problem = f'the run in {folder} has reached {state.max_duration}; raise it, or choose another run_name'
         raise AlreadyTrainedError(*recipe.sources.error('max_duration', problem).args)
     if folder is not None and dist.get_global_rank() == 0:
-        try:
-            _save_recipe(recipe, folder)
-        except OSError as error:
-            raise recipe.sources.error('save_folder', f'cannot be written: {one_line(error)}') from error
+        _save_file(recipe, folder, RECIPE_FILE, lambda path: save(recipe, path))
+        _save_file(recipe, folder, DATASET_FILE, lambda path: path.write_text(json.dumps(dataset_record(recipe))))
     for logger in trainer.logger.destinations:
         if isinstance(logger, ProgressBarLogger):
             # Otherwise it prints every hyperparameter before its first bar
@@ -172,15 +179,19 @@ def _folder(recipe: Recipe) -> str | None:
     return folder
 
 
-def _save_recipe(recipe: Recipe, folder: str) -> None:
-    store = maybe_create_object_store_from_uri(folder)
-    if store is None:
-        save(recipe, Path(folder) / RECIPE_FILE)
-        return
-    with TemporaryDirectory() as scratch:
-        save(recipe, Path(scratch) / RECIPE_FILE)
-        _, _, path = parse_uri(folder)
-        store.upload_object(f'{path}/{RECIPE_FILE}', f'{scratch}/{RECIPE_FILE}')
+def _save_file(recipe: Recipe, folder: str, name: str, write: Callable[[Path], Any]) -> None:
+    """Write a file of the run's folder, which may be in an object store."""
+    try:
+        store = maybe_create_object_store_from_uri(folder)
+        if store is None:
+            write(Path(folder) / name)
+            return
+        with TemporaryDirectory() as scratch:
+            write(Path(scratch) / name)
+            _, _, path = parse_uri(folder)
+            store.upload_object(f'{path}/{name}', f'{scratch}/{name}')
+    except OSError as error:
+        raise recipe.sources.error('save_folder', f'{name} cannot be written: {one_line(error)}') from error
 
 
 def _written_files(recipe: Recipe, folder: str | None) -> Iterator[tuple[str, str]]:
@@ -188,6 +199,7 @@ def _written_files(recipe: Recipe, folder: str | None) -> Iterator[tuple[str, st
         latest = recipe.save_latest_filename or recipe.save_filename
         yield 'checkpoint', f'{folder}/{latest.replace("{rank}", "0")}'
         yield 'recipe', f'{folder}/{RECIPE_FILE}'
+        yield 'model card', f'{folder}/{CARD_FILE}'
 
 
 class Summary(LoggerDestination):
@@ -272,11 +284,12 @@ class Summary(LoggerDestination):
         table = Table(title=title, title_justify='left', show_header=False)
         table.add_column(style='bold', no_wrap=True)
         table.add_column(overflow='fold')
-        for title, text in [*self._rows(state), *rows]:
+        for title, text in [*self.rows(state), *rows]:
             table.add_row(title, text)
         return table
 
-    def _rows(self, state: State) -> Iterator[tuple[str, str]]:
+    def rows(self, state: State) -> Iterator[tuple[str, str]]:
+        """Yield the titles and values of the table."""
         for evaluation in self.evaluations[-1:]:
             for key, (_, title, factor, unit) in METRICS.items():
                 yield f'eval {title}', f'{factor * evaluation[key]:.4g} {unit}'

@@ -1,15 +1,20 @@
-"""What commands that use a checkpoint share: their options, the recipe, the images and the names of the classes."""
+"""What the commands that use a checkpoint share: their options, the recipe, the images and classes of its network."""
 
 import argparse
-from dataclasses import replace
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from composer.utils import dist
 
 from composer_sba.data.config import DatasetConfig, resolve
 from composer_sba.data.mds_index import RECORD
+from composer_sba.data.transforms import mean_and_std
 from composer_sba.errors import DatasetError, UserError, one_line
 from composer_sba.recipe.recipe import RECIPE_FILE, Recipe, load
+
+DATASET_FILE = 'dataset.json'  # which training saves beside its checkpoints
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -38,42 +43,70 @@ def require_one_process(command: str) -> None:
         raise UserError(f'{command} runs in one process: start it as composer-sba {command}, without the launcher')
 
 
-def evaluation_images(recipe: Recipe) -> tuple[str, DatasetConfig]:
-    """Return the images that a trained network expects: those of ``eval_dataset``, or else of ``train_dataset``.
+@dataclass(frozen=True)
+class ExpectedImages:
+    """The images that a trained network expects, and its classes.
 
-    Args:
-        recipe (Recipe): From :func:`composer_sba.recipe.load`.
-
-    Returns:
-        tuple[str, DatasetConfig]: The section of the recipe, and its dataset with the transforms of evaluation.
+    Attributes:
+        section (str): The recipe's section that describes them, for messages.
+        config (DatasetConfig): Their dataset, with the transforms of evaluation and the statistics for normalization.
+        classes (list[str]): Names in the order of the logits; numbers if no names are known.
+        why_numbers (str, optional): Why no names are known.
     """
-    section = 'train_dataset' if recipe.eval_dataset is None else 'eval_dataset'
-    return section, replace(DatasetConfig(**getattr(recipe, section)), augment=False, shuffle=False)
+
+    section: str
+    config: DatasetConfig
+    classes: list[str]
+    why_numbers: str | None
 
 
-def class_names(recipe: Recipe) -> tuple[list[str], str | None]:
-    """Return the names of a network's classes, in the order of its logits.
+def expected_images(recipe: Recipe, folder: Path) -> ExpectedImages:
+    """Return the images of ``eval_dataset``, or of ``train_dataset`` if the recipe has no other.
 
     Args:
         recipe (Recipe): From :func:`composer_sba.recipe.load`.
+        folder (Path): The run's folder, with the record of the dataset that training saved. A run of an earlier version
+            has none; then the dataset itself is read.
 
     Returns:
-        tuple[list[str], str | None]: Names as the converter has recorded them. If there is no record, numbers and the
-        reason.
+        ExpectedImages: The images and the classes.
 
     Raises:
-        RecipeError: If the dataset has another number of classes than the network.
+        UserError: If the record is damaged, or has another number of classes than the network.
     """
-    section, config = evaluation_images(recipe)
-    count = recipe.model['num_classes']
-    numbers = [str(number) for number in range(count)]
+    section, config = _evaluation_dataset(recipe)
+    path, why_numbers = folder / DATASET_FILE, None
+    source = str(path)
     try:
-        record = resolve(config).read_index().get(RECORD, {})
+        if path.is_file():
+            record = json.loads(path.read_text())
+        else:
+            source = str(resolve(config).folder)
+            record = resolve(config).read_index().get(RECORD, {})
+        classes, mean, std = (record.get(key) for key in ('classes', 'mean', 'std'))
     except DatasetError as error:
-        return numbers, one_line(error)
-    names = record.get('classes')
-    if names is None:
-        return numbers, f'{resolve(config).folder} does not record their names'
-    if len(names) != count:
-        raise recipe.sources.error(section, f'{config.name} has {len(names)} classes, the network {count}')
-    return names, None
+        classes = mean = std = None
+        why_numbers = one_line(error)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f'{path} cannot be read ({one_line(error)}): delete it, and the dataset is read') from error
+    config = replace(config, mean=config.mean or mean, std=config.std or std)
+    count = recipe.model['num_classes']
+    if classes is not None and len(classes) != count:
+        raise UserError(f'{source} names {len(classes)} classes, the network has {count}')
+    if classes is None:
+        classes = [str(number) for number in range(count)]
+        why_numbers = why_numbers or f'{source} does not record their names'
+    return ExpectedImages(section, config, classes, why_numbers)
+
+
+def dataset_record(recipe: Recipe) -> dict[str, Any]:
+    """Return what a trained network needs to know about its dataset: names of classes, means, standard deviations."""
+    _, config = _evaluation_dataset(recipe)
+    mean, std = mean_and_std(config)
+    record = resolve(config).read_index().get(RECORD, {})
+    return {'dataset': config.name, 'classes': record.get('classes'), 'mean': [*mean], 'std': [*std]}
+
+
+def _evaluation_dataset(recipe: Recipe) -> tuple[str, DatasetConfig]:
+    section = 'train_dataset' if recipe.eval_dataset is None else 'eval_dataset'
+    return section, replace(DatasetConfig(**getattr(recipe, section)), augment=False, shuffle=False)

@@ -4,6 +4,7 @@ Run: pytest tests/test_predict.py
 """
 
 import csv
+import json
 import shutil
 from pathlib import Path
 
@@ -107,18 +108,28 @@ def test_a_network_of_one_size_takes_no_other(digits_folder, tmp_path, capsys, m
     assert len(read('run/predictions.csv')) == 2, 'the file of the first call is lost'
 
 
-def test_without_the_dataset_classes_are_numbers(digits_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(digits_folder, 'digits')
-    options = ['max_duration=1ba', 'progress_bar=false', 'save_folder=run']
-    local = ['train_dataset.local=digits', 'eval_dataset.local=digits']
-    assert train_main(['-f', 'digits_baseline.yaml', *options, *local]) == 0
-    shutil.rmtree('digits')
-    picture(size=(8, 8)).save('a.png')
-    assert main(['--checkpoint', 'run/latest-rank0.pt', 'a.png', '--top', '1']) == 0
-    assert capsys.readouterr().err.startswith('The classes are numbers: digits does not exist')
-    (row,) = read('run/predictions.csv')
-    assert row['image'] == 'a.png' and row['class_1'] in '0123456789'
+def test_a_run_needs_its_dataset_no_more(run, checkpoint, tmp_path, capsys):
+    """It keeps names of classes and statistics; a run of an earlier version does not."""
+    source = str(run / 'source' / 'val')
+    assert main(['--checkpoint', checkpoint, '--out', str(tmp_path / 'here.csv'), source]) == 0
+    moved = shutil.copytree(run / 'run', tmp_path / 'moved', symlinks=True) / 'latest-rank0.pt'
+    elsewhere = ['eval_dataset.local=nowhere', 'train_dataset.local=nowhere']
+    command = ['--checkpoint', str(moved), '--out', str(tmp_path / 'there.csv'), '--overwrite', source, *elsewhere]
+    assert main(command) == 0
+    assert read(tmp_path / 'there.csv') == read(tmp_path / 'here.csv')
+    capsys.readouterr()
+    (moved.parent / 'dataset.json').write_text('{')
+    assert main(command) == 2
+    assert 'moved/dataset.json cannot be read' in capsys.readouterr().err
+    (moved.parent / 'dataset.json').unlink()
+    assert main(command) == 2
+    assert 'nowhere does not exist' in capsys.readouterr().err
+    statistics = json.loads((run / 'run' / 'dataset.json').read_text())
+    assert main([*command, *(f'eval_dataset.{key}={statistics[key]}' for key in ('mean', 'std'))]) == 0
+    assert capsys.readouterr().err.startswith('The classes are numbers: nowhere does not exist')
+    numbers = {name: str(label) for label, name in enumerate(CLASSES)}
+    for here, there in zip(read(tmp_path / 'here.csv'), read(tmp_path / 'there.csv'), strict=True):
+        assert there == {key: numbers.get(value, value) for key, value in here.items()}
 
 
 def test_an_interrupted_prediction_leaves_no_file(run, checkpoint, tmp_path, monkeypatch):
@@ -153,7 +164,7 @@ def test_mistakes_are_one_line(run, checkpoint, tmp_path, capsys, monkeypatch):
         (['--checkpoint', 'none.pt', *recipe, 'image.png'], 'cannot load the checkpoint none.pt: no such file'),
         (['--checkpoint', 'other.pt', *recipe, 'image.png'], 'cannot load the checkpoint other.pt: '),
         (['--checkpoint', 'other.pt', 'image.png'], 'recipe.yaml: No such file'),
-        (['--checkpoint', checkpoint, 'image.png', 'model.num_classes=4'], 'has 3 classes, the network 4'),
+        (['--checkpoint', checkpoint, 'image.png', 'model.num_classes=4'], 'names 3 classes, the network has 4'),
         (['--checkpoint', checkpoint, '--out', 'p.csv', 'image.png', 'model.dropout=x'], 'model.dropout'),
         (['--checkpoint', checkpoint, 'nowhere'], 'nowhere does not exist: give a folder of images'),
         (['--checkpoint', checkpoint, 'empty'], 'empty has no files: give a folder of images'),
@@ -161,7 +172,7 @@ def test_mistakes_are_one_line(run, checkpoint, tmp_path, capsys, monkeypatch):
         (['--checkpoint', checkpoint, '--out', 'image.png/p.csv', 'image.png'], 'image.png/p.csv cannot be written'),
         (['--checkpoint', checkpoint, '--out', 'old.csv', 'image.png'], 'old.csv exists: pass --overwrite'),
         (['--checkpoint', checkpoint, '--top', '0', 'image.png'], '--top: expected a number of classes >= 1, got 0'),
-        (['--checkpoint', checkpoint, 'image.png', 'eval_dataset.local=none'], 'eval_dataset: none does not exist'),
+        (['--checkpoint', 'other.pt', *recipe, 'image.png', 'eval_dataset.local=none'], 'eval_dataset: none does not'),
     ]:
         assert main(arguments) == 2, arguments
         error = capsys.readouterr().err

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from composer_sba.errors import UserError
 from composer_sba.recipe.recipe import load
@@ -61,6 +62,25 @@ def test_a_bar_is_for_a_terminal_and_lines_for_a_file(
     output = capfd.readouterr().err
     assert ('ba/s' in output) == terminal, output
     assert output.count('Train sba/kl') == (0 if terminal else 2), output
+
+
+def test_the_model_card_describes_the_run(few_digits: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    data = [f'{section}.local={few_digits}' for section in ('train_dataset', 'eval_dataset')]
+    assert main(['-f', RECIPE, *SHORT, *data, f'save_folder={tmp_path}', 'run_name=two|steps']) == 0
+    printed, card = capsys.readouterr().out, (tmp_path / 'model_card.md').read_text()
+    _, front, text = card.split('---\n', 2)
+    matter = OmegaConf.create(front)
+    assert matter.license is None and matter.pipeline_tag == 'image-classification'
+    assert '\n# two|steps\n' in text and 'trained with sba by composer-sba' in text
+    assert 'predict --checkpoint latest-rank0.pt FOLDER' in text
+    assert '| classes | 10: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 |' in text and '8x8 pixels' in text
+    assert '| train_dataset | digits, train, 190 images |' in text and 'digits, val, 40 images' in text
+    for row in evaluation_rows(printed):
+        title, value = (cell.strip() for cell in row.strip('│').split('│'))
+        assert f'| {title} | {value} |' in text
+    assert f'| torch | {torch.__version__} |' in text
+    (tmp_path / 'card.yaml').write_text(text.split('```yaml\n')[1].split('```')[0])
+    assert load(tmp_path / 'card.yaml') == load(tmp_path / 'recipe.yaml')
 
 
 def test_the_demo_learns_the_digits() -> None:
