@@ -14,6 +14,7 @@ COMMANDS = {
     'train': ('composer_sba.train', 'train what a recipe describes'),
     'evaluate': ('composer_sba.evaluate', 'measure the robustness of a trained classifier'),
     'predict': ('composer_sba.predict', 'write the classes of images in a folder to a CSV file'),
+    'export': ('composer_sba.export', 'write a trained network as ONNX or as a program of torch.export'),
     'recipes': ('composer_sba.recipes', 'list the recipes, methods and models that come with the package'),
     'convert': ('composer_sba.convert', 'convert a dataset of images to shards that recipes read'),
     'layers': ('composer_sba.layers', 'list the layers of a network that SBA can cut, and their cost'),

@@ -7,7 +7,6 @@ Exit codes: 0 predicted, 2 a mistake in the arguments, the recipe or the images 
 """
 
 import argparse
-import contextlib
 import csv
 import io
 import os
@@ -35,6 +34,7 @@ from composer_sba.trained import (
     add_options,
     add_overrides,
     expected_images,
+    new_file,
     read_recipe,
     require_one_process,
 )
@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None, prog: str = 'python -m composer_sba.
         files = image_files(given.folder)
         out = given.out or given.checkpoint.parent / PREDICTIONS_FILE
         images = expected_images(recipe, given.checkpoint.parent)
-        failed = _write(recipe, given, files, images, out)
+        with new_file(out, given.overwrite) as path:
+            failed = _write(recipe, given, files, images, path)
     except UserError as error:
         print(f'error: {redact(one_line(error))}', file=sys.stderr)
         return 2
@@ -169,44 +170,34 @@ class _ImageFiles(Dataset):
 
 
 def _write(
-    recipe: Recipe, given: argparse.Namespace, files: Sequence[Path], images: ExpectedImages, out: Path
+    recipe: Recipe, given: argparse.Namespace, files: Sequence[Path], images: ExpectedImages, path: Path
 ) -> list[Prediction]:
-    """Write the CSV file as a whole or not at all; return what cannot be classified."""
-    if out.exists() and not given.overwrite:
-        raise UserError(f'{out} exists: pass --overwrite to replace it, or choose another --out')
-    partial, failed = out.with_name(f'{out.name}.partial'), []
+    """Write the CSV file; return what cannot be classified."""
     root = given.folder if given.folder.is_dir() else given.folder.parent
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # A file's name may have bytes that are no UTF-8
-        with partial.open('w', newline='', encoding='utf-8', errors='surrogateescape') as file:
-            top = min(given.top, len(images.classes))
-            writer = csv.writer(file)
-            ranks = [f'{column}_{rank}' for rank in range(1, top + 1) for column in ('class', 'probability')]
-            writer.writerow(['image', *ranks, 'problem'])
-            predictions = predict(recipe, given.checkpoint, files, images, top)
-            for each in tqdm(predictions, total=len(files), unit=' images', disable=None):
-                cells = [cell for name, chance in each.classes for cell in (name, f'{chance:.6f}')]
-                cells += [''] * (len(ranks) - len(cells))
-                writer.writerow([each.path.relative_to(root).as_posix(), *cells, each.problem])
-                failed += [each] if each.problem else []
-        if len(failed) == len(files):
-            problem = f'{given.folder} has no image that can be classified'
-            raise UserError(f'{problem}: {failed[0].path.name} ({failed[0].problem})')
-        partial.replace(out)
-    except OSError as error:
-        raise UserError(f'{out} cannot be written ({error.strerror}): choose another --out') from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+    top = min(given.top, len(images.classes))
+    ranks = [f'{column}_{rank}' for rank in range(1, top + 1) for column in ('class', 'probability')]
+    failed = []
+    # A file's name may have bytes that are no UTF-8
+    with path.open('w', newline='', encoding='utf-8', errors='surrogateescape') as file:
+        writer = csv.writer(file)
+        writer.writerow(['image', *ranks, 'problem'])
+        predictions = predict(recipe, given.checkpoint, files, images, top)
+        for each in tqdm(predictions, total=len(files), unit=' images', disable=None):
+            cells = [cell for name, chance in each.classes for cell in (name, f'{chance:.6f}')]
+            cells += [''] * (len(ranks) - len(cells))
+            writer.writerow([each.path.relative_to(root).as_posix(), *cells, each.problem])
+            failed += [each] if each.problem else []
+    if len(failed) == len(files):
+        problem = f'{given.folder} has no image that can be classified'
+        raise UserError(f'{problem}: {failed[0].path.name} ({failed[0].problem})')
     return failed
 
 
 def _parser(prog: str = 'python -m composer_sba.predict') -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
-        description='Write the most probable classes of every image of a folder to a CSV file.',
-        epilog='A file that cannot be read as an image has a line that says why.',
+        description='Write the most probable classes of every image of a folder to a CSV file. A file that cannot be '
+        'classified has a line that says why.',
     )
     add_options(parser)
     parser.add_argument('--top', type=int, default=5, metavar='K', help='classes for each image (default: 5)')

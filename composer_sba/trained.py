@@ -2,6 +2,8 @@
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,36 @@ def require_one_process(command: str) -> None:
     """Raise UserError if a launcher has started several processes, each of which would do the same work."""
     if dist.get_world_size() > 1:
         raise UserError(f'{command} runs in one process: start it as composer-sba {command}, without the launcher')
+
+
+@contextmanager
+def new_file(path: Path, overwrite: bool) -> Iterator[Path]:
+    """Make a file as a whole or not at all.
+
+    Args:
+        path (Path): The file; missing folders are made.
+        overwrite (bool): Whether to replace an existing file.
+
+    Yields:
+        Path: Where to write. The file is moved to ``path`` at the end of the block, and removed if the block fails.
+
+    Raises:
+        UserError: If the file exists or cannot be written.
+    """
+    if path.exists() and not overwrite:
+        raise UserError(f'{path} exists: pass --overwrite to replace it, or choose another --out')
+    partial = path.with_stem(f'{path.stem}.partial')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(
+            f'{path} cannot be written ({error.strerror or one_line(error)}): choose another --out'
+        ) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ def test_mistakes_are_one_line(run, checkpoint, tmp_path, capsys, monkeypatch):
         error = capsys.readouterr().err
         assert error.startswith('error: ') and line in error and error.count('\n') == 1, (arguments, error)
     assert Path('old.csv').read_text() == 'kept'
-    assert not (run / 'run' / 'predictions.csv').exists() and not Path('p.csv.partial').exists()
+    assert not (run / 'run' / 'predictions.csv').exists() and not list(tmp_path.glob('*.partial*'))
     monkeypatch.setattr('composer.utils.dist.get_world_size', lambda: 2)
     assert main(['--checkpoint', checkpoint, 'image.png']) == 2
     assert capsys.readouterr().err.startswith('error: predict runs in one process')
