@@ -197,7 +197,7 @@ def _parser(prog: str = 'python -m composer_sba.export') -> argparse.ArgumentPar
     return with_examples(
         parser,
         ('--checkpoint runs/digits_sba/latest-rank0.pt', 'ONNX, as model.onnx beside the checkpoint'),
-        ('--checkpoint runs/digits_sba/latest-rank0.pt --format pt2 --out digits.pt2', 'a program of torch.export'),
+        ('--checkpoint runs/digits_sba/latest-rank0.pt --format pt2', 'a program of torch.export'),
     )
 
 
