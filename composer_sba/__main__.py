@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from composer_sba.arguments import convert_parser, layers_parser, parse_train
+from composer_sba.arguments import convert_parser, export_parser, layers_parser, parse_train, predict_parser
 
 COMMANDS = {
     'train': ('composer_sba.train', 'train what a recipe describes'),
@@ -20,6 +20,8 @@ COMMANDS = {
     'layers': ('composer_sba.layers', 'list the layers of a network that SBA can cut, and their cost'),
     'study': ('composer_sba.study.__main__', "run the paper's experiments and others, and report their results"),
 }
+
+_PARSERS = {'convert': convert_parser, 'layers': layers_parser, 'predict': predict_parser, 'export': export_parser}
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -38,9 +40,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     title = prog = prog or f'composer-sba {command}'
     if command == 'train':
         title = '+'.join(Path(each).stem for each in parse_train(rest, prog).file)
-    elif command in ('convert', 'layers'):
-        parser = convert_parser(prog) if command == 'convert' else layers_parser(prog)
-        parser.parse_intermixed_args(rest)  # ends the process at --help and at mistakes
+    elif command in _PARSERS:
+        _PARSERS[command](prog).parse_intermixed_args(rest)  # ends the process at --help and at mistakes
     if command != 'recipes' and os.environ.get('RANK', '0') == '0':
         print(f'{title}: loading PyTorch and Composer ...', file=sys.stderr, flush=True)
     module, _ = COMMANDS[command]

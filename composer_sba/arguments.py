@@ -1,9 +1,10 @@
-"""The parsers of the commands ``train``, ``convert``, ``layers`` and ``recipes``, which import nothing else.
+"""The parsers of all commands except ``evaluate`` and ``study``, which import nothing else.
 
 They answer ``--help`` and a mistake on the command line at once: PyTorch and Composer take seconds to import.
 """
 
 import argparse
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def train_parser(prog: str = 'composer train.py') -> argparse.ArgumentParser:
     )
     parser.add_argument('--dry-run', action='store_true', help='check and print the resolved recipe, train nothing')
     parser.add_argument('--traceback', action='store_true', help='show the traceback of an error')
-    parser.add_argument('overrides', nargs='*', metavar='key.sub=value', help='changes to the recipe')
+    add_overrides(parser)
     return parser
 
 
@@ -50,6 +51,65 @@ def parse_train(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
         known = recipe and (recipe if Path(recipe).exists() else nearest_name(recipe) or recipe)
         parser.error(f'expected the recipe after -f: {prog} -f {known or "digits_sba.yaml"}')
     return given
+
+
+def predict_parser(prog: str = 'python -m composer_sba.predict') -> argparse.ArgumentParser:
+    """Return the parser of ``predict``."""
+    parser = _parser(
+        prog,
+        'Write the most probable classes of every image of a folder to a CSV file. A file that cannot be classified '
+        'has a line that says why.',
+        ('--checkpoint FILE photos --top 3', 'three classes for each image'),
+    )
+    add_checkpoint(parser)
+    parser.add_argument('--top', type=int, default=5, metavar='K', help='classes for each image (default: 5)')
+    add_output(parser, 'CSV', 'predictions.csv')
+    parser.add_argument('folder', type=Path, help='folder of images, searched with its sub-folders; or one image')
+    add_overrides(parser)
+    return parser
+
+
+def export_parser(prog: str = 'python -m composer_sba.export') -> argparse.ArgumentParser:
+    """Return the parser of ``export``."""
+    parser = _parser(
+        prog,
+        'Write a trained network as ONNX or as a program of torch.export. The file takes images of RGB in [0, 1], in '
+        'batches of any size, and normalizes them itself. It is compared with the network.',
+        ('--checkpoint runs/digits_sba/latest-rank0.pt', 'ONNX, as model.onnx beside the checkpoint'),
+        ('--checkpoint runs/digits_sba/latest-rank0.pt --format pt2', 'a program of torch.export'),
+    )
+    add_checkpoint(parser)
+    parser.add_argument(
+        '--format',
+        choices=('onnx', 'pt2'),
+        default='onnx',
+        help='onnx (default), which needs the extra [export], or pt2, a program of torch.export',
+    )
+    add_output(parser, 'FILE', 'model.onnx or model.pt2')
+    add_overrides(parser)
+    return parser
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add the options ``--checkpoint`` and ``-f`` to a parser."""
+    parser.add_argument('--checkpoint', type=Path, required=True, metavar='FILE', help='a checkpoint of training')
+    parser.add_argument(
+        *('-f', '--file'),
+        action='append',
+        help='the recipe that was trained, as in train (default: recipe.yaml beside the checkpoint)',
+    )
+
+
+def add_output(parser: argparse.ArgumentParser, metavar: str, default: str) -> None:
+    """Add the options ``--out`` and ``--overwrite`` to a parser."""
+    text = f'file to write (default: {default} beside the checkpoint)'
+    parser.add_argument('--out', type=Path, metavar=metavar, help=text)
+    parser.add_argument('--overwrite', action='store_true', help='replace an existing file')
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Add the changes to the recipe, which follow all other arguments, to a parser."""
+    parser.add_argument('overrides', nargs='*', metavar='key.sub=value', help='changes to the recipe')
 
 
 def convert_parser(prog: str = 'python -m composer_sba.convert') -> argparse.ArgumentParser:
@@ -119,7 +179,7 @@ def recipes_parser(prog: str = 'composer-sba recipes') -> argparse.ArgumentParse
 
 
 def with_examples(parser: argparse.ArgumentParser, *examples: tuple[str, str]) -> argparse.ArgumentParser:
-    """Add examples to the help of a parser.
+    """Add examples to the help of a parser, and wrap its description.
 
     Args:
         parser (argparse.ArgumentParser): The parser.
@@ -129,6 +189,7 @@ def with_examples(parser: argparse.ArgumentParser, *examples: tuple[str, str]) -
         argparse.ArgumentParser: The same parser.
     """
     lines = [f'  # {what}\n  {parser.prog} {arguments}' for arguments, what in examples]
+    parser.description = textwrap.fill(parser.description or '', 80)
     parser.epilog = '\n'.join(['examples:', *lines])
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     return parser

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-from composer_sba.arguments import with_examples
+from composer_sba.arguments import add_checkpoint, add_overrides, with_examples
 from composer_sba.data.config import DatasetConfig, resolve
 from composer_sba.data.loader import build_dataloader, dataset_classes
 from composer_sba.data.mds_index import INDEX, RECORD
@@ -34,7 +34,7 @@ from composer_sba.recipe.build import load_network
 from composer_sba.recipe.recipe import Recipe
 from composer_sba.recipe.redact import redact
 from composer_sba.robustness import ATTACKS, CORRUPTIONS, EPSILONS, SEVERITIES, SIGMAS, Smoothing, evaluate
-from composer_sba.trained import add_options, add_overrides, read_recipe, require_one_process
+from composer_sba.trained import read_recipe, require_one_process
 
 RESULTS_FILE, FIGURE_FILE = 'evaluation.jsonl', 'error_under_noise.png'
 
@@ -328,7 +328,7 @@ def _parser(prog: str = 'python -m composer_sba.evaluate') -> argparse.ArgumentP
         prog=prog,
         description='Measure the error of a trained classifier on clean, noisy, corrupted and attacked images.',
     )
-    add_options(parser)
+    add_checkpoint(parser)
     parser.add_argument('--out', type=Path, metavar='FOLDER', help="folder for the results (default: the checkpoint's)")
     parser.add_argument(
         '--sigmas',

@@ -8,7 +8,6 @@ Exit codes: 0 exported, 2 a mistake in the arguments or the recipe, or a network
 one line on stderr).
 """
 
-import argparse
 import hashlib
 import importlib
 import io
@@ -18,11 +17,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from composer_sba.arguments import with_examples
+from composer_sba.arguments import export_parser as _parser
 from composer_sba.data.config import resolve
 from composer_sba.data.transforms import mean_and_std
 from composer_sba.errors import UserError, one_line
@@ -32,15 +32,12 @@ from composer_sba.recipe.recipe import Recipe
 from composer_sba.recipe.redact import redact
 from composer_sba.robustness.pixels import PixelClassifier
 from composer_sba.trained import (
-    add_options,
-    add_overrides,
     expected_images,
     new_file,
     read_recipe,
     require_one_process,
 )
 
-FORMATS = ('onnx', 'pt2')
 TOLERANCE = 1e-4  # of a logit's difference, as a fraction of the largest absolute logit
 CHECKED_BATCHES = (1, 5)  # sizes of the batches of the check; the network is traced with another one
 _TRACED_BATCH = 2
@@ -100,7 +97,7 @@ def export(recipe: Recipe, checkpoint: Path, out: Path, kind: str = 'onnx') -> f
     network, _ = load_network(recipe, checkpoint)
     classifier = PixelClassifier(network, mean, std).cpu().eval()
     size = config.crop_size
-    metadata = {
+    metadata: dict[str, Any] = {
         'run_name': recipe.run_name,
         'images': f'float32, (N, 3, {size}, {size}), RGB in [0, 1]: normalized inside the network',
         'logits': f'float32, (N, {len(expected.classes)}): a softmax gives probabilities',
@@ -153,7 +150,7 @@ def _quietly() -> Iterator[None]:
 
 
 def _write_onnx(
-    program: torch.export.ExportedProgram, out: Path, metadata: dict[str, object]
+    program: torch.export.ExportedProgram, out: Path, metadata: dict[str, Any]
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Write an ONNX file; return a function that runs it."""
     import onnxruntime
@@ -167,38 +164,10 @@ def _write_onnx(
     return lambda images: torch.from_numpy(session.run(['logits'], {'images': images.numpy()})[0])
 
 
-def _write_pt2(program: torch.export.ExportedProgram, out: Path, metadata: dict[str, object]) -> nn.Module:
+def _write_pt2(program: torch.export.ExportedProgram, out: Path, metadata: dict[str, Any]) -> nn.Module:
     """Write a file of ``torch.export``; return the module that it holds."""
     torch.export.save(program, out, extra_files={'metadata.json': json.dumps(metadata)})
     return torch.export.load(out).module()
-
-
-def _parser(prog: str = 'python -m composer_sba.export') -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description='Write a trained network as ONNX or as a program of torch.export. The file takes images of RGB in '
-        '[0, 1], in batches of any size, and normalizes them itself. It is compared with the network.',
-    )
-    add_options(parser)
-    parser.add_argument(
-        '--format',
-        choices=FORMATS,
-        default='onnx',
-        help='onnx (default), which needs the extra [export], or pt2, a program of torch.export',
-    )
-    parser.add_argument(
-        '--out',
-        type=Path,
-        metavar='FILE',
-        help='file to write (default: model.onnx or model.pt2, beside the checkpoint)',
-    )
-    parser.add_argument('--overwrite', action='store_true', help='replace an existing file')
-    add_overrides(parser)
-    return with_examples(
-        parser,
-        ('--checkpoint runs/digits_sba/latest-rank0.pt', 'ONNX, as model.onnx beside the checkpoint'),
-        ('--checkpoint runs/digits_sba/latest-rank0.pt --format pt2', 'a program of torch.export'),
-    )
 
 
 if __name__ == '__main__':

@@ -20,7 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from composer_sba.arguments import with_examples
+from composer_sba.arguments import predict_parser as _parser
 from composer_sba.data.config import DatasetConfig, resolve
 from composer_sba.data.readers import is_hidden
 from composer_sba.data.samples import decoding_error, to_rgb
@@ -31,8 +31,6 @@ from composer_sba.recipe.recipe import Recipe
 from composer_sba.recipe.redact import redact
 from composer_sba.trained import (
     ExpectedImages,
-    add_options,
-    add_overrides,
     expected_images,
     new_file,
     read_recipe,
@@ -191,26 +189,6 @@ def _write(
         problem = f'{given.folder} has no image that can be classified'
         raise UserError(f'{problem}: {failed[0].path.name} ({failed[0].problem})')
     return failed
-
-
-def _parser(prog: str = 'python -m composer_sba.predict') -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description='Write the most probable classes of every image of a folder to a CSV file. A file that cannot be '
-        'classified has a line that says why.',
-    )
-    add_options(parser)
-    parser.add_argument('--top', type=int, default=5, metavar='K', help='classes for each image (default: 5)')
-    parser.add_argument(
-        '--out',
-        type=Path,
-        metavar='CSV',
-        help=f'file to write (default: {PREDICTIONS_FILE} beside the checkpoint)',
-    )
-    parser.add_argument('--overwrite', action='store_true', help='replace an existing file')
-    parser.add_argument('folder', type=Path, help='folder of images, searched with its sub-folders; or one image')
-    add_overrides(parser)
-    return with_examples(parser, ('--checkpoint FILE photos --top 3', 'three classes for each image'))
 
 
 if __name__ == '__main__':

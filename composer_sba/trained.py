@@ -1,4 +1,4 @@
-"""What the commands that use a checkpoint share: their options, the recipe, the images and classes of its network."""
+"""What the commands that use a checkpoint share: its recipe, the images and classes of its network, a file to write."""
 
 import argparse
 import json
@@ -17,21 +17,6 @@ from composer_sba.errors import DatasetError, UserError, one_line
 from composer_sba.recipe.recipe import RECIPE_FILE, Recipe, load
 
 DATASET_FILE = 'dataset.json'  # which training saves beside its checkpoints
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options ``--checkpoint`` and ``-f`` to a command's parser."""
-    parser.add_argument('--checkpoint', type=Path, required=True, metavar='FILE', help='a checkpoint of training')
-    parser.add_argument(
-        *('-f', '--file'),
-        action='append',
-        help=f"the recipe that was trained, as in train (default: {RECIPE_FILE} in the checkpoint's folder)",
-    )
-
-
-def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """Add the changes to the recipe, which follow all other arguments, to a command's parser."""
-    parser.add_argument('overrides', nargs='*', metavar='key.sub=value', help='changes to the recipe')
 
 
 def read_recipe(given: argparse.Namespace) -> Recipe:

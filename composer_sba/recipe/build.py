@@ -90,13 +90,15 @@ def for_evaluation(recipe: Recipe) -> Recipe:
         Recipe: It loads what the run would start from, which is the latest checkpoint of its folder under
         ``autoresume``. It reads no training data and saves nothing.
     """
+    # A scheduler may divide by the duration, so there is none, and the duration is not 0
+    changes: dict[str, Any] = {'max_duration': '1ep', 'scheduler': None, 'scale_schedule_ratio': 1.0}
+    changes |= {'train_dataset': None, 'train_subset_num_batches': -1}
+    if not (recipe.autoresume and '://' in str(recipe.save_folder)):  # else Composer finds the latest checkpoint
+        changes |= {'save_folder': None, 'autoresume': False}
     latest = _latest(recipe)
-    load = {'load_path': latest, 'load_weights_only': False} if latest is not None and os.path.exists(latest) else {}
-    remote = recipe.autoresume and '://' in str(recipe.save_folder)  # Composer finds the latest checkpoint
-    local = {} if remote else {'save_folder': None, 'autoresume': False}
-    no_training = {'max_duration': '1ep', 'train_dataset': None, 'train_subset_num_batches': -1}
-    no_schedule = {'scheduler': None, 'scale_schedule_ratio': 1.0}  # one may divide by the duration
-    return replace(recipe, **no_training, **no_schedule, **local, **load)
+    if latest is not None and os.path.exists(latest):
+        changes |= {'load_path': latest, 'load_weights_only': False}
+    return replace(recipe, **changes)
 
 
 def load_network(recipe: Recipe, checkpoint: Path) -> tuple[nn.Module, torch.device]:
