@@ -36,7 +36,7 @@ setup: $(INSTALLED)
 	.venv/bin/pre-commit install
 
 demo: $(INSTALLED)
-	.venv/bin/composer train.py -f yamls/digits_sba.yaml
+	.venv/bin/composer train.py -f yamls/digits_sba.yaml save_overwrite=true
 	@echo 'Next: docs/tutorials/digits.md explains this output.'
 	@echo 'Train without SBA: .venv/bin/composer train.py -f yamls/digits_baseline.yaml'
 

@@ -1,6 +1,7 @@
 """class SBA: Stochastic Batch Augmentation as a Composer algorithm. The equations are in functional.py."""
 
 import inspect
+import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from composer.algorithms.warnings import NoEffectWarning, NotIntendedUseWarning
 from composer.core import Algorithm, Event, State
 from composer.core.passes import sort_to_back, sort_to_front
 from composer.loggers import Logger
+from torch import nn
 
 from composer_sba import functional as sbaf
 from composer_sba.algorithms._attachment import HookedAlgorithm
@@ -23,6 +25,7 @@ from composer_sba.algorithms._composer import (
     check_model,
     counted_positions,
     forward_on_batch,
+    image_shape,
     is_on_cpu,
     network_of,
     schedule_ratio,
@@ -39,12 +42,14 @@ from composer_sba.errors import (
     check_number,
     check_seed,
 )
+from composer_sba.latent.cut_survey import measure
 from composer_sba.latent.expander import LatentExpander, NormStats
 from composer_sba.latent.head import tensors_in
 from composer_sba.latent.layers import find_layers, forget_compiled_code, is_head_alone
 from composer_sba.vicinity import Vicinity, as_vicinity
 
 Target = Literal['soft', 'hard']
+_log = logging.getLogger(__name__)
 Granularity = Literal['batch', 'epoch']
 
 _WITHIN_BATCH = (
@@ -118,7 +123,8 @@ class SBA(HookedAlgorithm):
 
         Logs once a batch: ``sba/augmented`` (0 or 1) and ``sba/augment_prob``; on augmented batches also ``sba/kl``
         (nats, this rank's mean), ``sba/layer`` (index in ``layers``) and ``sba/virtual_agreement`` (share of virtual
-        rows whose most probable class is the raw row's).
+        rows whose most probable class is the raw row's). Before the first batch of a fit, one line of Python's logging
+        at level INFO says what is cut and what an augmented step costs.
 
     Example:
         >>> from composer import Trainer
@@ -229,6 +235,31 @@ class SBA(HookedAlgorithm):
     def __repr__(self) -> str:
         return self._repr
 
+    def describe(self, network: nn.Module, shape: Sequence[int] | None = None) -> str:
+        """Describe the cut, the virtual samples and the cost of an augmented step in one line.
+
+        Args:
+            network (torch.nn.Module): The network that is trained.
+            shape (Sequence[int], optional): Shape of an image, ``(C, H, W)``; without it, the line has neither widths
+                nor cost. Default: ``None``.
+
+        Returns:
+            str: The line.
+
+        Example:
+            >>> SBA(fold=2).describe(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), (3, 2, 2))
+            'cuts head (12 features), M = 2 (1 Gaussian, 1 dropout), ...; an augmented step costs 3.000 plain ones'
+        """
+        _, cuts = (None, {}) if shape is None else measure(network, self.layers, shape)
+        names = [self.layers] if isinstance(self.layers, str) else self.layers
+        widths = {name: f'{name} ({math.prod(cut.shape):,} features)' for name, cut in cuts.items()}
+        gaussian = self.vicinity.num_gaussian(self.fold)
+        prob = type(self.augment_prob).__name__ if callable(self.augment_prob) else f'{self.augment_prob:g}'
+        line = f'cuts {" or ".join(widths.get(name, name) for name in names)}, '
+        line += f'M = {self.fold} ({gaussian} Gaussian, {self.fold - gaussian} dropout), p = {prob}, η = {self.eta:g}'
+        ratios = sorted({f'{ratio:.3f}' for cut in cuts.values() if (ratio := cut.ratio(self.fold)) is not None})
+        return f'{line}; an augmented step costs {" or ".join(ratios)} plain ones' if ratios else line
+
     def match(self, event: Event, state: State) -> bool:
         """Run on every event that a method is named after, except for those that are idle in a plain batch."""
         if self._augment or event not in _WITHIN_BATCH:
@@ -282,6 +313,8 @@ class SBA(HookedAlgorithm):
         if not self._cuts_checked:
             self._expander.check(forward_on_batch(state))
             self._cuts_checked = True
+            if _log.isEnabledFor(logging.INFO):
+                _log.info('SBA %s', self.describe(self._expander.model, image_shape(state)))
         if self._augment:
             self._layer = self._expander.arm(state.timestamp.batch.value, self._microbatch)
         self._microbatch += 1

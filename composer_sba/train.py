@@ -19,14 +19,17 @@ from typing import Any
 import torch
 from composer import Trainer
 from composer.core import State
-from composer.loggers import Logger, LoggerDestination, ProgressBarLogger
+from composer.loggers import ConsoleLogger, Logger, LoggerDestination
 from composer.utils import dist, format_name_with_dist, maybe_create_object_store_from_uri, parse_uri
 from rich.console import Console
 from rich.table import Table
 
+from composer_sba.algorithms._composer import network_of
 from composer_sba.arguments import parse_train
+from composer_sba.data.loader import DatasetConfig, image_size
 from composer_sba.errors import AlreadyTrainedError, UserError, one_line
 from composer_sba.model_card import model_card
+from composer_sba.progress import SMALL_STEP, TRAIN_LOSS, EpochLines, device, facts, operations_of_step
 from composer_sba.recipe.build import build_components, build_trainer, for_evaluation
 from composer_sba.recipe.explain import explained
 from composer_sba.recipe.recipe import RECIPE_FILE, Recipe, load, save, to_yaml
@@ -34,7 +37,7 @@ from composer_sba.recipe.redact import redact
 from composer_sba.trained import DATASET_FILE, dataset_record
 
 CARD_FILE = 'model_card.md'
-TRAIN_LOSS = 'loss/train/total'
+FEW_IMAGES = 1000  # of which one is 0.1 points or more
 METRICS = {  # an evaluation's value -> Composer's name, title, factor, unit
     'accuracy': ('MulticlassAccuracy', 'accuracy', 100.0, '%'),
     'loss': ('CrossEntropy', 'cross-entropy', 1.0, 'nats'),
@@ -70,7 +73,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'composer train.py') -> 
     except (SystemExit, RuntimeError) as error:
         if not _is_interrupt(error):
             raise
-        print('interrupted', file=sys.stderr)
+        print(f'interrupted{getattr(error, "advice", "")}', file=sys.stderr)
         return 130
     return 0
 
@@ -98,24 +101,92 @@ def train(recipe: Recipe, *destinations: LoggerDestination, summary: 'Summary | 
     with warnings.catch_warnings(), _without_empty_folders(folder):
         # Composer warns of the last batch of an epoch, which is shorter than a microbatch in most data sets
         warnings.filterwarnings('ignore', message='Cannot split tensor of length', category=UserWarning)
-        trainer = build_trainer(recipe, summary, *destinations)
+        lines = [] if recipe.progress_bar is False else [EpochLines(bar=recipe.progress_bar or sys.stderr.isatty())]
+        trainer = build_trainer(recipe, summary, *lines, *destinations)
+        resumed = None if only_evaluates else _resumed(trainer.state)
         try:
-            if only_evaluates:
-                with explained(recipe.sources):
-                    trainer.eval()
-            else:
-                _fit(trainer, recipe, folder)
+            with _threads(trainer, recipe) as threads:
+                if only_evaluates:
+                    with explained(recipe.sources):
+                        trainer.eval()
+                else:
+                    if dist.get_global_rank() == 0:
+                        title = f'{recipe.run_name}: {resumed}' if resumed else f'{recipe.run_name}'
+                        _print(title, facts(recipe, trainer.state, threads))
+                    _fit(trainer, recipe, folder)
+        except (SystemExit, RuntimeError) as error:
+            if _is_interrupt(error):
+                error.advice = _advice(trainer.state, recipe)  # type: ignore[union-attr]
+            raise
         finally:
             trainer.close()
     if dist.get_global_rank() == 0:
         weights = trainer.state.load_path or ('pretrained' if recipe.model.get('pretrained') else 'untrained')
-        rows = [('weights', weights)] if only_evaluates else _written_files(recipe, folder)
-        Console().print(summary.table(trainer.state, rows))
+        rows = [('device', f'{device(trainer.state)}{threads}'), *([('resumed', resumed)] if resumed else [])]
+        rows += [('weights', weights)] if only_evaluates else _written_files(recipe, folder)
+        _print(summary.table(trainer.state, rows), *_next(recipe, folder))
         if folder is not None:
             latest = (recipe.save_latest_filename or recipe.save_filename).replace('{rank}', '0')
             card = model_card(recipe, latest, summary.rows(trainer.state))
             _save_file(recipe, folder, CARD_FILE, lambda path: path.write_text(card, encoding='utf-8'))
     return trainer
+
+
+def _print(*parts: Any) -> None:
+    """Print at once, so that lines of stderr come after it; a command is not wrapped."""
+    console = Console(highlight=False)
+    for part in parts:
+        console.print(part, soft_wrap=isinstance(part, str), markup=False)
+    console.file.flush()
+
+
+@contextmanager
+def _threads(trainer: Trainer, recipe: Recipe) -> Iterator[str]:
+    """Train a small network on one thread of the CPU, unless OMP_NUM_THREADS is set; yield a remark about it."""
+    before, remark = torch.get_num_threads(), ''
+    is_chosen = trainer.state.device.name == 'cpu' and 'OMP_NUM_THREADS' not in os.environ
+    if is_chosen and before > 1:
+        size = image_size(DatasetConfig(**recipe.train_dataset))
+        rows = recipe.global_train_batch_size // dist.get_world_size()
+        operations = operations_of_step(network_of(trainer.state.model), (3, size, size), rows)
+        if operations is not None and operations < SMALL_STEP:
+            torch.set_num_threads(1)
+            remark = f' (1 of {before} threads, enough for {operations / 1e9:.1f} GFLOP a step)'
+    if trainer.state.device.name == 'cpu' and not remark:
+        remark = f' ({before} thread{"s" if before > 1 else ""})'
+    try:
+        yield remark
+    finally:
+        torch.set_num_threads(before)
+
+
+def _resumed(state: State) -> str | None:
+    """Describe where a run resumes; None if it begins."""
+    epoch, batch = int(state.timestamp.epoch), int(state.timestamp.batch_in_epoch)
+    if not int(state.timestamp.batch):
+        return None
+    return f'resumed from epoch {epoch + 1}, batch {batch}' if batch else f'resumed after epoch {epoch}'
+
+
+def _advice(state: State, recipe: Recipe) -> str:
+    """Say where a run was interrupted and how it goes on."""
+    where = f' in epoch {int(state.timestamp.epoch) + 1}'
+    if recipe.save_folder is None:
+        return where
+    return f'{where}: {"the same command" if recipe.autoresume else "with autoresume=true the same command"} goes on'
+
+
+def _next(recipe: Recipe, folder: str | None) -> Iterator[str]:
+    """Yield commands that use what was trained, and the one of the baseline."""
+    if folder is None or '://' in folder:
+        return
+    checkpoint = dict(_written_files(recipe, folder))['checkpoint']
+    yield f'to use it:     composer-sba predict --checkpoint {checkpoint} FOLDER'
+    yield f'to measure it: composer-sba evaluate --checkpoint {checkpoint}'
+    if 'sba' in recipe.algorithms:
+        name = f'{recipe.run_name}_baseline'
+        other = '' if folder.endswith(f'/{recipe.run_name}') else f' save_folder={folder}_baseline'
+        yield f'its baseline:  composer-sba train -f {folder}/{RECIPE_FILE} algorithms.sba=null run_name={name}{other}'
 
 
 @contextmanager
@@ -152,8 +223,8 @@ def _fit(trainer: Trainer, recipe: Recipe, folder: str | None) -> None:
         _save_file(recipe, folder, RECIPE_FILE, lambda path: save(recipe, path))
         _save_file(recipe, folder, DATASET_FILE, lambda path: path.write_text(json.dumps(dataset_record(recipe))))
     for logger in trainer.logger.destinations:
-        if isinstance(logger, ProgressBarLogger):
-            # Otherwise it prints every hyperparameter before its first bar
+        if isinstance(logger, ConsoleLogger):
+            # Otherwise it prints every hyperparameter before its first line
             logger.hparams_already_logged_to_console = True
     first = state.timestamp.batch
     with explained(recipe.sources, lambda: state.timestamp.batch > first):
@@ -174,7 +245,8 @@ def _folder(recipe: Recipe) -> str | None:
         return None
     folder = format_name_with_dist(recipe.save_folder, str(recipe.run_name))
     if os.path.exists(f'{folder}/{RECIPE_FILE}') and not (recipe.save_overwrite or recipe.autoresume):
-        problem = f'{folder} holds a run: choose another run_name, or set autoresume=true or save_overwrite=true'
+        problem = f'{folder} holds a run: name this one (run_name=...), or go on with that one (autoresume=true), '
+        problem += 'or replace it (save_overwrite=true)'
         raise recipe.sources.error('save_folder', problem)
     return folder
 
@@ -227,6 +299,7 @@ class Summary(LoggerDestination):
         self._counts: dict[str, int] = {}
         self._begun = time.monotonic()
         self._earlier_seconds = 0.0
+        self._eval_images: int | None = None
 
     @property
     def wall_seconds(self) -> float:
@@ -248,6 +321,7 @@ class Summary(LoggerDestination):
     def eval_end(self, state: State, logger: Logger) -> None:
         """Keep the metrics of an evaluation; a second one in the same epoch replaces the first."""
         epoch = int(state.timestamp.epoch)
+        self._eval_images = int(state.eval_timestamp.sample)
         evaluation = {
             'epoch': epoch,
             'seconds': state.timestamp.total_wct.total_seconds(),
@@ -288,11 +362,23 @@ class Summary(LoggerDestination):
             table.add_row(title, text)
         return table
 
+    def _count(self, share: float) -> str:
+        """Return the number of images that a share stands for, if they are few enough to count."""
+        images = self._eval_images
+        return f' ({round(share * images)} of {images})' if images is not None and images <= FEW_IMAGES else ''
+
     def rows(self, state: State) -> Iterator[tuple[str, str]]:
         """Yield the titles and values of the table."""
         for evaluation in self.evaluations[-1:]:
             for key, (_, title, factor, unit) in METRICS.items():
-                yield f'eval {title}', f'{factor * evaluation[key]:.4g} {unit}'
+                count = self._count(evaluation[key]) if key == 'accuracy' else ''
+                yield f'eval {title}', f'{factor * evaluation[key]:.4g} {unit}{count}'
+        if len(self.evaluations) > 1:
+            best = max(self.evaluations, key=lambda each: each['accuracy'])
+            yield (
+                'best accuracy',
+                f'{100 * best["accuracy"]:.4g} %{self._count(best["accuracy"])}, epoch {best["epoch"]}',
+            )
         loss, share, kl = (self.mean(name) for name in (TRAIN_LOSS, 'sba/augmented', 'sba/kl'))
         if loss is not None:
             yield 'train loss', f'{loss:.4g} (mean of the last epoch, SBA term included)' if share else f'{loss:.4g}'

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from composer_sba import kernels
-from composer_sba.errors import TooWideError, UserError, check_choice, check_flag, check_number
+from composer_sba.errors import TooWideError, UserError, check_choice, check_flag, check_number, nearest
 
 NoiseScale = Literal['rms', 'absolute']
 Basis = Literal['identity', 'normalized', 'orthogonal', 'hadamard']
@@ -248,7 +248,9 @@ def as_vicinity(vicinity: Vicinity | Mapping[str, Any]) -> Vicinity:
         return vicinity
     known = [field.name for field in fields(Vicinity)]
     if not isinstance(vicinity, Mapping) or not set(vicinity) <= set(known):
-        problem = f'Expected vicinity to be a Vicinity or a mapping of {", ".join(known)}, got {vicinity!r}.'
+        wrong = [str(key) for key in vicinity if key not in known] if isinstance(vicinity, Mapping) else []
+        end = nearest(wrong[0], known) if wrong else '.'
+        problem = f'Expected vicinity to be a Vicinity or a mapping of {", ".join(known)}, got {vicinity!r}{end}'
         raise UserError(problem, 'vicinity')
     return Vicinity(**vicinity)
 

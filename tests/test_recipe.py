@@ -7,7 +7,7 @@ Every file in yamls/ is read, and everything but its data is built on the meta d
 
 import inspect
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,17 @@ import torch
 from composer import Trainer
 from composer.algorithms import LabelSmoothing, MixUp
 from composer.callbacks import LRMonitor
-from composer.loggers import FileLogger, MLFlowLogger, TensorboardLogger, WandBLogger
+from composer.loggers import FileLogger, MLFlowLogger, WandBLogger
 from composer.optim import CosineAnnealingWithWarmupScheduler, DecoupledAdamW, LinearScheduler, MultiStepScheduler
 from omegaconf import OmegaConf
 
 from composer_sba import SBA, BatchAugmentation
+from composer_sba.data.config import DatasetConfig, resolve
 from composer_sba.errors import UserError
 from composer_sba.recipe.build import build_components, parameter_groups
-from composer_sba.recipe.recipe import Recipe, TrainerOptions, load, save
-from composer_sba.recipe.registry import canonical, components, construct
+from composer_sba.recipe.recipe import Recipe, TrainerOptions, load, save, to_yaml
+from composer_sba.recipe.registry import canonical, complete, component_errors, components, construct, parameters
+from composer_sba.tensorboard import TensorboardLogger
 
 YAMLS = Path(__file__).parent.parent / 'yamls'
 BASE = """
@@ -53,11 +55,31 @@ def built(path: Path, *overrides: str) -> dict[str, Any]:
         return build_components(load(path, overrides))
 
 
+def facts(parts: dict[str, Any]) -> list[Any]:
+    """What components were built with, as far as they tell."""
+    hparams = [getattr(each, 'local_hparams', type(each)) for each in (*parts['algorithms'], *parts['callbacks'])]
+    groups = [
+        {key: list(value) if isinstance(value, tuple) else value for key, value in group.items() if key != 'params'}
+        for group in parts['optimizers'].param_groups
+    ]
+    scheduler = parts['schedulers'].__wrapped__.__self__ if 'schedulers' in parts else None
+    times = {key: value for key, value in vars(scheduler).items() if key != 'warmup_scheduler'}
+    return [str(parts['model']), hparams, groups, type(scheduler), times]
+
+
 @pytest.mark.parametrize('path', sorted(YAMLS.glob('*.yaml')), ids=lambda path: path.stem)
-def test_every_yaml_is_read_and_built(path: Path) -> None:
+def test_every_yaml_is_read_and_built_and_saved_with_all_defaults(path: Path, tmp_path: Path) -> None:
     recipe = load(path)
     with torch.device('meta'):
         parts = build_components(recipe)
+    save(recipe, tmp_path / 'saved.yaml')
+    saved = load(tmp_path / 'saved.yaml')
+    assert to_yaml(saved) == to_yaml(recipe)
+    with torch.device('meta'):
+        again = build_components(saved)
+    assert facts(again) == facts(parts)
+    for section in ('train_dataset', 'eval_dataset'):
+        assert resolve(DatasetConfig(**getattr(saved, section))).crop_size
     ours = [type(each) for each in parts['algorithms'] if isinstance(each, SBA | BatchAugmentation)]
     words = set(path.stem.split('_'))
     if words & {'sba', 'latent'}:
@@ -167,10 +189,53 @@ def test_recipes_in_the_home_folder(recipe: Path, monkeypatch: pytest.MonkeyPatc
     assert load('~/mine.yaml').seed == 3
 
 
+@pytest.mark.parametrize('section', ['algorithms', 'callbacks', 'loggers', 'scheduler', 'optimizer', 'model'])
+def test_a_component_takes_its_defaults_as_a_recipe_writes_them(section: str) -> None:
+    for name in components(section):
+        values = complete(section, name, {})
+        assert set(values) <= set(parameters(section, name))
+        problems = [each for each in component_errors(section, name, values) if 'is required' not in each[1]]
+        assert problems == [], name
+
+
+def test_defaults_are_filled_in_everywhere(recipe: Path) -> None:
+    keys = ['algorithms.sba.vicinity={sigma: 0.3}', 'algorithms.sba.augment_prob={name: linear}']
+    keys += ['train_dataset={name: imagefolder, crop_size: 32, gaussian_noise: {sigma: 0.1, prob: 0.5}}']
+    values: Any = OmegaConf.create(to_yaml(load(recipe, keys)))
+    assert values.algorithms.sba.vicinity == {
+        **{'gaussian_fraction': 0.5, 'sigma': 0.3, 'tau': None, 'noise_scale': 'rms', 'basis': 'identity'},
+        **{'dropout': 0.5, 'rescale': True},
+    }
+    assert values.algorithms.sba.augment_prob == {'name': 'linear', 'alpha_i': 1.0, 'alpha_f': 0.0, 't_max': '1dur'}
+    assert (values.algorithms.sba.layers, values.algorithms.sba.target) == ('head', 'soft')
+    assert (values.optimizer.momentum, values.optimizer.decay_norm_and_bias) == (0, True)
+    assert (values.scheduler.gamma, values.model.dropout) == (0.1, 0.0)
+    data = values.train_dataset
+    assert (data.local, data.augment, data.crop_size, data.resize_size) == ('data/imagefolder', True, 32, 36)
+    assert data.gaussian_noise == {'sigma': 0.1, 'prob': 0.5}
+    plain: Any = OmegaConf.to_container(values)
+    assert (plain['save_folder'], plain['run_name']) == ('runs/${run_name}', 'mine')
+
+
+def test_a_replaced_folder_is_saved_as_it_is(recipe: Path) -> None:
+    """A study gives its runs names and folders of their own."""
+    values: Any = OmegaConf.to_container(OmegaConf.create(to_yaml(replace(load(recipe), save_folder='runs/other'))))
+    assert values['save_folder'] == 'runs/other'
+
+
+def test_a_dataset_that_cannot_be_is_named(recipe: Path) -> None:
+    with pytest.raises(UserError, match='^command line: train_dataset: crop_size and resize_size do not apply'):
+        to_yaml(load(recipe, ['train_dataset.crop_size=8']))
+
+
 def test_saved_recipe_is_read_back_equal(recipe: Path, tmp_path: Path) -> None:
     read = load(recipe, ['seed=3', 'callbacks.lr_monitor={}', 'optimizer.lr=1e-5', 'algorithms.sba.layers=[a.b, head]'])
     save(read, tmp_path / 'recipe.yaml')
-    assert load(tmp_path / 'recipe.yaml') == read
+    assert to_yaml(load(tmp_path / 'recipe.yaml')) == to_yaml(read)
+    saved: Any = OmegaConf.load(tmp_path / 'recipe.yaml')
+    for key, value in read.to_dict().items():
+        assert saved[key] == value or isinstance(value, dict), key
+    assert saved.optimizer.lr == 1e-5 and saved.algorithms.sba.layers == ['a.b', 'head']
     assert set(OmegaConf.load(tmp_path / 'recipe.yaml')) == {f.name for f in fields(Recipe)} - {'sources'}
 
 
@@ -226,6 +291,16 @@ def test_norm_and_bias_are_exempt_from_decay(recipe: Path) -> None:
     ('override', 'line'),
     [
         ('optimiser.lr=1', "optimiser: unknown key; did you mean 'optimizer'?"),
+        ('lr=0.05', 'lr: unknown key; did you mean optimizer.lr?'),
+        ('eta=1', 'eta: unknown key; did you mean algorithms.sba.eta?'),
+        ('sigma=1', 'sigma: unknown key; did you mean algorithms.sba.vicinity.sigma?'),
+        (
+            'num_workers=0',
+            'num_workers: unknown key; did you mean train_dataset.num_workers or eval_dataset.num_workers?',
+        ),
+        ('model.name=resnet18', "model.name: unknown model 'resnet18'; write 'torchvision/resnet18'"),
+        ('model.name=test_vit', "model.name: unknown model 'test_vit'; write 'timm/test_vit'"),
+        ('model.name=resnet_cifer', "model.name: unknown model 'resnet_cifer'; did you mean 'resnet_cifar'?"),
         ('train_dataset.locla=x', "train_dataset.locla: unknown key; did you mean 'local'?"),
         ('algorithms.sba.foldd=3', "algorithms.sba.foldd: unknown key; did you mean 'fold'?"),
         ('algorithms.sba.vicinity.taau=3', "algorithms.sba.vicinity.taau: unknown key; did you mean 'tau'?"),

@@ -199,7 +199,8 @@ def test_nothing_is_saved_but_the_repr():
         ({'stop_gradient': 'yes'}, r"Expected stop_gradient to be true or false, got 'yes'\."),
         ({'seed': -3}, r'Expected seed to be an integer >= 0, got -3\.'),
         ({'vicinity': {'sigma': -1}}, r'Expected sigma to be a number in \[0, 1e30\], got -1\.'),
-        ({'vicinity': {'sgima': 1}}, r"Expected vicinity to be a Vicinity or a mapping of .*, got \{'sgima': 1\}\."),
+        ({'vicinity': {'sgima': 1}}, r"Expected vicinity to be .*, got \{'sgima': 1\}; did you mean 'sigma'\?"),
+        ({'vicinity': 0.1}, r'Expected vicinity to be a Vicinity or a mapping of gaussian_fraction, .*, got 0\.1\.'),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_named(arguments, message):

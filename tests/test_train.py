@@ -16,7 +16,7 @@ import torch
 from omegaconf import OmegaConf
 
 from composer_sba.errors import UserError
-from composer_sba.recipe.recipe import load
+from composer_sba.recipe.recipe import load, to_yaml
 from composer_sba.study.runner import Curve
 from composer_sba.train import Summary, main, train
 from programs import start
@@ -53,18 +53,6 @@ def test_a_run_leaves_checkpoint_recipe_and_summary(capsys: pytest.CaptureFixtur
     assert output.err == ''
 
 
-@pytest.mark.parametrize('terminal', [True, False])
-def test_a_bar_is_for_a_terminal_and_lines_for_a_file(
-    terminal: bool, few_digits: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys.stderr, 'isatty', lambda: terminal)
-    data = [f'{section}.local={few_digits}' for section in ('train_dataset', 'eval_dataset')]
-    assert main(['-f', RECIPE, 'max_duration=2ep', 'save_folder=null', 'algorithms.sba.augment_prob=1', *data]) == 0
-    output = capfd.readouterr().err
-    assert ('ba/s' in output) == terminal, output
-    assert output.count('Train sba/kl') == (0 if terminal else 2), output
-
-
 def test_the_model_card_describes_the_run(few_digits: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     data = [f'{section}.local={few_digits}' for section in ('train_dataset', 'eval_dataset')]
     assert main(['-f', RECIPE, *SHORT, *data, f'save_folder={tmp_path}', 'run_name=two|steps']) == 0
@@ -91,13 +79,34 @@ def test_the_demo_learns_the_digits() -> None:
     assert accuracy >= 0.95, f'{100 * accuracy:.1f} %'
 
 
-def test_the_saved_recipe_trains_again(tmp_path: Path) -> None:
-    folder = tmp_path / 'run'
-    assert main(['-f', RECIPE, *SHORT, f'save_folder={folder}']) == 0
-    first = torch.load(folder / 'latest-rank0.pt', weights_only=False)['state']['model']
-    assert main(['-f', str(folder / 'recipe.yaml')]) == 0
-    again = torch.load(folder / 'latest-rank0.pt', weights_only=False)['state']['model']
-    assert all(torch.equal(first[name], again[name]) for name in first)
+def test_the_saved_recipe_trains_again_beside_the_first_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = [f'save_folder={tmp_path}/${{run_name}}', f'loggers.file.filename="{tmp_path}/${{run_name}}/log.txt"']
+    assert main(['-f', RECIPE, *SHORT, 'run_name=first', *keys]) == 0
+    first, second = tmp_path / 'first', tmp_path / 'second'
+    before = {path: path.stat().st_mtime_ns for path in first.iterdir()}
+    assert main(['-f', str(first / 'recipe.yaml')]) == 2
+    assert f'{first} holds a run: name this one (run_name=...)' in capsys.readouterr().err
+    assert main(['-f', str(first / 'recipe.yaml'), 'run_name=second']) == 0
+    assert {path: path.stat().st_mtime_ns for path in first.iterdir()} == before
+    weights = [
+        torch.load(folder / 'latest-rank0.pt', weights_only=False)['state']['model'] for folder in (first, second)
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    recipes = [(folder / 'recipe.yaml').read_text() for folder in (first, second)]
+    assert recipes[0].replace('run_name: first', 'run_name: second') == recipes[1]
+    assert {path.name for path in second.iterdir()} == {path.name for path in first.iterdir()}
+
+
+def test_overrides_do_not_replace_a_run_of_the_same_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    again = ['-f', RECIPE, *SHORT, f'save_folder={tmp_path}/${{run_name}}']
+    assert main(again) == 0
+    saved = (tmp_path / 'digits_sba' / 'latest-rank0.pt').stat().st_mtime_ns
+    assert main([*again, 'algorithms.sba.eta=1']) == 2
+    assert 'digits_sba holds a run: name this one' in capsys.readouterr().err
+    assert (tmp_path / 'digits_sba' / 'latest-rank0.pt').stat().st_mtime_ns == saved
+    assert main([*again, 'algorithms.sba.eta=1', 'run_name=eta1']) == 0
+    assert main([*again, 'algorithms.sba.eta=1', 'save_overwrite=true']) == 0
+    assert (tmp_path / 'digits_sba' / 'latest-rank0.pt').stat().st_mtime_ns > saved
 
 
 def test_autoresume_resumes_a_run_and_never_restarts_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -153,10 +162,15 @@ def evaluation_rows(printed: str) -> list[str]:
         ),
         ('precision=amp_bf16', 'command line: precision: expected fp32, which is all that a CPU has, got amp_bf16'),
         ('scale_schedule_ratio=0.001', 'command line: scale_schedule_ratio: 0.001 shortens max_duration'),
+        ('device=gpu', 'command line: device: expected a device of this machine, got gpu (DeviceGPU cannot be created'),
+        ('device=gpu', '): remove the key, or set device=cpu'),
         ('python_log_level=loud', "digits_sba.yaml: Composer's Trainer: Unknown level: 'LOUD'"),
     ],
 )
-def test_a_mistake_found_while_building(capsys: pytest.CaptureFixture[str], override: str, line: str) -> None:
+def test_a_mistake_found_while_building(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, override: str, line: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     assert main(['-f', RECIPE, *SHORT, 'device=cpu', 'save_folder=null', override]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith('error: ') and line in error and '\n' not in error
@@ -170,8 +184,11 @@ def test_a_batch_that_does_not_divide(capsys: pytest.CaptureFixture[str], monkey
 
 def test_dry_run_prints_the_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(['-f', RECIPE, '--dry-run', 'seed=5']) == 0
-    (tmp_path / 'again.yaml').write_text(capsys.readouterr().out)
-    assert load(tmp_path / 'again.yaml') == load(RECIPE, ['seed=5'])
+    printed = capsys.readouterr().out
+    for line in ('seed: 5', 'norm_stats: raw', 'noise_scale: rms', 'nesterov: false', 't_max: 1dur', 'augment: true'):
+        assert f'{line}\n' in printed, line  # of the recipe, SBA, its vicinity, optimizer, scheduler and dataset
+    (tmp_path / 'again.yaml').write_text(printed)
+    assert to_yaml(load(tmp_path / 'again.yaml')) == printed
 
 
 def test_a_traceback_for_who_asks_for_it_among_the_overrides() -> None:

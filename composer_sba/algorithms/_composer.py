@@ -58,6 +58,12 @@ def forward_on_batch(state: State) -> Callable[[], Any]:
     return forward
 
 
+def image_shape(state: State) -> tuple[int, ...] | None:
+    """Return the shape of an image of the current batch, ``(C, H, W)``, or None if it is no batch of images."""
+    first = next(iter(state.batch), None) if isinstance(state.batch, list | tuple) else None
+    return tuple(first.shape[1:]) if isinstance(first, torch.Tensor) and first.ndim == 4 else None
+
+
 def check_model(
     model: nn.Module, algorithms: Sequence[Algorithm], layers: str | Sequence[str], target: str = 'soft'
 ) -> None:

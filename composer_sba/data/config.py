@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -198,6 +198,26 @@ def resolve(config: DatasetConfig) -> ResolvedConfig:
     if config.subset is not None and not config.in_memory:
         raise DatasetError('subset requires in_memory: true')
     return ResolvedConfig(**values)
+
+
+def filled_in(config: DatasetConfig) -> dict[str, Any]:
+    """Return the keys of a configuration with those defaults that follow from its name and its other keys.
+
+    Those that the index, the machine or the recipe's seed determine stay None.
+
+    Example:
+        >>> filled = filled_in(DatasetConfig('digits', split='val'))
+        >>> filled['local'], filled['augment'], filled['num_workers']
+        ('data/digits', False, None)
+    """
+    resolved = resolve(config)
+    values = {field.name: getattr(config, field.name) for field in fields(DatasetConfig)}
+    found = ('augment', 'shuffle') if resolved.known.size else ('augment', 'shuffle', 'crop_size', 'resize_size')
+    values |= {key: getattr(resolved, key) for key in found}
+    values['local'] = config.local or resolved.local
+    if config.name != 'imagefolder':  # whose index has the statistics
+        values |= {key: list(getattr(config, key) or getattr(resolved.known, key)) for key in ('mean', 'std')}
+    return values
 
 
 def _number(

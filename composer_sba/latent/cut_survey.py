@@ -82,7 +82,7 @@ def survey(network: nn.Module, shape: Sequence[int]) -> list[Cut]:
     layers |= {cut.name: cut for cut in find_layers(network, special)}
     with _training(network), repeatable(network) as run:
         try:
-            passages = run(partial(_count, network, layers, shape))
+            _, passages = run(partial(_count, network, layers, shape))
         except CutLayerError:
             raise
         except Exception as error:  # whatever the network does that cannot be done without values
@@ -97,6 +97,34 @@ def survey(network: nn.Module, shape: Sequence[int]) -> list[Cut]:
             names = (*cuts[tensor].names, name) if tensor in cuts else (name,)
             cuts[tensor] = replace(cut, names=tuple(sorted(names, key=lambda each: each.count('.'))))
     return list(cuts.values())
+
+
+def measure(
+    network: nn.Module, layers: str | Sequence[str], shape: Sequence[int]
+) -> tuple[float | None, dict[str, Cut]]:
+    """Count the operations of a plain training step, and the width and the cost of some cuts, without checking them.
+
+    Args:
+        network (torch.nn.Module): As for :func:`survey`.
+        layers (str | Sequence[str]): As in :class:`.SBA`; ``()`` for none.
+        shape (Sequence[int]): An image's shape, ``(C, H, W)``.
+
+    Returns:
+        tuple[float | None, dict[str, Cut]]: Floating-point operations of one row, and cuts by name; None and no cuts if
+        the network does not run on shapes alone.
+
+    Example:
+        >>> operations, cuts = measure(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), 'head', (3, 2, 2))
+        >>> operations, cuts['head'].shape, cuts['head'].ratio(fold=4)
+        (96.0, (12,), 5.0)
+    """
+    watched = {cut.name: cut for cut in find_layers(network, layers)} if layers else {}
+    with _training(network), repeatable(network) as run:
+        try:
+            operations, passages = run(partial(_count, network, watched, shape))
+        except Exception:  # as in survey: whatever cannot be done without values, on this device or in parts
+            return None, {}
+    return operations, {name: cut for name, (_, cut) in passages.items()}
 
 
 def _valid(network: nn.Module, layers: Mapping[str, CutLayer], images: torch.Tensor) -> set[str]:
@@ -119,8 +147,14 @@ def _valid(network: nn.Module, layers: Mapping[str, CutLayer], images: torch.Ten
     return valid
 
 
-def _count(network: nn.Module, layers: Mapping[str, CutLayer], shape: Sequence[int]) -> dict[str, tuple[_Tensor, Cut]]:
-    """Run a training step on tensors without data and count what has been done and kept when each layer has run."""
+def _count(
+    network: nn.Module, layers: Mapping[str, CutLayer], shape: Sequence[int]
+) -> tuple[float, dict[str, tuple[_Tensor, Cut]]]:
+    """Run a training step on tensors without data and count what has been done and kept when each layer has run.
+
+    Returns:
+        tuple: Operations of one row, and what passed at each layer.
+    """
     left: dict[str, int] = {}  # operations by the time the gradient at a layer was known
     kept: list[torch.Tensor] = []
 
@@ -139,13 +173,14 @@ def _count(network: nn.Module, layers: Mapping[str, CutLayer], shape: Sequence[i
         name: mode.from_tensor(tensor, static_shapes=True) for name, tensor in state.items()
     }
     with torch.enable_grad(), mode, FlopCounterMode(display=False) as counter:
-        images = torch.empty(_ROWS, *shape)
+        device = next((tensor.device for tensor in fakes.values()), None)
+        images = torch.empty(_ROWS, *shape, device=device)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             outputs, passed = _watch(layers, partial(torch.func.functional_call, network, fakes, images), measure)
         torch.stack([tensor.sum() for tensor in tensors_in(outputs) if tensor.requires_grad]).sum().backward()
         total = counter.get_total_flops()
     weights = {_storage(tensor) for tensor in fakes.values()}
-    return {
+    cuts = {
         name: (
             (id(tensor), version),
             Cut(
@@ -157,6 +192,7 @@ def _count(network: nn.Module, layers: Mapping[str, CutLayer], shape: Sequence[i
         )
         for name, (tensor, version, (done, index)) in passed.items()
     }
+    return total / _ROWS, cuts
 
 
 def _pass(
@@ -196,7 +232,7 @@ def _watch(
     finally:
         for handle in handles:
             handle.remove()
-    if 'head' not in layers:
+    if layers and 'head' not in layers:
         check_logits(outputs, 'training')
     elif not isinstance(outputs, torch.Tensor) or outputs.ndim != 2:
         passed = {name: each for name, each in passed.items() if name == 'head'}  # the only layer that can be cut

@@ -1,7 +1,6 @@
 """Composer's Trainer, built from a recipe."""
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -197,7 +196,7 @@ def _trainer(recipe: Recipe, parts: Mapping[str, Any]) -> Trainer:
         with only_data():
             return Trainer(
                 **parts,
-                **(recipe.trainer_options() | {'eval_interval': _eval_interval(recipe)} | _progress(recipe)),
+                **(recipe.trainer_options() | {'eval_interval': _eval_interval(recipe), 'progress_bar': False}),
                 parallelism_config=recipe.parallelism,
                 algorithm_passes=[*algorithm_passes(), note_event],
             )
@@ -218,7 +217,8 @@ def _device(recipe: Recipe) -> Device:
     try:
         device = get_device(recipe.device)
     except Exception as error:  # of a type that depends on what is missing
-        raise recipe.sources.error('device', problem_of(error)) from error
+        problem = f'expected a device of this machine, got {recipe.device} ({problem_of(error)})'
+        raise recipe.sources.error('device', f'{problem}: remove the key, or set device=cpu') from error
     if device.name == 'cpu' and recipe.precision not in (None, 'fp32'):
         raise recipe.sources.error('precision', f'expected fp32, which is all that a CPU has, got {recipe.precision}')
     return device
@@ -254,16 +254,6 @@ def _prepare_folder(recipe: Recipe) -> None:
         damage = find_damage(Path(path)) if path is not None and os.path.isfile(path) else None
         if damage is not None:
             raise recipe.sources.error(key, f'cannot load the checkpoint {path}: {damage}; it is corrupt')
-
-
-def _progress(recipe: Recipe) -> dict[str, Any]:
-    if recipe.progress_bar is not None:
-        return {}
-    if sys.stderr.isatty():
-        return {'progress_bar': True}
-    # In a file, the bar would write a line for every batch
-    each_epoch = {} if recipe.log_to_console else {'log_to_console': True, 'console_log_interval': '1ep'}
-    return {'progress_bar': False, **each_epoch}
 
 
 def _eval_interval(recipe: Recipe) -> Any:

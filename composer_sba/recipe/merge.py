@@ -171,8 +171,9 @@ def _listed_name(source: Sources, section: str, name: str, key: str) -> str:
     except UserError as error:
         raise source.error(key, one_line(error)) from error
     if listed is None:
-        kind = section.removesuffix('s')
-        raise source.error(key, f"unknown {kind} '{name}'{nearest(name, registry.components(section))}")
+        kind, known = section.removesuffix('s'), registry.in_library(name) if section == 'model' else None
+        near = f"; write '{known}'" if known else nearest(name, registry.components(section))
+        raise source.error(key, f"unknown {kind} '{name}'{near}")
     return listed
 
 

@@ -16,11 +16,11 @@ from composer.utils.reproducibility import MAX_SEED
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from composer_sba.data.config import KNOWN_DATASETS, DatasetConfig
+from composer_sba.data.config import KNOWN_DATASETS, DatasetConfig, filled_in
 from composer_sba.errors import UserError, nearest, one_line
 from composer_sba.recipe.merge import NAMED, SINGLE, Sources, read
 from composer_sba.recipe.redact import HIDDEN, redact
-from composer_sba.recipe.registry import component_errors, components, data_config
+from composer_sba.recipe.registry import complete, component_errors, components, data_config, parameters
 from composer_sba.recipe.signature import argument_errors, as_yaml
 
 RECIPE_FILE = 'recipe.yaml'  # which training saves beside its checkpoints
@@ -63,7 +63,7 @@ class TrainerOptions:
     load_strict_model_weights: bool = True
     load_ignore_keys: list[str] | None = None
     autoresume: bool = False
-    progress_bar: bool | None = None  # a bar on a terminal; elsewhere a line of metrics for each epoch
+    progress_bar: bool | None = None  # a line for each epoch, and a bar on a terminal; false for none of both
     log_to_console: bool = False
     console_log_interval: Duration = '1ba'
     python_log_level: str | None = None
@@ -143,15 +143,12 @@ def load(path: str | Path | Sequence[str | Path], overrides: Sequence[str] = ())
     """
     paths = [path] if isinstance(path, str | Path) else path
     sources = read(paths, overrides)
-    defaults = {each.name: each.default for each in fields(Recipe) if each.default is not MISSING}
-    values = sources.merged(defaults | {section: {} for section in NAMED})
-    del values['sources']
+    values = _merged(sources)
     values['run_name'] = values['run_name'] or '+'.join(Path(each).stem for each in paths)
     try:
-        resolved: Any = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
+        resolved = _resolved(values)
     except OmegaConfBaseException as error:
         raise sources.error(str(error.full_key), one_line(error)) from error
-    resolved = _with_home(resolved)
     for key, problem in _errors(resolved):
         raise sources.error(key, problem)
     try:
@@ -171,8 +168,30 @@ def save(recipe: Recipe, path: str | Path) -> None:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """Return a recipe as one YAML text, which :func:`load` reads back equal except for secrets, which are hidden."""
-    return OmegaConf.to_yaml(OmegaConf.create(redact(recipe.to_dict())))
+    """Return a recipe as one YAML text with the default of every option, which :func:`load` reads back as the same run.
+
+    Interpolations are resolved except for ``${run_name}``: under another ``run_name`` the text names another folder.
+    Secrets are hidden.
+
+    Raises:
+        RecipeError: If a dataset has a key that is wrong for it.
+    """
+    values = recipe.to_dict()
+    for section in SINGLE:
+        if values[section] is not None:
+            name, arguments = values[section]['name'], component_arguments(values[section])
+            values[section] = {'name': name, **complete(section, name, arguments)}
+    values['optimizer'][DECAY_ALL] = recipe.optimizer.get(DECAY_ALL, True)
+    for section in NAMED:
+        values[section] = {name: complete(section, name, given) for name, given in values[section].items()}
+    for section in ('train_dataset', 'eval_dataset'):
+        try:
+            values[section] = values[section] and filled_in(DatasetConfig(**values[section]))
+        except UserError as error:
+            raise recipe.sources.error(section, one_line(error)) from error
+    named = _resolved(_merged(recipe.sources) | {'run_name': r'\${run_name}'}) | {'run_name': None}
+    values = _with_run_name(values, named, str(recipe.run_name))
+    return OmegaConf.to_yaml(OmegaConf.create(redact(values)))
 
 
 def component_arguments(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,6 +209,38 @@ def _with_defaults(dataset: dict[str, Any], images: Mapping[str, Any]) -> dict[s
     }
 
 
+def _merged(sources: Sources) -> dict[str, Any]:
+    defaults = {each.name: each.default for each in fields(Recipe) if each.default is not MISSING}
+    values = sources.merged(defaults | {section: {} for section in NAMED})
+    del values['sources']
+    return values
+
+
+def _resolved(values: Mapping[str, Any]) -> Any:
+    return _with_home(OmegaConf.to_container(OmegaConf.create(dict(values)), resolve=True))
+
+
+def _with_run_name(values: Any, named: Any, run_name: str) -> Any:
+    """Write ``${run_name}`` where the recipe does, unless a value has been replaced since the recipe was read."""
+    if isinstance(values, dict) and isinstance(named, dict):
+        return {key: _with_run_name(value, named.get(key), run_name) for key, value in values.items()}
+    if isinstance(values, list) and isinstance(named, list) and len(values) == len(named):
+        return [_with_run_name(*pair, run_name) for pair in zip(values, named, strict=True)]
+    is_same = isinstance(named, str) and named.replace('${run_name}', run_name) == values
+    return named if is_same else values
+
+
+def _places(values: Mapping[str, Any], key: str) -> Iterator[str]:
+    """Find the arguments of the recipe's components and datasets that have the name of a key."""
+    single = {each: values[each] for each in SINGLE if isinstance(values[each], Mapping) and 'name' in values[each]}
+    taken = {section: parameters(section, entry['name']) for section, entry in single.items()}
+    for section in NAMED:
+        taken |= {f'{section}.{name}': parameters(section, name) for name in values[section]}
+    taken |= {each: [field.name for field in fields(DatasetConfig)] for each in ('train_dataset', 'eval_dataset')}
+    for entry, names in taken.items():
+        yield from (f'{entry}.{name}' for name in names if key == name.rpartition('.')[2])
+
+
 def _with_home(values: Any) -> Any:
     """Replace a leading ``~/`` or ``~user/`` of every text, which no shell does after ``key=``."""
     if isinstance(values, dict):
@@ -205,7 +256,10 @@ def _errors(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     A check may rely on those before it.
     """
     yield from _value_errors(values)
-    yield from argument_errors(Recipe, values, supplied=['sources'])
+    known = [each.name for each in fields(Recipe)]
+    for key, problem in argument_errors(Recipe, values, supplied=['sources']):
+        places = [] if key in known else list(_places(values, key))
+        yield key, f'unknown key; did you mean {" or ".join(places)}?' if places else problem
     for section in SINGLE:
         entry = values[section]
         if entry is not None and 'name' not in entry:

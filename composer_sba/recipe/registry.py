@@ -3,6 +3,7 @@
 A recipe can name nothing else, which keeps a YAML file data: it holds no class path and no code.
 """
 
+import contextlib
 import functools
 import inspect
 import pkgutil
@@ -18,8 +19,8 @@ from composer.core import Algorithm, AlgorithmPass, Callback
 from composer.loggers import LoggerDestination
 from composer.utils import MissingConditionalImportError
 
-from composer_sba.errors import nearest
-from composer_sba.recipe.signature import Build, annotations, argument_errors
+from composer_sba.errors import UserError, nearest
+from composer_sba.recipe.signature import Build, annotations, argument_errors, dotted_parameters, with_defaults
 
 # Imported when they are used: the registry depends on no component.
 _OWN = {
@@ -31,6 +32,7 @@ _OWN = {
         'composer_sba.algorithms:RDrop',
     ),
     'callbacks': ('composer_sba.algorithms:LastEpochsMedian',),
+    'loggers': ('composer_sba.tensorboard:TensorboardLogger',),
     'model': ('composer_sba.models:MODELS',),
     'optimizer': ('torch.optim:SGD', 'torch.optim:Adam', 'torch.optim:AdamW'),
 }
@@ -65,7 +67,7 @@ def components(section: str) -> dict[str, Build]:
     if section == 'model':
         return {name: build for models in own for name, build in models.items()}
     module, base = _COMPOSER[section]
-    return {_list_name(cls): cls for cls in [*own, *_public(module, base)]}
+    return {_list_name(cls): cls for cls in [*_public(module, base), *own]}  # ours replaces Composer's of its name
 
 
 def find(section: str, name: str) -> Build:
@@ -133,6 +135,60 @@ def component_errors(section: str, name: str, arguments: Mapping[str, Any]) -> I
             below = component_errors('scheduler', listed, _without_name(scheduler))
             yield from ((f'{key}.{inner}', problem) for inner, problem in below)
     yield from argument_errors(build, others, supplied=['params'] if section == 'optimizer' else [])
+
+
+def complete(section: str, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a component's arguments together with the defaults of those that are left out.
+
+    Args:
+        section (str): As in :func:`components`.
+        name (str): As :func:`components` lists it.
+        arguments (Mapping[str, Any]): Its keyword arguments.
+
+    Returns:
+        dict[str, Any]: As :func:`composer_sba.recipe.signature.with_defaults` returns them.
+
+    Example:
+        >>> complete('algorithms', 'sba', {'eta': 1})['vicinity']['sigma']
+        0.1
+    """
+    build = find(section, name)
+    values = with_defaults(build, arguments)
+    for key in _scheduled(build, arguments):
+        listed = str(canonical('scheduler', str(arguments[key]['name'])))
+        values[key] = {'name': listed, **complete('scheduler', listed, _without_name(arguments[key]))}
+    return values
+
+
+def parameters(section: str, name: str) -> list[str]:
+    """Return the names of a component's arguments, and with dots those of the dataclasses among them.
+
+    Args:
+        section (str): As in :func:`components`.
+        name (str): As :func:`components` lists it.
+
+    Returns:
+        list[str]: In the order of the signature.
+
+    Example:
+        >>> parameters('algorithms', 'majority_vote')[:4]
+        ['layers', 'fold', 'vicinity', 'vicinity.gaussian_fraction']
+    """
+    return list(dotted_parameters(find(section, name)))
+
+
+def in_library(name: str) -> str | None:
+    """Return the name of a model with its library, given the model's alone; None if no installed library has it.
+
+    Example:
+        >>> in_library('resnet18')
+        'torchvision/resnet18'
+    """
+    for library in ('torchvision', 'timm'):
+        with contextlib.suppress(UserError):
+            find('model', f'{library}/{name}')
+            return f'{library}/{name}'
+    return None
 
 
 def construct(section: str, name: str, arguments: Mapping[str, Any], *supplied: Any) -> Any:

@@ -6,7 +6,7 @@ import json
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import asdict, is_dataclass
 from enum import Enum
 from pathlib import PurePath
 from typing import Any, Literal
@@ -56,6 +56,47 @@ def argument_errors(
     for key in named:
         if parameters[key].default is inspect.Parameter.empty and key not in arguments:
             yield key, f'is required ({describe(hints[key])})' if key in hints else 'is required'
+
+
+def with_defaults(build: Build, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments together with the defaults of those that are left out, as far as YAML can express them.
+
+    Args:
+        build (Callable): A class, a dataclass or a function.
+        arguments (Mapping[str, Any]): Its keyword arguments, read from YAML. A mapping for a dataclass is completed
+            too.
+
+    Returns:
+        dict[str, Any]: Plain data, in the order of the signature.
+
+    Example:
+        >>> from composer.algorithms import MixUp
+        >>> with_defaults(MixUp, {'alpha': 0.5})
+        {'alpha': 0.5, 'interpolate_loss': False, 'input_key': 0, 'target_key': 1}
+    """
+    hints, complete = annotations(build), {}
+    for key, parameter in inspect.signature(build).parameters.items():
+        value = arguments.get(key, parameter.default)
+        if key not in arguments:
+            value = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+            value = list(value) if isinstance(value, tuple) else value
+            if not _is_plain(value) or not fits(hints.get(key, Any), value):
+                continue
+        classes = (h for h in _options(hints.get(key)) if isinstance(h, type) and is_dataclass(h))
+        nested = next(classes, None) if isinstance(value, Mapping) else None
+        complete[key] = value if nested is None else with_defaults(nested, value)
+    return complete | {key: value for key, value in arguments.items() if key not in complete}
+
+
+def dotted_parameters(build: Build) -> Iterator[str]:
+    """Yield the names of a component's arguments, each followed by those of its dataclass, if it may be one."""
+    hints = annotations(build)
+    for key, parameter in inspect.signature(build).parameters.items():
+        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            yield key
+            for option in _options(hints.get(key)):
+                if isinstance(option, type) and is_dataclass(option):
+                    yield from (f'{key}.{below}' for below in dotted_parameters(option))
 
 
 def fits(hint: Any, value: Any) -> bool:
@@ -139,6 +180,13 @@ def _fits_one(option: Any, value: Any) -> bool:
         item = inner[0] if inner else Any
         return kind is not str and issubclass(kind, Sequence) and all(fits(item, each) for each in value)
     return isinstance(value, kind) or (isinstance(value, str) and issubclass(kind, PurePath | Enum))
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a value is one that YAML holds."""
+    if isinstance(value, list | dict):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def _is_time(text: str) -> bool:

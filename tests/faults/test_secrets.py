@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from short_digits import RECIPE, SHORT, options
 
-from composer_sba.recipe.recipe import load, save
+from composer_sba.recipe.recipe import load, save, to_yaml
 from composer_sba.recipe.redact import redact
 from composer_sba.study.plan import Run
 from composer_sba.train import main
@@ -123,7 +123,9 @@ def test_a_recipe_that_holds_the_value_of_a_variable_is_read_back(
     monkeypatch.setenv(variable, str(tmp_path / 'digits'))
     recipe = load(RECIPE, [f'train_dataset.local=${{oc.env:{variable}}}/mds'])
     save(recipe, tmp_path / 'recipe.yaml')
-    assert load(tmp_path / 'recipe.yaml') == recipe
+    again = load(tmp_path / 'recipe.yaml')
+    assert to_yaml(again) == to_yaml(recipe)
+    assert again.train_dataset['local'] == recipe.train_dataset['local'] == f'{tmp_path}/digits/mds'
 
 
 @pytest.mark.parametrize(

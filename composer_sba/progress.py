@@ -1,0 +1,200 @@
+"""What training says while it runs: facts before it, and a line for each epoch with, on a terminal, a bar."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from composer.core import State, TimeUnit
+from composer.loggers import Logger, LoggerDestination
+from composer.utils import dist
+from rich.table import Table
+from torch import nn
+from tqdm import tqdm
+
+from composer_sba.algorithms._composer import network_of
+from composer_sba.data.loader import DatasetConfig, dataset_classes, dataset_size, image_size
+from composer_sba.latent.cut_survey import measure
+from composer_sba.recipe.recipe import Recipe
+from composer_sba.sba import SBA
+
+TRAIN_LOSS = 'loss/train/total'
+TRAIN_ACCURACY = 'metrics/train/MulticlassAccuracy'
+WIDTH = 80  # columns of a line
+SMALL_STEP = 2e9  # floating-point operations: threads that wait for each other take longer than such a step
+
+
+class EpochLines(LoggerDestination):
+    """A logger that prints a line for each epoch and, if asked to, shows the epoch in progress as a bar.
+
+    Means are over the batches that this process has trained in the epoch, those of SBA's KL over augmented batches.
+
+    Runs on the logger's ``log_metrics``, on BATCH_START, BATCH_END, EVAL_START, EVAL_BATCH_END, EVAL_END, EPOCH_END,
+    EPOCH_CHECKPOINT and FIT_END, and when the Trainer is closed; changes nothing in ``State``. State saved: none.
+
+    Args:
+        bar (bool): Whether to show a bar.
+    """
+
+    def __init__(self, bar: bool) -> None:
+        self._shows_bar = bar
+        self._bar: tqdm | None = None
+        self._begin(None)
+
+    def _begin(self, state: State | None) -> None:
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+        self._accuracy: tuple[str, float] | None = None
+        self._ended = False
+        self._start = None if state is None else (int(state.timestamp.sample), state.timestamp.total_wct)
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Add the train loss and SBA's metrics to their sums."""
+        for name, value in metrics.items():
+            if name in (TRAIN_LOSS, 'sba/augmented', 'sba/kl'):
+                self._sums[name] = self._sums.get(name, 0.0) + float(value)
+                self._counts[name] = self._counts.get(name, 0) + 1
+            elif name == TRAIN_ACCURACY:
+                self._accuracy = ('train', float(value))
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """Begin an epoch, or the rest of one that is resumed."""
+        if self._start is None:
+            self._begin(state)
+        if self._bar is None:
+            epoch, batch = int(state.timestamp.epoch) + 1, int(state.timestamp.batch_in_epoch)
+            self._open(f'epoch {epoch}{_of_all(state)}', state.dataloader_len, batch)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Advance the bar."""
+        if self._bar is not None:
+            accuracy = f', accuracy {100 * self._accuracy[1]:.1f} %' if self._accuracy else ''
+            self._bar.set_postfix_str(f'loss {self._mean(TRAIN_LOSS):.3g}{accuracy}', refresh=False)
+            self._bar.update()
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        """Close the bar of the epoch."""
+        self._close()
+
+    def eval_start(self, state: State, logger: Logger) -> None:
+        """Open a bar for an evaluation between epochs."""
+        if self._bar is None:
+            self._open('evaluation', state.dataloader_len, 0)
+
+    def eval_batch_end(self, state: State, logger: Logger) -> None:
+        """Advance the bar."""
+        if self._bar is not None and self._bar.desc.startswith('evaluation'):
+            self._bar.update()
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        """Keep the accuracy of the evaluation."""
+        self._accuracy = ('accuracy', float(state.eval_metric_values['MulticlassAccuracy']))
+        if self._bar is not None and self._bar.desc.startswith('evaluation'):
+            self._close()
+
+    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        """Print the line of the epoch, which has been evaluated by now."""
+        self._print(state, int(state.timestamp.epoch))
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Close the bar of an epoch that training leaves unfinished."""
+        self._close()
+        self._ended = True
+
+    def close(self, state: State, logger: Logger) -> None:
+        """Print the line of an epoch that training left unfinished, after its evaluation."""
+        self._close()
+        if self._ended and self._counts:
+            self._print(state, int(state.timestamp.epoch) + 1)
+
+    def _mean(self, name: str) -> float:
+        return self._sums.get(name, 0.0) / self._counts.get(name, 1)
+
+    def _open(self, title: str, batches: Any, done: int) -> None:
+        if self._shows_bar and dist.get_global_rank() == 0:
+            shape = '{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]'
+            total = None if batches is None else int(batches)
+            self._bar = tqdm(
+                desc=title, total=total, initial=done, bar_format=shape, ncols=WIDTH, leave=False, file=sys.stderr
+            )
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _print(self, state: State, epoch: int) -> None:
+        if self._start is not None and dist.get_global_rank() == 0:
+            samples, clock = self._start
+            seconds = (state.timestamp.total_wct - clock).total_seconds()
+            facts = [f'epoch {epoch}{_of_all(state)}', f'loss {self._mean(TRAIN_LOSS):.3g}']
+            if self._accuracy is not None:
+                facts.append(f'{self._accuracy[0]} {100 * self._accuracy[1]:.2f} %')
+            if seconds > 0:
+                facts.append(f'{(int(state.timestamp.sample) - samples) / seconds:,.0f} img/s')
+            if 'sba/augmented' in self._counts:
+                facts.append(f'augmented {100 * self._mean("sba/augmented"):.0f} %')
+            if 'sba/kl' in self._counts:
+                facts.append(f'KL {self._mean("sba/kl"):.3g}')
+            print(' '.join(facts), file=sys.stderr, flush=True)
+        self._begin(None)
+
+
+def facts(recipe: Recipe, state: State, threads: str) -> Table:
+    """Return what is about to be trained as a table without lines.
+
+    Args:
+        recipe (Recipe): The recipe.
+        state (State): Composer's, before training.
+        threads (str): A remark about the threads of a CPU.
+
+    Returns:
+        Table: For a ``rich.console.Console`` to print.
+    """
+    network, rows = network_of(state.model), Table(box=None, show_header=False, pad_edge=False)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    train = DatasetConfig(**recipe.train_dataset)
+    size, evaluated = image_size(train), ''
+    if recipe.eval_dataset is not None:
+        evaluated = f', {dataset_size(DatasetConfig(**recipe.eval_dataset)):,} to evaluate'
+    rows.add_row('network', f'{recipe.model["name"]}: {parameters:,} parameters')
+    images = f'{dataset_size(train):,} images to train{evaluated}'
+    rows.add_row('data', f'{train.name}: {images}, {size}x{size} pixels, {dataset_classes(train)} classes')
+    rows.add_row('device', f'{device(state)}{threads}, {state.precision.value}')
+    rows.add_row('steps', _steps(recipe, state))
+    for algorithm in state.algorithms:
+        if isinstance(algorithm, SBA):
+            rows.add_row('SBA', algorithm.describe(network, (3, size, size)))
+    others = [name for name in recipe.algorithms if name != 'sba']
+    if others:
+        rows.add_row('also', ', '.join(others))
+    return rows
+
+
+def device(state: State) -> str:
+    """Return the devices that train: ``'CPU'``, or the number and the name of the GPUs."""
+    world = dist.get_world_size()
+    if state.device.name == 'gpu':
+        return f'{world} x {torch.cuda.get_device_name()}' if world > 1 else torch.cuda.get_device_name()
+    name = state.device.name.upper()
+    return f'{world} processes, {name}' if world > 1 else name
+
+
+def operations_of_step(network: nn.Module, shape: Sequence[int], rows: int) -> float | None:
+    """Return the floating-point operations of a plain training step, None if they cannot be counted."""
+    operations, _ = measure(network, (), shape)
+    return None if operations is None else rows * operations
+
+
+def _steps(recipe: Recipe, state: State) -> str:
+    duration, epoch, batch = state.max_duration, state.dataloader_len, recipe.global_train_batch_size
+    if duration is None or epoch is None or duration.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH):
+        return f'{duration}, {batch} images in a batch'
+    if duration.unit == TimeUnit.BATCH:
+        return f'{duration.value:,} with {batch} images'
+    return f'{duration.value * int(epoch):,}: {duration.value} epochs of {int(epoch):,} batches of {batch} images'
+
+
+def _of_all(state: State) -> str:
+    duration = state.max_duration
+    return f'/{duration.value}' if duration is not None and duration.unit == TimeUnit.EPOCH else ''
