@@ -169,6 +169,22 @@ def test_an_empty_block_does_not_stop_the_next_run(digits_folder: Path, block: C
     assert not left.exists() or left.stat().st_size, 'the block is still empty'
 
 
+def test_lock_files_of_ended_runs_are_listed_and_not_looked_for_one_by_one(
+    tmp_path: Path, digits_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streaming leaves two for each dataset and uses none of their numbers again."""
+    for number in range(500):
+        (tmp_path / f'{number:06}_{("barrier", "cache")[number % 2]}_filelock').touch()
+    monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
+    exists, looked_for = os.path.exists, []
+    monkeypatch.setattr(
+        'os.path.exists', lambda path: (str(path).endswith('_filelock') and looked_for.append(path)) or exists(path)
+    )
+    loader = build_dataloader(DatasetConfig('digits', local=str(digits_folder)), 4)
+    assert loader.dataset._shm_prefix_int >= 500
+    assert len(looked_for) < 500, len(looked_for)
+
+
 def test_a_cache_that_another_run_uses_is_refused_in_one_line(tmp_path: Path, block: Callable[..., Path]) -> None:
     keys = dataset(tmp_path / 'remote', 16) | {'local': str(tmp_path / 'cache'), 'remote': str(tmp_path / 'remote')}
     refusals: list[str] = []

@@ -6,8 +6,10 @@ Streaming's processes coordinate through blocks in ``/dev/shm`` whose names begi
 
 import contextlib
 import fcntl
+import itertools
 import os
 import platform
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import streaming.base.dataset
+import streaming.base.shared.prefix
 from composer.utils import dist
 from filelock import FileLock
-from streaming.base.constant import LOCALS, SHM_TO_CLEAN
+from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS, SHM_TO_CLEAN
 from streaming.base.shared import SharedMemory
 from streaming.base.shared.prefix import _check_and_find_retrying, _get_path, _pack_locals
 from streaming.base.world import World
@@ -97,9 +100,13 @@ def registration() -> Iterator[None]:
                 held.enter_context(FileLock(folder / f'composer-sba-{os.getuid()}.lock'))
                 _remove_blocks_of_ended_runs(folder)
             dist.barrier()
-        module: Any = streaming.base.dataset
-        held.callback(setattr, module, 'get_shm_prefix', module.get_shm_prefix)
-        module.get_shm_prefix = choose_number
+        dataset: Any = streaming.base.dataset
+        held.callback(setattr, dataset, 'get_shm_prefix', dataset.get_shm_prefix)
+        dataset.get_shm_prefix = choose_number
+        prefix: Any = streaming.base.shared.prefix
+        held.callback(setattr, prefix, '_each_prefix_int', prefix._each_prefix_int)
+        with_lock_files = _numbers_with_lock_files()
+        prefix._each_prefix_int = lambda: itertools.filterfalse(with_lock_files.__contains__, itertools.count())
         try:
             yield
         except Exception as error:
@@ -126,6 +133,17 @@ def _register(locals_: list[str], remotes: list[str | None], retry: int) -> tupl
             _claim(_SHARED_MEMORY / _get_path(number, LOCALS))
             block.buf[: len(content)] = content
             return number, block
+
+
+def _numbers_with_lock_files() -> set[int]:
+    """List the numbers that Streaming does not use again.
+
+    Streaming leaves the lock files of each dataset in the folder for temporary files, and looks for both of each number
+    nine times. After a thousand datasets that takes longer than the rest of the construction; one listing does not.
+    """
+    lock_file = re.compile(rf'(\d+)_({BARRIER_FILELOCK}|{CACHE_FILELOCK})')
+    found = map(lock_file.fullmatch, os.listdir(tempfile.gettempdir()))
+    return {int(each[1]) for each in found if each}
 
 
 def _claim(path: Path) -> None:
