@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import random
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,6 +118,27 @@ def _shared_memory_ends_with_the_test(monkeypatch: pytest.MonkeyPatch) -> Iterat
     yield
     for end in ends:
         end()
+
+
+@pytest.fixture(autouse=True)
+def _workers_end_with_the_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Python's garbage collector closes the queue of a worker before PyTorch asks it to end, and then waits for 5 s.
+
+    It collects DataLoaders in a reference cycle: those of Composer's Trainer, and those that a traceback refers to.
+    """
+    from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+    begin, started = _MultiProcessingDataLoaderIter.__init__, []
+
+    def begun(self: _MultiProcessingDataLoaderIter, loader: torch.utils.data.DataLoader) -> None:
+        begin(self, loader)
+        started.append(weakref.ref(self))
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, '__init__', begun)
+    yield
+    for reference in started:
+        if (iterator := reference()) is not None:
+            iterator._shutdown_workers()
 
 
 @pytest.fixture(scope='session')

@@ -28,7 +28,8 @@ VICINITIES = {
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
-    """Use kernels on the CPU, which conftest.py has told Triton to interpret."""
+    """Use kernels on the CPU, which conftest.py has told Triton to interpret: slowly, so blocks are small."""
+    monkeypatch.setattr(kernels, '_BLOCK', 256)
     monkeypatch.setattr(kernels, 'are_usable_on', lambda tensor: tensor.dtype != torch.float64)
 
 
@@ -39,9 +40,9 @@ def expand(vicinity, latent, fold=4, seed=SEED):
 @pytest.mark.parametrize('vicinity', VICINITIES)
 def test_the_augmented_batch_has_the_law_of_the_vicinity(vicinity):
     vicinity = VICINITIES[vicinity]
-    latent = torch.randn(16, 300)
-    raw, *copies = expand(vicinity, latent).view(5, 16, 300)
-    _, *expected = vicinity.expand(latent, 4, torch.Generator().manual_seed(123)).view(5, 16, 300)
+    latent = torch.randn(16, 125)
+    raw, *copies = expand(vicinity, latent).view(5, 16, 125)
+    _, *expected = vicinity.expand(latent, 4, torch.Generator().manual_seed(123)).view(5, 16, 125)
     assert torch.equal(raw, latent)
     for ours, theirs in zip(copies, expected, strict=True):
         for statistic in (
@@ -52,22 +53,23 @@ def test_the_augmented_batch_has_the_law_of_the_vicinity(vicinity):
         ):
             assert statistic(ours).item() == pytest.approx(statistic(theirs).item(), rel=0.1, abs=0.2)
         assert (ours - latent).abs().max() <= (theirs - latent).abs().max() * 1.5 + 1e-6
+    rows = expand(vicinity, latent[:1])
     if vicinity.has_noise(4):
         assert not torch.equal(copies[0], copies[1])
-        assert not torch.equal(expand(vicinity, latent[:1], seed=SEED - 1), expand(vicinity, latent[:1]))
-    assert torch.equal(expand(vicinity, latent[:1]), expand(vicinity, latent[:1]))
+        assert not torch.equal(expand(vicinity, latent[:1], seed=SEED - 1)[1:], rows[1:])
+    assert torch.equal(expand(vicinity, latent[:1]), rows)
 
 
 def test_the_noise_is_bounded_in_units_of_the_root_mean_square():
-    latent = 3 * torch.randn(64, 100)
-    noise = expand(Vicinity(1.0, sigma=0.2), latent, 2)[64:] - latent.repeat(2, 1)
+    latent = 3 * torch.randn(32, 100)
+    noise = expand(Vicinity(1.0, sigma=0.2), latent, 2)[32:] - latent.repeat(2, 1)
     rms = latent.square().mean().sqrt().item()
     assert noise.abs().max().item() == pytest.approx(2 * 0.2 * rms, rel=1e-4)
     assert noise.var().item() / (0.2 * rms) ** 2 == pytest.approx(0.9205, rel=0.05)  # of a Gaussian clipped at 2
 
 
 @pytest.mark.parametrize('vicinity', VICINITIES)
-@pytest.mark.parametrize('shape', [(6, 40), (6, 3, 4, 5), (2, 700)], ids=str)
+@pytest.mark.parametrize('shape', [(6, 40), (6, 3, 4, 5), (2, 150)], ids=str)
 def test_the_gradient_is_the_sum_over_copies_with_the_masks_that_were_drawn(vicinity, shape):
     vicinity, latent = VICINITIES[vicinity], torch.rand(*shape) + 0.5
     if len(shape) == 4:
@@ -113,7 +115,7 @@ def test_an_augmented_step_of_a_gpu_dispatches_at_most_25_operators_more(fold, m
     """A kernel counts as one operator; what the interpreter does in its place does not count."""
     from composer_sba import triton_kernels
 
-    network = nn.Sequential(nn.Linear(32, 96), nn.ReLU(), nn.Linear(96, 10))
+    network = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 10))
     batch = torch.randn(16, 32), torch.randint(10, (16,))
     launches = []
     for name in ('expand', 'sum_copies', 'soft_label_kl'):
