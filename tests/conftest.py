@@ -6,6 +6,7 @@ Fixtures import what they use: pytest-xdist reads this file before it starts wor
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 os.environ['TRITON_INTERPRET'] = '1'  # test_kernels.py runs kernels on the CPU; read when triton is imported
 
 # Workers take files in this order, then the others, so that none is left with a long one at the end
-LONG = ('resume', 'train', 'distributed', 'study', 'docs', 'cut_survey', 'composition', 'data', 'models', 'readme')
+LONG = ('train', 'distributed', 'resume', 'docs', 'libraries', 'study', 'composition', 'data', 'cut_survey', 'recipe')
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -42,6 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let hypothesis draw the same few examples in each run, or as many new ones as a campaign asks for."""
+    gc.disable()  # imports leave no garbage, and half a million objects to look at
     campaign = config.getoption('--campaign')
     options = {'deadline': None, 'database': None, 'suppress_health_check': list(HealthCheck)}
     settings.register_profile(
@@ -55,6 +57,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if hasattr(config, 'workerinput'):
         order = {f'test_{name}': place for place, name in enumerate(LONG)}
         items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage from now on, but not among what was imported."""
+    gc.freeze()
+    gc.enable()
 
 
 class FileScheduling(LoadFileScheduling):

@@ -207,7 +207,7 @@ def test_with_sba_another_algorithm_does_what_it_does_alone(name):
 def test_with_sba_another_algorithm_resumes_to_the_same_checkpoint(name, tmp_path):
     """Resumed in the middle of an epoch; SBA is first in the list of one run and last in the other's."""
     sba = SBA(['stem', 'head'] if name != 'GhostBatchNorm' else 'head', augment_prob=1.0, eta=1.0)
-    fit(sba, make(name), save_folder=str(tmp_path), save_interval='1ba')
+    fit(sba, make(name), save_folder=str(tmp_path), save_interval='2ba')
     again = SBA(sba.layers, augment_prob=1.0, eta=1.0)
     resumed = tmp_path / 'resumed'
     fit(make(name), again, save_folder=str(resumed), load_path=str(tmp_path / 'ep0-ba2-rank0.pt'))

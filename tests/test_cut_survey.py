@@ -17,7 +17,7 @@ from torchvision import models
 from torchvision.models import vgg
 from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.efficientnet import FusedMBConvConfig, MBConvConfig
-from torchvision.models.resnet import Bottleneck
+from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
 from composer_sba import LatentExpander
@@ -77,6 +77,7 @@ def thin_vgg(num_classes):
 
 
 SMALL = {  # the blocks and joints of a family, fewer and thinner
+    'resnet18': partial(models.ResNet, BasicBlock, [1, 1, 1, 1]),
     'vgg11_bn': thin_vgg,
     'efficientnet_b0': partial(
         models.EfficientNet,
@@ -146,7 +147,9 @@ def check_refused(network, layer, pixels):
     assert '\n' not in str(refusal.value) and repr(layer) in str(refusal.value), refusal.value
 
 
-LARGE = {'inception_v3'}  # takes images of at least 75 pixels, and seconds for each cut
+# Inception takes images of at least 75 pixels, AlexNet has 57 million weights. VGG and ResNeXt have the same blocks as
+# AlexNet and the wide ResNet.
+LARGE = {'inception_v3', 'alexnet', 'wide_resnet50_2'}
 
 
 @pytest.mark.parametrize(

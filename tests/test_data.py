@@ -22,8 +22,14 @@ from composer_sba.errors import DatasetError
 from shards import dataset, labels
 
 
-@pytest.mark.parametrize('workers', [0, 2])
-@pytest.mark.parametrize('size', [1, 5, 16, 97])
+@pytest.mark.parametrize(
+    ('size', 'workers'),
+    [
+        *((size, 0) for size in (1, 5, 16, 97)),
+        *((size, 2) for size in (5, 97)),
+        *(pytest.param(size, 2, marks=pytest.mark.nightly) for size in (1, 16)),
+    ],
+)
 def test_each_sample_once_in_training_and_evaluation(tmp_path: Path, size: int, workers: int) -> None:
     keys = dataset(tmp_path / 'mds', size)
     train = build_dataloader(DatasetConfig(**keys, num_workers=workers), 4)

@@ -6,6 +6,7 @@ Run: pytest tests/test_distributed.py. On four ranks as well: pytest tests/test_
 import contextlib
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -106,7 +107,8 @@ def test_a_run_of_two_ranks_goes_on_on_another_number_of_them(run_ranks, few_dig
 
 
 @pytest.mark.parametrize('victim', [1, pytest.param(0, marks=pytest.mark.nightly)])
-def test_a_rank_that_is_killed_takes_the_run_down(tmp_path, victim):
+def test_a_rank_that_is_killed_takes_the_run_down(few_digits, tmp_path, victim):
+    shutil.copytree(few_digits, tmp_path / 'digits')
     keys = ['max_duration=1000ep', 'progress_bar=false', 'train_dataset.num_workers=1', f'save_folder={tmp_path}/run']
     keys += [f'{section}.local={tmp_path}/digits' for section in ('train_dataset', 'eval_dataset')]
     command = [ROOT / 'tests' / 'forked_launcher.py', '-n', '2', ROOT / 'train.py', '-f', RECIPE, *keys]

@@ -191,10 +191,9 @@ def test_training_is_unchanged():
         assert torch.equal(plain, reported)
 
 
-def test_a_recipe_reports_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_recipe_reports_it(tmp_path, digits_folder):
     settings = ['max_duration=3ep', 'progress_bar=false', 'save_folder=null', f'loggers.file.filename={tmp_path}/log']
-    settings += ['train_dataset.local=digits', 'eval_dataset.local=digits']
+    settings += [f'train_dataset.local={digits_folder}', f'eval_dataset.local={digits_folder}']
     settings += ['train_dataset.in_memory=true', 'eval_dataset.in_memory=true']
     trainer = train(load(RECIPE, [*settings, 'callbacks.last_epochs_median.num_epochs=2']))
     (median,) = (each for each in trainer.state.callbacks if isinstance(each, LastEpochsMedian))

@@ -266,14 +266,14 @@ def test_the_model_has_the_metrics_of_this_package(model: str) -> None:
 
 
 def test_training_is_summarized_and_resumes(
-    model: str, digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: str, few_digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [f'model={model}', 'algorithms={sba: {}}', 'save_overwrite=false', 'autoresume=true']
     options += ['eval_subset_num_batches=1']
     for folder in ('broken', 'whole'):
         folders = [
             f'save_folder={tmp_path / folder}',
-            *(f'{s}_dataset.local={digits_folder}' for s in ('train', 'eval')),
+            *(f'{s}_dataset.local={few_digits}' for s in ('train', 'eval')),
         ]
         for duration in ('2ba', '4ba') if folder == 'broken' else ('4ba',):
             arguments = [*options, *folders, f'max_duration={duration}', 'save_interval=2ba', 'run_name=run']
@@ -291,26 +291,33 @@ def test_training_is_summarized_and_resumes(
 
 
 @pytest.mark.parametrize('layers', ['head', 'input'])
-def test_sba_trains_the_model(layers: str, model: str, digits_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sba_trains_the_model(layers: str, model: str, few_digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sba = f'algorithms={{sba: {{layers: {layers}, augment_prob: 1}}}}'
-    data = [f'{section}_dataset.local={digits_folder}' for section in ('train', 'eval')]
+    data = [f'{section}_dataset.local={few_digits}' for section in ('train', 'eval')]
     assert main(['-f', DIGITS, f'model={model}', sba, *data, 'save_folder=null', 'max_duration=2ba']) == 0
     printed = capsys.readouterr().out
     assert '100.0 % of steps' in printed and float(re.search(r'SBA KL *│ ([\d.e-]+)', printed)[1]) > 0, printed
 
 
 @pytest.mark.filterwarnings('ignore:Some targets have less than 1 total probability')
-@pytest.mark.parametrize('mixing', ['mixup: {}', 'cutmix: {interpolate_loss: true}', 'manifold_mixup: {layers: head}'])
-def test_other_algorithms_train_with_the_model(mixing: str, model: str, digits_folder: Path) -> None:
+@pytest.mark.parametrize(
+    'mixing',
+    [
+        'manifold_mixup: {layers: head}',
+        pytest.param('mixup: {}', marks=pytest.mark.nightly),  # it mixes images, whatever the model is
+        pytest.param('cutmix: {interpolate_loss: true}', marks=pytest.mark.nightly),
+    ],
+)
+def test_other_algorithms_train_with_the_model(mixing: str, model: str, few_digits: Path) -> None:
     algorithms = f'{{{mixing}, label_smoothing: {{}}, batch_augmentation: {{fold: 2}}, ema: {{}}}}'
-    data = [f'{section}_dataset.local={digits_folder}' for section in ('train', 'eval')]
+    data = [f'{section}_dataset.local={few_digits}' for section in ('train', 'eval')]
     short = ['save_folder=null', 'max_duration=2ba', 'device_train_microbatch_size=32']
     assert main(['-f', DIGITS, f'model={model}', f'algorithms={algorithms}', *data, *short]) == 0
 
 
 @pytest.mark.usefixtures('offline')
-def test_a_checkpoint_of_a_pretrained_model_is_evaluated_without_fetching(digits_folder: Path, tmp_path: Path) -> None:
-    data = [f'{section}_dataset.local={digits_folder}' for section in ('train', 'eval')]
+def test_a_checkpoint_of_a_pretrained_model_is_evaluated_without_fetching(few_digits: Path, tmp_path: Path) -> None:
+    data = [f'{section}_dataset.local={few_digits}' for section in ('train', 'eval')]
     run = tmp_path / 'run'
     assert main(['-f', DIGITS, f'model={TIMM}', *data, f'save_folder={run}', 'max_duration=1ba']) == 0
     recipe = load(run / 'recipe.yaml', ['model.pretrained=true'])
@@ -319,10 +326,8 @@ def test_a_checkpoint_of_a_pretrained_model_is_evaluated_without_fetching(digits
     assert torch.equal(network.head.weight, trained['module.head.weight'])
 
 
-def test_a_trained_model_of_huggingface_is_saved_as_the_page_says(
-    vit: Path, digits_folder: Path, tmp_path: Path
-) -> None:
-    data = [f'{section}_dataset.local={digits_folder}' for section in ('train', 'eval')]
+def test_a_trained_model_of_huggingface_is_saved_as_the_page_says(vit: Path, few_digits: Path, tmp_path: Path) -> None:
+    data = [f'{section}_dataset.local={few_digits}' for section in ('train', 'eval')]
     model = f'model={{name: huggingface/{vit}, pretrained: true, num_classes: 10}}'
     assert main(['-f', DIGITS, model, *data, f'save_folder={tmp_path / "run"}', 'max_duration=2ba']) == 0
     page = (Path(__file__).parents[1] / 'docs' / 'recipes' / 'libraries.md').read_text()

@@ -126,9 +126,9 @@ def test_training_improves_on_mixtures():
     assert end < 0.9 * start, f'loss {start:.3f} -> {end:.3f}'
 
 
-def test_a_recipe_trains(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    settings = ['max_duration=3ep', 'progress_bar=false', 'save_folder=null']
+def test_a_recipe_trains(digits_folder):
+    settings = [f'train_dataset.local={digits_folder}', f'eval_dataset.local={digits_folder}']
+    settings += ['max_duration=3ep', 'progress_bar=false', 'save_folder=null']
     settings += ['train_dataset.in_memory=true', 'eval_dataset.in_memory=true']
     trainer = train(load(RECIPE, [*settings, 'algorithms.manifold_mixup.layers=[input,conv1,conv2]']))
     accuracy = trainer.state.eval_metric_values['MulticlassAccuracy'].item()

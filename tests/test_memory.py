@@ -35,8 +35,8 @@ RECIPE = str(Path(__file__).parent.parent / 'yamls' / 'digits_sba.yaml')
 
 
 @pytest.fixture
-def folder(digits_folder):
-    return str(digits_folder)
+def folder(few_digits):
+    return str(few_digits)
 
 
 @pytest.fixture
@@ -61,15 +61,15 @@ def multiset(images, labels):
 
 def test_every_epoch_has_the_samples_that_streaming_has(loader):
     memory, streaming = loader(augment=False), loader(augment=False, in_memory=False)
-    assert len(memory) == len(streaming) == 15
+    assert len(memory) == len(streaming) == 2
     for _ in range(2):
         samples = multiset(*epoch(memory))
         assert samples == multiset(*epoch(streaming))
-        assert samples.total() == 1437
+        assert samples.total() == 190
 
 
 def test_evaluation_has_the_batches_that_streaming_has(loader):
-    memory, streaming = loader(split='val'), loader(split='val', in_memory=False)
+    memory, streaming = loader(10, split='val'), loader(10, split='val', in_memory=False)
     assert len(memory) == len(streaming) == 4
     for _ in range(2):
         for ours, theirs in zip(memory, streaming, strict=True):
@@ -96,10 +96,10 @@ def test_seed_and_epoch_determine_order_and_transforms(loader):
 
 
 def test_batches_of_one_epoch_have_different_draws(loader):
-    train = loader(64)
+    train = loader(8)
     train.dataset.images[:] = train.dataset.images[0].clone()
     batches = [images.numpy().tobytes() for images, _ in train]
-    assert len(set(batches)) == len(batches) == 23
+    assert len(set(batches)) == len(batches) == 24
 
 
 def test_the_global_generator_is_left_alone(loader):
@@ -136,8 +136,8 @@ def fit(loader, algorithms=(), **options):
 @pytest.mark.filterwarnings('ignore:Cannot split tensor of length:UserWarning')  # the last batch of an epoch
 @pytest.mark.parametrize('checkpoint', ['ep0-ba2-rank0.pt', 'ep1-ba5-rank0.pt'])
 def test_a_run_resumed_in_mid_epoch_ends_with_the_same_bits(tmp_path, loader, checkpoint):
-    weights, batches = fit(loader(512, cutout=2), save_folder=str(tmp_path), save_interval='1ba')
-    resumed, rest = fit(loader(512, cutout=2), load_path=str(tmp_path / checkpoint))
+    weights, batches = fit(loader(64, cutout=2), save_folder=str(tmp_path), save_interval='1ba')
+    resumed, rest = fit(loader(64, cutout=2), load_path=str(tmp_path / checkpoint))
     assert len(batches) == 9
     for ours, unbroken in zip(rest, batches[int(checkpoint[6]) :], strict=True):
         assert torch.equal(ours[0], unbroken[0]) and torch.equal(ours[1], unbroken[1])
@@ -153,16 +153,16 @@ def test_batches_that_cannot_be_filled_are_refused(loader, folder):
 
 def test_a_subset_does_not_depend_on_the_seed(loader):
     everything = loader(augment=False, shuffle=False)
-    chosen = torch.randperm(1437, generator=torch.Generator().manual_seed(0))[:500]
+    chosen = torch.randperm(190, generator=torch.Generator().manual_seed(0))[:60]
     expected = multiset(everything.dataset.images[chosen].float(), everything.dataset.labels[chosen])
     for seed in (1, 2):
-        part = loader(seed=seed, subset=500)
-        assert len(part.dataset) == len(epoch(part)[1]) == 500
+        part = loader(seed=seed, subset=60)
+        assert len(part.dataset) == len(epoch(part)[1]) == 60
         assert multiset(part.dataset.images.float(), part.dataset.labels) == expected
 
 
-def test_copies_of_one_image_have_different_crops(loader):
-    train = loader(64, subset=640)
+def test_copies_of_one_image_have_different_crops(loader, digits_folder):
+    train = loader(64, subset=640, local=str(digits_folder))
     originals = {
         TF.pad(image, [1])[:, top : top + 8, left : left + 8].numpy().tobytes(): i
         for i, image in enumerate(train.dataset.images)
@@ -185,8 +185,8 @@ def test_copies_of_one_image_have_different_crops(loader):
 
 @pytest.mark.filterwarnings('ignore:Cannot split tensor of length:UserWarning')
 def test_batch_augmentation_trains_on_the_copies(loader):
-    _, batches = fit(loader(512), [BatchAugmentation(fold=3)])
-    assert [len(images) for images, _ in batches] == [1536, 1536, 1239] * 3
+    _, batches = fit(loader(64), [BatchAugmentation(fold=3)])
+    assert [len(images) for images, _ in batches] == [192, 192, 186] * 3
     for images, labels in batches:
         assert torch.equal(labels[::3], labels[1::3]) and torch.equal(labels[::3], labels[2::3])
         assert not torch.equal(images[::3], images[1::3])
@@ -196,11 +196,11 @@ def test_a_recipe_reads_into_memory(folder):
     keys = [f'local={folder}', 'in_memory=true']
     overrides = [f'{section}.{key}' for section in ('train_dataset', 'eval_dataset') for key in keys]
     overrides += ['max_duration=2ba', 'progress_bar=false', 'save_folder=null', 'device=cpu']
-    trainer = train(load(RECIPE, [*overrides, 'train_dataset.subset=200']))
+    trainer = train(load(RECIPE, [*overrides, 'train_dataset.subset=150']))
     assert isinstance(trainer.state.dataloader.dataset, MemoryDataset)
-    assert trainer.state.timestamp.sample == 128 and len(trainer.state.dataloader.dataset) == 200
+    assert trainer.state.timestamp.sample == 128 and len(trainer.state.dataloader.dataset) == 150
     evaluation = trainer.state.evaluators[0].dataloader.dataloader.dataset
-    assert isinstance(evaluation, MemoryDataset) and len(evaluation) == 360
+    assert isinstance(evaluation, MemoryDataset) and len(evaluation) == 40
     assert 0 < trainer.state.eval_metric_values['MulticlassAccuracy'] < 1
 
 
@@ -216,7 +216,7 @@ def test_a_recipe_reads_into_memory(folder):
         ({'num_workers': 2}, 'num_workers: 2 workers are not used with in_memory: remove the key'),
         ({'in_memory': False, 'subset': 5}, 'subset requires in_memory: true'),
         ({'subset': 0}, 'subset: expected a number of samples >= 1, got 0'),
-        ({'subset': 1438}, 'subset: 1438 is more than the 1437 samples of FOLDER/train: choose a smaller one'),
+        ({'subset': 191}, 'subset: 191 is more than the 190 samples of FOLDER/train: choose a smaller one'),
     ],
 )
 def test_wrong_keys_are_refused(folder, keys, message):

@@ -181,6 +181,8 @@ def test_a_few_steps_improve_the_loss(name: str, options: dict[str, Any]) -> Non
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
+        if losses[-1] < 0.95 * losses[0]:
+            break
     assert min(losses) < 0.95 * losses[0], losses
 
 

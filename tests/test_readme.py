@@ -49,8 +49,11 @@ def test_the_commands_of_the_recipes_run(tmp_path, monkeypatch):
     for command in block.splitlines():
         match shlex.split(command.removeprefix('$ ').replace('/datasets/imagenet', str(folder))):
             case ['composer-sba', 'train', *arguments] | ['composer', '-m', 'composer_sba.train', *arguments]:
-                classes = ['model.num_classes=3'] if 'imagenet' in command else []
-                assert train.main([*arguments, *small, *classes]) == 0, command
+                sizes = [
+                    f'{split}_dataset.{key}=64' for split in ('train', 'eval') for key in ('crop_size', 'resize_size')
+                ]
+                imagenet = ['model.num_classes=3', *sizes] if 'imagenet' in command else []
+                assert train.main([*arguments, *small, *imagenet]) == 0, command
                 trained += 1
             case ['composer-sba', 'convert', *arguments]:
                 assert convert.main(arguments) == 0, command

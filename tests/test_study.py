@@ -27,7 +27,7 @@ from programs import start, start_server
 ROOT = Path(__file__).parent.parent
 YAMLS = ROOT / 'yamls'
 DIGITS = ['--datasets', 'digits', '--recipes', str(YAMLS)]
-IN_MEMORY = ['--set', 'train_dataset.in_memory=true', 'eval_dataset.in_memory=true']
+IN_MEMORY = ['--set', 'train_dataset.in_memory=true', 'eval_dataset.in_memory=true', 'train_dataset.subset=640']
 SBA = ['methods', *DIGITS, '--methods', 'sba', '--seeds', '1', '--epochs-scale', '0.5', *IN_MEMORY]
 
 
@@ -77,13 +77,19 @@ def server() -> None:
     start_server()
 
 
+@pytest.fixture
+def converted(_folder: None, tmp_path: Path, digits_folder: Path) -> None:
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data' / 'digits').symlink_to(digits_folder)
+
+
 def _fail(run: Run, results: Path, shared: object, scratch: Path, folder: Path, *_: object) -> None:
     os.chdir(folder)
     (scratch / f'{run.hash}.log').write_bytes(b'bytes \xff of s3://me:hunter2@host/data\n\n')
     sys.exit(3)
 
 
-@pytest.mark.usefixtures('server')
+@pytest.mark.usefixtures('server', 'converted')
 class TestRuns:
     """Studies of a few epochs on the digits."""
 
@@ -133,9 +139,9 @@ class TestRuns:
         # The record describes the run and holds no path
         accuracies = sorted(epoch['accuracy'] for epoch in resumed['epochs'][-5:])
         assert resumed['accuracy'] == accuracies[2]
-        assert resumed['train_samples'] == 1437 and resumed['seed'] == 17
-        assert resumed['flops'] == pytest.approx(6 * 1437 * flops_per_image(load(YAMLS / 'digits_sba.yaml')))
-        assert resumed['images_per_second'] == pytest.approx(6 * 1437 / resumed['train_seconds'], rel=0.01)
+        assert resumed['train_samples'] == 640 and resumed['seed'] == 17
+        assert resumed['flops'] == pytest.approx(6 * 640 * flops_per_image(load(YAMLS / 'digits_sba.yaml')))
+        assert resumed['images_per_second'] == pytest.approx(6 * 640 / resumed['train_seconds'], rel=0.01)
         assert str(tmp_path) not in json.dumps(resumed) and 'runs/study' not in json.dumps(resumed)
 
     def test_the_output_of_a_failure_may_be_anything(

@@ -27,14 +27,15 @@ EVALUATIONS = [
     {'epoch': epoch, 'seconds': 1.0, 'accuracy': 0.5, 'loss': 1.0, 'calibration_error': 0.1, 'train_loss': 2.0}
     for epoch in (-2, -1)  # a run of two batches evaluates in epoch 0
 ]
-SHORT = ['max_duration=2ba', 'eval_subset_num_batches=1', 'progress_bar=false']
+SHORT = ['max_duration=2ba', 'global_train_batch_size=32', 'eval_subset_num_batches=1', 'progress_bar=false']
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run where the digits, once made, can be shared, and runs/ starts empty for each test."""
-    folder = tmp_path_factory.getbasetemp() / 'work'
-    folder.mkdir(exist_ok=True)
+def _elsewhere(tmp_path: Path, few_digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run where data/digits has a few digits."""
+    folder = tmp_path / 'work'
+    (folder / 'data').mkdir(parents=True)
+    (folder / 'data' / 'digits').symlink_to(few_digits)
     monkeypatch.chdir(folder)
 
 
@@ -72,9 +73,11 @@ def test_the_model_card_describes_the_run(few_digits: Path, capsys: pytest.Captu
     assert load(tmp_path / 'card.yaml') == load(tmp_path / 'recipe.yaml')
 
 
-def test_the_demo_learns_the_digits() -> None:
+def test_the_demo_learns_the_digits(digits_folder: Path) -> None:
     """In half of the demo's epochs; the demo itself promises 95 %."""
-    trainer = train(load(RECIPE, ['max_duration=6ep', 'progress_bar=false', 'save_folder=null']))
+    keys = [f'local={digits_folder}', 'in_memory=true']
+    data = [f'{section}.{key}' for section in ('train_dataset', 'eval_dataset') for key in keys]
+    trainer = train(load(RECIPE, [*data, 'max_duration=6ep', 'progress_bar=false', 'save_folder=null']))
     accuracy = trainer.state.eval_metric_values['MulticlassAccuracy'].item()
     assert accuracy >= 0.95, f'{100 * accuracy:.1f} %'
 

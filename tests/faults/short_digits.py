@@ -7,5 +7,5 @@ RECIPE = str(ROOT / 'yamls' / 'digits_sba.yaml')
 SHORT = ['max_duration=1ba', 'eval_subset_num_batches=1', 'progress_bar=false', 'train_dataset.in_memory=true']
 
 
-def options(digits_folder: Path, *more: str) -> list[str]:
-    return ['-f', RECIPE, *SHORT, f'train_dataset.local={digits_folder}', f'eval_dataset.local={digits_folder}', *more]
+def options(folder: Path, *more: str) -> list[str]:
+    return ['-f', RECIPE, *SHORT, f'train_dataset.local={folder}', f'eval_dataset.local={folder}', *more]

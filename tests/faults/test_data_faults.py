@@ -39,9 +39,9 @@ pytestmark = [
 
 
 @pytest.fixture
-def digits(digits_folder: Path, tmp_path: Path) -> Path:
+def digits(few_digits: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
-    return Path(shutil.copytree(digits_folder, tmp_path / 'digits'))
+    return Path(shutil.copytree(few_digits, tmp_path / 'digits'))
 
 
 @pytest.fixture
@@ -64,9 +64,9 @@ def run(digits: Path, *more: str) -> int:
 # --- a dataset that is damaged ----------------------------------------------------------------------------------------
 
 
-def flip(path: Path) -> None:
+def flip(path: Path, at: float = 0.5) -> None:
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[int(at * len(content))] ^= 1
     path.write_bytes(content)
 
 
@@ -136,7 +136,7 @@ def test_a_damaged_dataset_ends_in_one_line(
 
 
 def test_a_flipped_byte_is_found_unless_verify_is_off(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flip(digits / 'train' / SHARD)
+    flip(digits / 'train' / SHARD, at=0)  # in the number of samples, which Streaming takes from the index
     skip = ['save_folder=null', 'train_dataset.verify=false']
     train(load(RECIPE, [*SHORT, *skip, f'train_dataset.local={digits}', f'eval_dataset.local={digits}']))
     monkeypatch.setattr(loader, 'VERIFIED_BYTES', 1000)  # now the shards are too large to be compared by default
@@ -178,7 +178,7 @@ def test_a_disk_that_fills_in_a_conversion(
 
 
 def test_a_disk_that_fills_as_a_checkpoint_is_written(
-    small_disk: Path, digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_disk: Path, few_digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The run ends in one line; once there is space, the same command ends with the bits of the unbroken run."""
     torch.set_num_threads(1)
@@ -188,10 +188,10 @@ def test_a_disk_that_fills_as_a_checkpoint_is_written(
     def weights(folder: Path) -> dict[str, torch.Tensor]:
         return torch.load(folder / 'latest-rank0.pt', weights_only=False)['state']['model']
 
-    assert run(digits_folder, *keys, f'save_folder={tmp_path}/whole') == 0
+    assert run(few_digits, *keys, f'save_folder={tmp_path}/whole') == 0
     capsys.readouterr()
     folder = small_disk / 'run'
-    assert run(digits_folder, *keys, f'save_folder={folder}') == 2
+    assert run(few_digits, *keys, f'save_folder={folder}') == 2
     line = capsys.readouterr().err.strip()
     assert re.search(
         'command line: save_folder: a checkpoint cannot be written .*No space left .* autoresume=true$', line
@@ -199,16 +199,16 @@ def test_a_disk_that_fills_as_a_checkpoint_is_written(
     reached = torch.load(folder / 'latest-rank0.pt', weights_only=False)['state']['timestamp']['Timestamp']['batch']
     assert 0 < reached < 12, reached
     subprocess.run(['mount', '-o', 'remount,size=64m', str(small_disk)], check=True)
-    assert run(digits_folder, *keys, f'save_folder={folder}') == 0
+    assert run(few_digits, *keys, f'save_folder={folder}') == 0
     expected, found = weights(tmp_path / 'whole'), weights(folder)
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
 @pytest.mark.parametrize('autoresume', ['true', 'false'])
 def test_a_folder_that_cannot_be_written(
-    read_only_disk: Path, digits_folder: Path, capsys: pytest.CaptureFixture[str], autoresume: str
+    read_only_disk: Path, few_digits: Path, capsys: pytest.CaptureFixture[str], autoresume: str
 ) -> None:
-    assert run(digits_folder, f'save_folder={read_only_disk}/run', f'autoresume={autoresume}') == 2
+    assert run(few_digits, f'save_folder={read_only_disk}/run', f'autoresume={autoresume}') == 2
     line = capsys.readouterr().err.strip()
     assert re.search(r'digits_sba.yaml|command line: save_folder.*Read-only file system', line), line
     assert 'Read-only file system' in line and '\n' not in line, line
@@ -232,11 +232,9 @@ def test_compressed_shards_on_a_disk_that_cannot_be_written(small_disk: Path, tm
         assert sorted(labels.tolist()) == list(range(10))
 
 
-def test_a_folder_whose_parent_is_a_file(
-    digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_whose_parent_is_a_file(few_digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / 'file').write_text('in the way')
-    assert run(digits_folder, f'save_folder={tmp_path}/file/run') == 2
+    assert run(few_digits, f'save_folder={tmp_path}/file/run') == 2
     line = capsys.readouterr().err.strip()
     assert 'Not a directory' in line and '\n' not in line, line
 

@@ -31,8 +31,8 @@ def recipe() -> Recipe:
 
 
 @pytest.fixture
-def options(digits_folder: Path, tmp_path: Path) -> list[str]:
-    data = [f'{section}.local={digits_folder}' for section in ('train_dataset', 'eval_dataset')]
+def options(few_digits: Path, tmp_path: Path) -> list[str]:
+    data = [f'{section}.local={few_digits}' for section in ('train_dataset', 'eval_dataset')]
     more = ['train_dataset.in_memory=true', 'max_duration=1ba', 'progress_bar=false', 'save_overwrite=false']
     return ['-f', RECIPE, *data, *more, f'save_folder={tmp_path}/runs/mine']
 
@@ -141,9 +141,9 @@ def test_a_mistake_at_the_first_batch_leaves_what_was_there(
     if kept:
         (tmp_path / 'runs' / 'mine').mkdir(parents=True)
         (tmp_path / 'runs' / 'notes').write_text('keep')
-    assert main([*options, 'algorithms.randaugment={}']) == 2
+    assert main([*options, 'algorithms.r_drop={}', 'model.dropout=0']) == 2
     line = capsys.readouterr().err
-    assert line.startswith('error: command line: algorithms.randaugment: To use RandAugment, the dataset must be'), line
+    assert line.startswith('error: command line: algorithms.r_drop: RDrop compares two passes through dropout'), line
     found = sorted(path.name for path in tmp_path.rglob('*'))
     assert found == (['mine', 'notes', 'runs'] if kept else []), found
     assert main(options) == 0, 'the corrected command is refused'

@@ -109,8 +109,8 @@ OUTCOMES: dict[Mutant, int] = {}  # exit codes; a mutant that is drawn twice cou
 
 @pytest.mark.usefixtures('one_batch')
 @given(data=st.data())
-def test_a_mutated_recipe_trains_or_is_refused_in_one_line(digits_folder: Path, data: st.DataObject) -> None:
-    mutant = data.draw(mutants(digits_folder))
+def test_a_mutated_recipe_trains_or_is_refused_in_one_line(few_digits: Path, data: st.DataObject) -> None:
+    mutant = data.draw(mutants(few_digits))
     note(mutant.content.decode('utf-8', 'replace'))
     code, stderr, new = run(mutant)
     OUTCOMES[mutant] = code

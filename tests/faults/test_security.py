@@ -34,45 +34,51 @@ REFUSED = 'it holds posix.system, which could run code; if you trust its author,
 
 @pytest.mark.parametrize('how', [['load_weights_only=true'], []])
 def test_a_checkpoint_that_would_run_code_is_refused(
-    how: list[str], digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    how: list[str], few_digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save({'state': {'model': {}, 'evil': Evil()}, 'rng': []}, tmp_path / 'evil.pt')
-    assert main(options(digits_folder, 'save_folder=null', 'load_path=evil.pt', *how)) == 2
+    assert main(options(few_digits, 'save_folder=null', 'load_path=evil.pt', *how)) == 2
     line = capsys.readouterr().err.strip()
     assert line.startswith(f'error: command line: load_path: cannot load the checkpoint evil.pt: {REFUSED}'), line
     assert '\n' not in line and not (tmp_path / 'pwned').exists()
 
 
 def test_a_checkpoint_that_would_run_code_is_not_resumed_from(
-    digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    few_digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / 'run').mkdir()
     torch.save({'state': Evil()}, tmp_path / 'run' / 'ep0-ba1-rank0.pt')
-    assert main(options(digits_folder, 'save_folder=run', 'save_overwrite=false', 'autoresume=true')) == 2
+    assert main(options(few_digits, 'save_folder=run', 'save_overwrite=false', 'autoresume=true')) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert f'save_folder: cannot load the checkpoint run/latest-rank0.pt: {REFUSED}' in line, line
     assert not (tmp_path / 'pwned').exists()
 
 
-def test_runs_save_plain_data(digits_folder: Path, tmp_path: Path) -> None:
+def test_runs_save_plain_data(few_digits: Path, tmp_path: Path) -> None:
     more = ['algorithms.ema={}', 'algorithms.mixup={}', 'callbacks={speed_monitor: {}, last_epochs_median: {}}']
-    assert main(options(digits_folder, 'save_folder=run', *more)) == 0
+    assert main(options(few_digits, 'save_folder=run', *more)) == 0
     assert (
-        main(options(digits_folder, 'save_folder=null', 'max_duration=2ba', 'load_path=run/latest-rank0.pt', *more))
-        == 0
+        main(options(few_digits, 'save_folder=null', 'max_duration=2ba', 'load_path=run/latest-rank0.pt', *more)) == 0
     )
     found = torch.serialization.get_unsafe_globals_in_checkpoint(tmp_path / 'run' / 'latest-rank0.pt')
     assert all(re.match(r'(numpy|datetime|torch)\b', name) for name in found), found
 
 
+@pytest.fixture(scope='module')
+def checkpoint(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a run of one batch."""
+    folder = tmp_path_factory.mktemp('checkpoint')
+    assert main(options(few_digits, f'save_folder={folder}')) == 0
+    return folder / 'latest-rank0.pt'
+
+
 def test_a_trusted_checkpoint_may_run_code(
-    digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    few_digits: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main(options(digits_folder, 'save_folder=run')) == 0
-    path = tmp_path / 'run' / 'latest-rank0.pt'
-    torch.save(torch.load(path, weights_only=False) | {'evil': Evil()}, path)
+    path = tmp_path / 'trusted.pt'
+    torch.save(torch.load(checkpoint, weights_only=False) | {'evil': Evil()}, path)
     monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
-    assert main(options(digits_folder, 'save_folder=null', f'load_path={path}', 'load_weights_only=true')) == 0
+    assert main(options(few_digits, 'save_folder=null', f'load_path={path}', 'load_weights_only=true')) == 0
     assert (tmp_path / 'pwned').exists()
 
 
@@ -87,10 +93,14 @@ def test_a_trusted_checkpoint_may_run_code(
     ],
 )
 def test_a_checkpoint_that_cannot_be_loaded_is_named(
-    damage: str, reason: str, digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    damage: str,
+    reason: str,
+    few_digits: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(options(digits_folder, 'save_folder=run')) == 0
-    whole = (tmp_path / 'run' / 'latest-rank0.pt').read_bytes()
+    whole = checkpoint.read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
     torch.save({'state': {'model': {'head.weight': torch.zeros(3)}}}, 'other.pt')
@@ -98,7 +108,7 @@ def test_a_checkpoint_that_cannot_be_loaded_is_named(
     if damage != 'gone':
         (tmp_path / 'bad.pt').write_bytes(content[damage])
     capsys.readouterr()
-    assert main(options(digits_folder, 'save_folder=null', 'load_path=bad.pt', 'load_weights_only=true')) == 2
+    assert main(options(few_digits, 'save_folder=null', 'load_path=bad.pt', 'load_weights_only=true')) == 2
     line = capsys.readouterr().err.strip()
     assert re.fullmatch(f'error: command line: load_path: cannot load the checkpoint bad.pt: {reason}', line), line
 
