@@ -31,10 +31,10 @@ SHORT = ['max_duration=2ba', 'global_train_batch_size=32', 'eval_subset_num_batc
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, few_digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _elsewhere(few_digits: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run where data/digits has a few digits."""
-    folder = tmp_path / 'work'
-    (folder / 'data').mkdir(parents=True)
+    folder = tmp_path_factory.mktemp('work')
+    (folder / 'data').mkdir()
     (folder / 'data' / 'digits').symlink_to(few_digits)
     monkeypatch.chdir(folder)
 
