@@ -1,4 +1,4 @@
-"""Open every page of the built site in a headless Chromium, at desktop and phone width, and report faults.
+"""Open every page of the built site in a headless Chromium, at two widths, light and dark, and report faults.
 
 Run it by hand after ``make docs``: ``pip install playwright``, then ``python docs/check_site.py [--chromium PATH]
 [--screenshots DIR]``. The exit code is 1 if there are faults.
@@ -7,16 +7,19 @@ Run it by hand after ``make docs``: ``pip install playwright``, then ``python do
 import argparse
 import functools
 import http.server
+import itertools
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 from urllib.parse import unquote, urldefrag
 
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 SITE = Path(__file__).parent / '_build' / 'html'
 WIDTHS = {'desktop': 1280, 'phone': 390}
+SCHEMES: tuple[Literal['light', 'dark'], ...] = ('light', 'dark')
 # Collects from a page: pictures that did not load, equations without size, links, anchors, code blocks, excess width.
 INSPECT = """() => ({
     pictures: [...document.images].filter(each => !(each.complete && each.naturalWidth)).map(each => each.src),
@@ -35,7 +38,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--chromium', help="path of the browser (default: playwright's own)")
     parser.add_argument(
-        '--screenshots', type=Path, metavar='DIR', help='save a screenshot of each page at each width to DIR'
+        '--screenshots', type=Path, metavar='DIR', help='save a screenshot of each page at each width and scheme to DIR'
     )
     arguments = parser.parse_args()
     handler = functools.partial(Quiet, directory=str(SITE))
@@ -51,9 +54,8 @@ def main() -> int:
         ]
         browser.close()
         server.shutdown()
-    print(
-        *faults, f'{len(pages)} pages at {" and ".join(map(str, WIDTHS.values()))} px, {len(faults)} faults', sep='\n'
-    )
+    sizes = ' and '.join(map(str, WIDTHS.values()))
+    print(*faults, f'{len(pages)} pages at {sizes} px, {" and ".join(SCHEMES)}: {len(faults)} faults', sep='\n')
     return 1 if faults else 0
 
 
@@ -68,8 +70,8 @@ def check_pages(browser: Browser, home: str, pages: list[str], screenshots: Path
     """Open each page at each width, and yield its faults."""
     ids: dict[str, set[str]] = {}
     links: dict[str, set[str]] = {}
-    for width, pixels in WIDTHS.items():
-        page = browser.new_page(viewport={'width': pixels, 'height': 900})
+    for width, scheme in itertools.product(WIDTHS, SCHEMES):
+        page = browser.new_page(viewport={'width': WIDTHS[width], 'height': 900}, color_scheme=scheme)
         errors = record_errors(page, home)
         for name in pages:
             errors.clear()
@@ -87,7 +89,7 @@ def check_pages(browser: Browser, home: str, pages: list[str], screenshots: Path
             if seen['blocks'] != seen['buttons'] and not name.startswith('_modules'):
                 yield f'{name} ({width}): {seen["blocks"]} blocks of code, {seen["buttons"]} buttons to copy'
             if screenshots is not None:
-                path = screenshots / width / f'{name.replace("/", "-")}.png'
+                path = screenshots / f'{width}-{scheme}' / f'{name.replace("/", "-")}.png'
                 page.screenshot(path=path, full_page=True)
         page.close()
     for name, targets in links.items():

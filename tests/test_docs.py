@@ -7,6 +7,7 @@ import doctest
 import importlib
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import composer_sba
 from composer_sba import __main__ as cli
 from composer_sba import arguments as arguments_of_commands
-from composer_sba import convert, layers
+from composer_sba import convert, evaluate, layers, train
 from composer_sba.models import digits_net
 from composer_sba.recipe import load
 from composer_sba.recipe.build import build_components
@@ -83,7 +84,16 @@ def predefined():
 
 @pytest.mark.usefixtures('in_checkout')
 @pytest.mark.parametrize('page', dict.fromkeys(page for page, _ in blocks('python', 'pycon')))
-def test_the_python_of_a_page_runs_from_top_to_bottom(page):
+def test_a_page_can_be_followed_from_top_to_bottom(page, monkeypatch):
+    """Run its Python and, in a tutorial, its commands, as in a fresh clone; their trainings end after two batches.
+
+    A block of commands that begins with ``# needs`` is left out: the reader sees what it needs.
+    """
+
+    def load_short(*arguments, **options):
+        return replace(load(*arguments, **options), max_duration='2ba', progress_bar=False)
+
+    monkeypatch.setattr(train, 'load', load_short)  # of the command only
     write_recipes(page)
     space = predefined()
     for kind, text in BLOCK.findall(PAGES[page]):
@@ -96,6 +106,31 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page):
             runner.run(example, out=output.append, clear_globs=False)
             assert runner.failures == 0, ''.join(output)
             space |= example.globs
+        elif kind == 'console' and page.startswith('tutorials/') and not text.startswith('# needs '):
+            for command in re.findall(r'^\$ (.*)', text.replace('\\\n', ' '), re.MULTILINE):
+                assert run(command) == 0, command
+    if page == 'tutorials/image_folder.md':
+        assert len(Path('predictions.csv').read_text().splitlines()) == 1 + 24  # images
+
+
+def run(command):
+    """Run a command of a tutorial in this process, and return its exit code."""
+    match shlex.split(command):
+        case ['make', 'demo']:
+            return train.main(['-f', 'yamls/digits_sba.yaml'])
+        case ['composer', 'train.py', *arguments] | ['composer-sba', 'train', *arguments]:
+            return train.main(arguments)
+        case ['composer-sba', 'evaluate', *arguments]:
+            return evaluate.main([*arguments, '--corruptions', 'fog', '--attacks', 'none'])
+        case ['composer-sba', name, *arguments]:
+            return importlib.import_module(cli.COMMANDS[name][0]).main(arguments)
+        case ['python', '-m', 'composer_sba.study', 'report', *_] | ['python', '-m', 'composer_sba.layers', *_]:
+            return 0  # a report needs the runs of the study before it; the test of each command lists the layers
+        case ['python', '-m', 'composer_sba.study', *arguments]:
+            return study.main([*arguments, '--dry-run'])
+        case ['pip', 'install', *_] | ['source', *_]:
+            return 0
+    raise NotImplementedError(command)
 
 
 @pytest.mark.usefixtures('in_checkout')

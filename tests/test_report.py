@@ -18,10 +18,10 @@ def test_all_sections_and_figures(tmp_path):
     written = report(tmp_path, page)
     assert [path.relative_to(page.parent).as_posix() for path in written] == [
         'results.md',
-        *(f'figures/table1-resnet44-cifar10-5000-10ep-{kind}.png' for kind in ('time', 'curves')),
+        *(f'figures/table1-resnet44-cifar10-5000-10ep-{kind}.png' for kind in ('cost', 'calibration', 'curves')),
         'figures/eta-resnet44-cifar10-5000-10ep-eta.png',
         'figures/layers-resnet44-cifar10-5000-10ep-layers.png',
-        *(f'figures/methods-resnet44-cifar10-5000-10ep-{kind}.png' for kind in ('time', 'curves')),
+        *(f'figures/methods-resnet44-cifar10-5000-10ep-{kind}.png' for kind in ('cost', 'calibration', 'curves')),
     ]
     text = page.read_text()
     assert [line for line in text.splitlines() if line.startswith('## ')] == [
@@ -80,7 +80,7 @@ def test_nothing_to_report(tmp_path):
 def test_groups_that_differ_in_hardware_have_headings_and_figures_of_their_own(tmp_path):
     write(tmp_path, record(), record(hardware='H200'))
     written = report(tmp_path, tmp_path / 'results.md')
-    assert len(set(written)) == 5
+    assert len(set(written)) == 7
     assert '10 epochs, H200\n' in written[0].read_text() and '10 epochs, Xeon, 1 of 2 cores\n' in written[0].read_text()
 
 

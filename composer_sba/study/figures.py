@@ -23,39 +23,47 @@ from composer_sba.study.stats import Spread, cost_ratios, median_ratio, spread
 from composer_sba.study.style import GREY, LIGHT_GREY, METHOD_STYLES, MID_GREY, OTHER_STYLE, RC_PARAMS, RED
 
 
-def error_against_time(path: Path, runs: Sequence[Record]) -> None:
-    """Draw mean error against mean training time, one point a method, with bars of one standard deviation over seeds.
+def error_against(quantity: str, path: Path, runs: Sequence[Record]) -> None:
+    """Draw the mean error against the mean of a quantity, one point a method, with bars of one standard deviation.
 
     Args:
+        quantity (str): ``'flops'``, the operations of the training, or ``'calibration_error'``. Methods with a run that
+            lacks it are left out.
         path (Path): The PNG to write.
-        runs (Sequence[Record]): The runs of a group.
+        runs (Sequence[Record]): The runs of a group, at least one with the quantity.
     """
+    known = {label: row for label, row in rows(runs).items() if all(run[quantity] is not None for run in row)}
+    reference = next((row for row in known.values() if row[0]['method'] == BASELINE), [])
+    if quantity == 'calibration_error':
+        scale, axis_label = 100.0, 'calibration error, %'
+    elif reference:
+        scale, axis_label = 1 / spread([run[quantity] for run in reference]).mean, 'operations ÷ baseline'
+    else:
+        scale, axis_label = 1e-15, 'operations, PFLOP'
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        longest = max(run['train_seconds'] for run in runs)
-        unit, unit_name = (3600, 'hours') if longest > 10_000 else (60, 'minutes') if longest > 180 else (1, 'seconds')
         marks = []
-        for label, row in rows(runs).items():
-            error, time = _error(row), spread([run['train_seconds'] / unit for run in row])
+        for label, row in known.items():
+            error, value = _error(row), spread([run[quantity] * scale for run in row])
             colour, marker = _style(row)
-            if row[0]['method'] == BASELINE:
+            if row is reference:
                 axes.axhline(error.mean, color=LIGHT_GREY, linewidth=0.7, zorder=0)
-                axes.axvline(time.mean, color=LIGHT_GREY, linewidth=0.7, zorder=0)
-            axes.errorbar(time.mean, error.mean, error.sd, time.sd, color=colour, alpha=0.4, linewidth=1, zorder=1)
-            axes.plot(time.mean, error.mean, color=colour, marker=marker)
-            marks.append(Mark(label, time.mean, error.mean, time.sd or 0, error.sd or 0))
-        times = [mark.x for mark in marks]
-        if max(times) > 4 * min(times):
+                axes.axvline(value.mean, color=LIGHT_GREY, linewidth=0.7, zorder=0)
+            axes.errorbar(value.mean, error.mean, error.sd, value.sd, color=colour, alpha=0.4, linewidth=1, zorder=1)
+            axes.plot(value.mean, error.mean, color=colour, marker=marker)
+            marks.append(Mark(label, value.mean, error.mean, value.sd or 0, error.sd or 0))
+        values = [mark.x for mark in marks]
+        if max(values) > 4 * min(values) > 0:
             axes.set_xscale('log')
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
         axes.margins(0.1)
-        axes.set(xlabel=f'training time, {unit_name}', ylabel='error, %')
+        axes.set(xlabel=axis_label, ylabel='error, %')
         place_labels(axes, marks)
 
-    write_figure(path, (8, 5), draw)
+    write_figure(path, (8, 4.4), draw)
 
 
 def learning_curves(path: Path, runs: Sequence[Record]) -> None:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 
@@ -25,10 +26,12 @@ _NOTES = {
     'search': 'The settings are sorted by the error that the table shows. This selection makes the errors of the first '
     'ones too low, and their differences are no evidence. Further runs with other seeds would be.',
 }
-_HEAD = """# Results
+_HEAD = f"""# Results
 
 `python -m composer_sba.study report` writes the text between the markers `begin` and `end` in the source of this page
 from the runs in `results/`, one line each.
+
+{LEGEND}
 """
 
 
@@ -100,7 +103,7 @@ def _body(groups: dict[Group, list[Record]], folder: Path) -> tuple[str, list[Pa
     """Write the text between the markers of a study, and draw its figures."""
     study = next(iter(groups)).study
     parts = [
-        ROBUSTNESS_LEGEND if study == 'robustness' else LEGEND,
+        *([ROBUSTNESS_LEGEND] if study == 'robustness' else []),
         *([COST_LEGEND] if study == 'layers' else []),
         *([_NOTES[study]] if study in _NOTES else []),
     ]
@@ -140,9 +143,26 @@ def _figures(group: Group, runs: list[Record]) -> list[tuple[str, Callable[[Path
             'mean and sd over seeds, with a dot for each seed. The baseline and its sd are grey.'
         )
         return [('layers', lambda path: figures.error_and_cost_against_layer(path, runs), caption)]
-    time = 'Error against training time: mean and sd over seeds. Thin lines mark the baseline.'
-    curves = 'Learning curves: mean and sd over seeds, sorted by final error. The baseline is grey.'
+    found = [
+        (
+            'cost',
+            partial(figures.error_against, 'flops'),
+            'Error against operations: mean and sd over seeds. Thin lines mark the baseline.',
+        ),
+        (
+            'calibration',
+            partial(figures.error_against, 'calibration_error'),
+            'Error against calibration error: mean and sd over seeds. Thin lines mark the baseline.',
+        ),
+        (
+            'curves',
+            figures.learning_curves,
+            'Learning curves: mean and sd over seeds, sorted by final error. The baseline is grey.',
+        ),
+    ]
+    needed = {'cost': 'flops', 'calibration': 'calibration_error', 'curves': 'epochs'}
     return [
-        ('time', lambda path: figures.error_against_time(path, runs), time),
-        ('curves', lambda path: figures.learning_curves(path, runs), curves),
+        (kind, partial(draw, runs=runs), caption)
+        for kind, draw, caption in found
+        if any(run[needed[kind]] is not None for run in runs)
     ]
