@@ -116,6 +116,7 @@ def evaluate_checkpoint(
     """
     start = time.perf_counter()
     require_one_process('evaluate')
+    _require_images(recipe)
     network, device = load_network(recipe, checkpoint)
     rows = recipe.device_eval_batch_size or recipe.global_train_batch_size
     loader, pixels, mean, std = pixel_loader(recipe, device)
@@ -183,9 +184,7 @@ def pixel_loader(
     Raises:
         RecipeError: If there is no ``eval_dataset``, it cannot be read, or its classes are not the model's.
     """
-    if recipe.eval_dataset is None:
-        raise recipe.sources.error('eval_dataset', 'is required: its images are evaluated')
-    config = DatasetConfig(**recipe.eval_dataset)
+    config = DatasetConfig(**_require_images(recipe))
     try:
         if dataset_classes(config) != recipe.model['num_classes']:
             raise DatasetError(f'{config.name} has {dataset_classes(config)} classes, the model another number')
@@ -195,6 +194,12 @@ def pixel_loader(
         return build_dataloader(pixels, rows, device=device), pixels, mean, std
     except (UserError, OSError) as error:
         raise recipe.sources.error('eval_dataset', one_line(error)) from error
+
+
+def _require_images(recipe: Recipe) -> dict[str, Any]:
+    if recipe.eval_dataset is None:
+        raise recipe.sources.error('eval_dataset', 'is required: its images are evaluated')
+    return recipe.eval_dataset
 
 
 def table(result: Mapping[str, Any]) -> Table:
