@@ -112,14 +112,17 @@ def export(recipe: Recipe, checkpoint: Path, out: Path, kind: str = 'onnx') -> f
     write = _write_onnx if kind == 'onnx' else _write_pt2
     try:
         with _quietly(), torch.inference_mode():
-            free = {0: torch.export.Dim('batch')}
+            free = {0: torch.export.Dim.AUTO}  # a named dimension is refused for attention; the check below uses others
             program = torch.export.export(classifier, (batches[0],), dynamic_shapes=(free,), strict=False)
             exported = write(program, out, metadata)
             pairs = [(exported(batch), classifier(batch)) for batch in batches[1:]]
     except Exception as error:  # PyTorch and ONNX Runtime raise many types
         if isinstance(error, OSError | UserError):
             raise
-        first = str(error).strip().partition('\n')[0] or type(error).__name__  # pages of advice may follow
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # PyTorch wraps it in pages of advice
+            cause = cause.__cause__
+        first = str(cause).strip().partition('\n')[0] or type(cause).__name__
         raise UserError(f'{recipe.model["name"]} cannot be exported to {kind}: {first}') from error
     difference = max(((found - wanted).abs().max() / wanted.abs().max()).item() for found, wanted in pairs)
     if not difference <= TOLERANCE:  # also for NaN

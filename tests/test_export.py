@@ -67,6 +67,18 @@ def test_the_file_takes_pixels_and_predicts_what_the_network_does(kind, run, che
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
 
+class _Attention(nn.Module):
+    def forward(self, images):
+        rows = images.flatten(2)[:, None]  # one head
+        return nn.functional.scaled_dot_product_attention(rows, rows, rows).mean((1, 2))[:, :10]
+
+
+@pytest.mark.parametrize('kind', ['onnx', 'pt2'])
+def test_attention_takes_batches_of_any_size(kind, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_module, 'load_network', lambda *arguments: (_Attention(), None))
+    assert main(['--checkpoint', checkpoint, '--format', kind, '--out', str(tmp_path / f'a.{kind}')]) == 0
+
+
 class _DependsOnPixels(nn.Module):
     def forward(self, images):
         return images.flatten(1)[:, :10] * (1 if images.sum() > 0 else 2)
