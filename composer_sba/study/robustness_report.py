@@ -64,12 +64,11 @@ def robustness_tables(group: Group, runs: _Row) -> str:
             str(len(row)),
             *(mean_cell([error(run) for run in row], 1) for error in QUANTITIES.values()),
             mean_cell([100 * run['robustness']['clean']['calibration_error'] for run in row], 1),
-            ratio_cell(row, baseline, lambda run: run['train_seconds']),
             ratio_cell(row, baseline, lambda run: run['flops']),
         ]
         for label, row in labelled.items()
     ]
-    head = ['error, %', 'n', *QUANTITIES, 'calibration error', 'time ÷ baseline', 'FLOP ÷ baseline']
+    head = ['error, %', 'n', *QUANTITIES, 'calibration error', 'FLOP ÷ baseline']
     same_cost = {label: _at_the_cost_of(row, labelled) for label, row in labelled.items()}
     parts = [
         _table(head, lines),
@@ -150,14 +149,15 @@ def _error_against_noise(path: Path, runs: _Row) -> None:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         marks = []
+        sigmas = [each['sigma'] for each in runs[0]['robustness']['noise']]
         for label, row in _shown(runs).items():
             colour, marker = _style(row)
-            sigmas = [each['sigma'] for each in row[0]['robustness']['noise']]
             means = [spread([_noise(sigma)(run) for run in row]).mean for sigma in sigmas]
             axes.plot(sigmas, means, color=colour, marker=marker)
             marks += [Mark('', x, y) for x, y in zip(sigmas[:-1], means[:-1], strict=True)]
             marks.append(Mark(label, sigmas[-1], means[-1]))
         axes.set(xlabel='standard deviation of the noise (pixel range = 1)', ylabel='error, %')
+        axes.set_xticks(sigmas)
         axes.set_xlim(right=1.45 * axes.get_xlim()[1])  # for the names of the lines
         place_labels(axes, marks)
 
@@ -183,7 +183,7 @@ def _error_by_corruption(path: Path, runs: _Row) -> None:
         axes.set_yticks(range(len(names)), [display_name(name) for name in names])
         axes.invert_yaxis()
         axes.set_xlabel('error, %')
-        figure.legend(loc='outside right upper', frameon=False)
+        figure.legend(loc='outside upper center', ncols=2, frameon=False)
 
     write_figure(path, (8, 8), draw)
 
