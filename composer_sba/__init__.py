@@ -1,6 +1,7 @@
 """Stochastic Batch Augmentation (Li et al., 2020, arXiv 2006.15284) for MosaicML Composer."""
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ __all__ = list(_MODULES)
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return getattr(importlib.import_module(f'{__name__}.{_MODULES[name]}'), name)
-    if name == 'functional':
-        return importlib.import_module(f'{__name__}.functional')
+    if not name.startswith('_') and importlib.util.find_spec(f'{__name__}.{name}') is not None:
+        return importlib.import_module(f'{__name__}.{name}')
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 

@@ -1,4 +1,4 @@
-"""What training says while it runs: facts before it, and a line for each epoch with, on a terminal, a bar."""
+"""The output of training: facts before it, and a line for each epoch with, on a terminal, a bar."""
 
 import sys
 from collections.abc import Sequence

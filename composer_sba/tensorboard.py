@@ -9,11 +9,11 @@ from composer.utils import dist
 
 
 class TensorboardLogger(loggers.TensorboardLogger):
-    """A TensorboardLogger that writes one event file a run.
+    """A TensorboardLogger that writes one event file for each rank that logs.
 
     Composer's closes its file at each flush, which opens another one, and writes the hyperparameters to a new file at
-    each evaluation: 28 files for 12 epochs. This one flushes, and writes the hyperparameters once, at FIT_END, beside
-    the last metrics.
+    each evaluation: 28 files for 12 epochs. This one flushes, and writes the hyperparameters once, when the Trainer is
+    closed, beside the last metrics.
 
     Args:
         log_dir, flush_interval, rank_zero_only: Those of Composer's.
@@ -24,7 +24,11 @@ class TensorboardLogger(loggers.TensorboardLogger):
         self._flush(logger)
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        """Write the hyperparameters, and the metrics by which TensorBoard compares runs."""
+        """Flush."""
+        self._flush(logger)
+
+    def close(self, state: State, logger: Logger) -> None:
+        """Write the hyperparameters and the metrics by which TensorBoard compares runs, and close the file."""
         from torch.utils.tensorboard.summary import hparams
 
         if self.writer is not None and self._writes_here:
@@ -33,10 +37,6 @@ class TensorboardLogger(loggers.TensorboardLogger):
                 self.writer._get_file_writer().add_summary(each)
             for name, value in values.items():
                 self.writer.add_scalar(name, value)
-        self._flush(logger)
-
-    def close(self, state: State, logger: Logger) -> None:
-        """Flush and close the file."""
         self._flush(logger)
         if self.writer is not None:
             self.writer.close()

@@ -5,6 +5,7 @@ Exit codes: 0 trained, 2 a mistake in the recipe or its data (described in one l
 
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -126,9 +127,11 @@ def train(recipe: Recipe, *destinations: LoggerDestination, summary: 'Summary | 
         rows += [('weights', weights)] if only_evaluates else _written_files(recipe, folder)
         _print(summary.table(trainer.state, rows), *_next(recipe, folder))
         if folder is not None:
-            latest = (recipe.save_latest_filename or recipe.save_filename).replace('{rank}', '0')
-            card = model_card(recipe, latest, summary.rows(trainer.state))
-            _save_file(recipe, folder, CARD_FILE, lambda path: path.write_text(card, encoding='utf-8'))
+            try:
+                card = model_card(recipe, _checkpoint_name(recipe), summary.rows(trainer.state))
+                _save_file(recipe, folder, CARD_FILE, lambda path: path.write_text(card, encoding='utf-8'))
+            except (UserError, OSError) as error:  # which must not spoil a training that has finished
+                print(f'no model card was written: {redact(one_line(error))}', file=sys.stderr)
     return trainer
 
 
@@ -145,8 +148,9 @@ def _threads(trainer: Trainer, recipe: Recipe) -> Iterator[str]:
     """Train a small network on one thread of the CPU, unless OMP_NUM_THREADS is set; yield a remark about it."""
     before, remark = torch.get_num_threads(), ''
     is_chosen = trainer.state.device.name == 'cpu' and 'OMP_NUM_THREADS' not in os.environ
-    if is_chosen and before > 1:
-        size = image_size(DatasetConfig(**recipe.train_dataset))
+    dataset = recipe.train_dataset or recipe.eval_dataset  # a recipe that only evaluates has no other
+    if is_chosen and before > 1 and dataset is not None:
+        size = image_size(DatasetConfig(**dataset))
         rows = recipe.global_train_batch_size // dist.get_world_size()
         operations = operations_of_step(network_of(trainer.state.model), (3, size, size), rows)
         if operations is not None and operations < SMALL_STEP:
@@ -180,13 +184,21 @@ def _next(recipe: Recipe, folder: str | None) -> Iterator[str]:
     """Yield commands that use what was trained, and the one of the baseline."""
     if folder is None or '://' in folder:
         return
-    checkpoint = dict(_written_files(recipe, folder))['checkpoint']
-    yield f'to use it:     composer-sba predict --checkpoint {checkpoint} FOLDER'
-    yield f'to measure it: composer-sba evaluate --checkpoint {checkpoint}'
+    if recipe.save_latest_filename is not None and recipe.parallelism is None:  # not in parts
+        checkpoint = shlex.quote(f'{folder}/{_checkpoint_name(recipe)}')
+        yield f'to use it:     composer-sba predict --checkpoint {checkpoint} FOLDER'
+        if recipe.eval_dataset is not None:
+            yield f'to measure it: composer-sba evaluate --checkpoint {checkpoint}'
     if 'sba' in recipe.algorithms:
-        name = f'{recipe.run_name}_baseline'
-        other = '' if folder.endswith(f'/{recipe.run_name}') else f' save_folder={folder}_baseline'
-        yield f'its baseline:  composer-sba train -f {folder}/{RECIPE_FILE} algorithms.sba=null run_name={name}{other}'
+        changes = ['algorithms.sba=null', f'run_name={recipe.run_name}_baseline']
+        if not folder.endswith(f'/{recipe.run_name}'):
+            changes.append(f'save_folder={folder}_baseline')
+        yield f'its baseline:  composer-sba train -f {shlex.join([f"{folder}/{RECIPE_FILE}", *changes])}'
+
+
+def _checkpoint_name(recipe: Recipe) -> str:
+    """Return the name of the latest checkpoint's file; a pattern if every checkpoint has a name of its own."""
+    return (recipe.save_latest_filename or recipe.save_filename).replace('{rank}', '0')
 
 
 @contextmanager
@@ -268,8 +280,7 @@ def _save_file(recipe: Recipe, folder: str, name: str, write: Callable[[Path], A
 
 def _written_files(recipe: Recipe, folder: str | None) -> Iterator[tuple[str, str]]:
     if folder is not None:
-        latest = recipe.save_latest_filename or recipe.save_filename
-        yield 'checkpoint', f'{folder}/{latest.replace("{rank}", "0")}'
+        yield 'checkpoint', f'{folder}/{_checkpoint_name(recipe)}'
         yield 'recipe', f'{folder}/{RECIPE_FILE}'
         yield 'model card', f'{folder}/{CARD_FILE}'
 

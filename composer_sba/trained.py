@@ -21,7 +21,10 @@ DATASET_FILE = 'dataset.json'  # which training saves beside its checkpoints
 
 def read_recipe(given: argparse.Namespace) -> Recipe:
     """Read the recipe of ``-f``, or the one that training saved beside the checkpoint; errors are those of load."""
-    return load(given.file or [given.checkpoint.parent / RECIPE_FILE], given.overrides)
+    beside = given.checkpoint.parent / RECIPE_FILE
+    if not given.file and not beside.is_file():
+        raise UserError(f'{beside} does not exist: name the recipe that was trained, -f FILE')
+    return load(given.file or [beside], given.overrides)
 
 
 def require_one_process(command: str) -> None:
@@ -105,7 +108,8 @@ def expected_images(recipe: Recipe, folder: Path) -> ExpectedImages:
         classes = mean = std = None
         why_numbers = one_line(error)
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f'{path} cannot be read ({one_line(error)}): delete it, and the dataset is read') from error
+        remedy = ': delete it, and the dataset is read' * path.is_file()
+        raise UserError(f'{source} cannot be read ({one_line(error)}){remedy}') from error
     config = replace(config, mean=config.mean or mean, std=config.std or std)
     count = recipe.model['num_classes']
     if classes is not None and len(classes) != count:

@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torchvision import models
 from torchvision.models import vgg
 from torchvision.models.convnext import CNBlockConfig
@@ -23,7 +25,7 @@ from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerB
 from composer_sba import LatentExpander
 from composer_sba import functional as sbaf
 from composer_sba.errors import CutLayerError
-from composer_sba.latent.cut_survey import survey
+from composer_sba.latent.cut_survey import measure, survey
 from composer_sba.latent.layers import named_layers
 from composer_sba.layers import main
 from composer_sba.models import digits_net, resnet_cifar
@@ -356,3 +358,15 @@ def test_auxiliary_outputs_without_a_head_end_in_one_line():
     network.body = nn.Sequential(nn.Unflatten(1, (64, 1, 1)), nn.Conv2d(64, 16, 1), nn.Flatten())
     with pytest.raises(CutLayerError, match='got tuple in training mode'):
         survey(network, (1, 8, 8))
+
+
+def test_a_network_in_the_parts_of_fsdp_is_not_measured(tmp_path):
+    """Its hooks would keep tensors without values, which training needs."""
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        network = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+        assert measure(network, 'head', (3, 2, 2))[0] == 96
+        fully_shard(network, mesh=init_device_mesh('cpu', (1,)))
+        assert measure(network, 'head', (3, 2, 2)) == (None, {})
+    finally:
+        torch.distributed.destroy_process_group()

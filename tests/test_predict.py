@@ -163,7 +163,7 @@ def test_mistakes_are_one_line(run, checkpoint, tmp_path, capsys, monkeypatch):
     for arguments, line in [
         (['--checkpoint', 'none.pt', *recipe, 'image.png'], 'cannot load the checkpoint none.pt: no such file'),
         (['--checkpoint', 'other.pt', *recipe, 'image.png'], 'cannot load the checkpoint other.pt: '),
-        (['--checkpoint', 'other.pt', 'image.png'], 'recipe.yaml: No such file'),
+        (['--checkpoint', 'other.pt', 'image.png'], 'recipe.yaml does not exist: name the recipe that was trained'),
         (['--checkpoint', checkpoint, 'image.png', 'model.num_classes=4'], 'names 3 classes, the network has 4'),
         (['--checkpoint', checkpoint, '--out', 'p.csv', 'image.png', 'model.dropout=x'], 'model.dropout'),
         (['--checkpoint', checkpoint, 'nowhere'], 'nowhere does not exist: give a folder of images'),

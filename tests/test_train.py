@@ -126,7 +126,7 @@ def test_autoresume_resumes_a_run_and_never_restarts_it(capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize('duration', ['0ba', '0ep'])
 def test_a_run_of_no_steps_evaluates_what_it_would_start_from(
-    duration: str, few_digits: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    duration: str, few_digits: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a schedule that divides by the duration, a moving average of the weights, and no training data left."""
     folder, data = tmp_path / 'run', [f'eval_dataset.local={few_digits}', 'algorithms.ema={half_life: 1ba}']
@@ -136,6 +136,8 @@ def test_a_run_of_no_steps_evaluates_what_it_would_start_from(
     trained = evaluation_rows(capsys.readouterr().out)
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     again = ['-f', RECIPE, f'max_duration={duration}', *data, schedule, 'train_dataset.local=nowhere']
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)  # training then chooses the number of threads
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
     resumed = [f'save_folder={folder}', 'save_overwrite=false', 'autoresume=true']
     for more in (resumed, [f'load_path={folder}/latest-rank0.pt'], [f'load_path={folder}/ep0-ba2-rank0.pt']):
         assert main([*again, *more]) == 0

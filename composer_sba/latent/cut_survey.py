@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from composer_sba.errors import CutLayerError, one_line
@@ -111,13 +112,15 @@ def measure(
 
     Returns:
         tuple[float | None, dict[str, Cut]]: Floating-point operations of one row, and cuts by name; None and no cuts if
-        the network does not run on shapes alone.
+        the network does not run on shapes alone, as in the parts of FSDP.
 
     Example:
         >>> operations, cuts = measure(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), 'head', (3, 2, 2))
         >>> operations, cuts['head'].shape, cuts['head'].ratio(fold=4)
         (96.0, (12,), 5.0)
     """
+    if any(isinstance(module, FullyShardedDataParallel | FSDPModule) for module in network.modules()):
+        return None, {}  # which would keep shapes without values for the training
     watched = {cut.name: cut for cut in find_layers(network, layers)} if layers else {}
     with _training(network), repeatable(network) as run:
         try:

@@ -63,7 +63,7 @@ class TrainerOptions:
     load_strict_model_weights: bool = True
     load_ignore_keys: list[str] | None = None
     autoresume: bool = False
-    progress_bar: bool | None = None  # a line for each epoch, and a bar on a terminal; false for none of both
+    progress_bar: bool | None = None  # a line for each epoch, and a bar on a terminal; false for neither
     log_to_console: bool = False
     console_log_interval: Duration = '1ba'
     python_log_level: str | None = None

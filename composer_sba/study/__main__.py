@@ -20,6 +20,7 @@ from rich.table import Table
 from composer_sba.arguments import with_examples
 from composer_sba.errors import UserError, one_line
 from composer_sba.recipe.redact import redact
+from composer_sba.robustness.attacks import require_toolbox
 from composer_sba.shipped import shipped
 from composer_sba.study.flops import training_flops
 from composer_sba.study.plan import MAX_COST, STUDIES, plan
@@ -95,6 +96,8 @@ def _study(arguments: argparse.Namespace) -> int:
     finished = {record['hash'] for record in records}
     missing = [run for run in runs if run.hash not in finished]
     flops = [training_flops(run.recipe) for run in missing]
+    if arguments.study == 'robustness':
+        require_toolbox()
     print(f'{len(runs)} runs, {len(runs) - len(missing)} of them in {results}', flush=True)
     if arguments.dry_run:
         device = runs[0].recipe.device or ('gpu' if torch.cuda.is_available() else 'cpu')

@@ -22,6 +22,17 @@ from composer_sba.study.records import Record
 from composer_sba.study.stats import Spread, cost_ratios, median_ratio, spread
 from composer_sba.study.style import GREY, LIGHT_GREY, METHOD_STYLES, MID_GREY, OTHER_STYLE, RC_PARAMS, RED
 
+QUANTITIES: dict[str, Callable[[Record], float | None]] = {
+    'flops': lambda run: run['flops'],
+    'calibration_error': lambda run: run['calibration_error'],
+}
+
+
+def rows_with(quantity: str, runs: Sequence[Record]) -> dict[str, list[Record]]:
+    """Return the rows of a group, by label, whose runs all have a quantity of :data:`QUANTITIES`."""
+    value_of = QUANTITIES[quantity]
+    return {label: row for label, row in rows(runs).items() if all(value_of(run) is not None for run in row)}
+
 
 def error_against(quantity: str, path: Path, runs: Sequence[Record]) -> None:
     """Draw the mean error against the mean of a quantity, one point a method, with bars of one standard deviation.
@@ -32,12 +43,13 @@ def error_against(quantity: str, path: Path, runs: Sequence[Record]) -> None:
         path (Path): The PNG to write.
         runs (Sequence[Record]): The runs of a group, at least one with the quantity.
     """
-    known = {label: row for label, row in rows(runs).items() if all(run[quantity] is not None for run in row)}
+    value_of = QUANTITIES[quantity]
+    known = rows_with(quantity, runs)
     reference = next((row for row in known.values() if row[0]['method'] == BASELINE), [])
     if quantity == 'calibration_error':
         scale, axis_label = 100.0, 'calibration error, %'
     elif reference:
-        scale, axis_label = 1 / spread([run[quantity] for run in reference]).mean, 'operations ÷ baseline'
+        scale, axis_label = 1 / spread([value_of(run) or 0.0 for run in reference]).mean, 'operations ÷ baseline'
     else:
         scale, axis_label = 1e-15, 'operations, PFLOP'
 
@@ -45,7 +57,7 @@ def error_against(quantity: str, path: Path, runs: Sequence[Record]) -> None:
         axes = figure.subplots()
         marks = []
         for label, row in known.items():
-            error, value = _error(row), spread([run[quantity] * scale for run in row])
+            error, value = _error(row), spread([(value_of(run) or 0.0) * scale for run in row])
             colour, marker = _style(row)
             if row is reference:
                 axes.axhline(error.mean, color=LIGHT_GREY, linewidth=0.7, zorder=0)

@@ -143,26 +143,18 @@ def _figures(group: Group, runs: list[Record]) -> list[tuple[str, Callable[[Path
             'mean and sd over seeds, with a dot for each seed. The baseline and its sd are grey.'
         )
         return [('layers', lambda path: figures.error_and_cost_against_layer(path, runs), caption)]
-    found = [
+    against = {
+        'cost': ('flops', 'Error against operations'),
+        'calibration': ('calibration_error', 'Error against calibration error'),
+    }
+    points = [
         (
-            'cost',
-            partial(figures.error_against, 'flops'),
-            'Error against operations: mean and sd over seeds. Thin lines mark the baseline.',
-        ),
-        (
-            'calibration',
-            partial(figures.error_against, 'calibration_error'),
-            'Error against calibration error: mean and sd over seeds. Thin lines mark the baseline.',
-        ),
-        (
-            'curves',
-            figures.learning_curves,
-            'Learning curves: mean and sd over seeds, sorted by final error. The baseline is grey.',
-        ),
+            kind,
+            partial(figures.error_against, quantity, runs=runs),
+            f'{title}: mean and sd over seeds. Thin lines mark the baseline.',
+        )
+        for kind, (quantity, title) in against.items()
+        if figures.rows_with(quantity, runs)
     ]
-    needed = {'cost': 'flops', 'calibration': 'calibration_error', 'curves': 'epochs'}
-    return [
-        (kind, partial(draw, runs=runs), caption)
-        for kind, draw, caption in found
-        if any(run[needed[kind]] is not None for run in runs)
-    ]
+    curves = 'Learning curves: mean and sd over seeds, sorted by final error. The baseline is grey.'
+    return [*points, ('curves', partial(figures.learning_curves, runs=runs), curves)]

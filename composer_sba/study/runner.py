@@ -242,7 +242,7 @@ def _record(run: Run, summary: Summary, trainer: Trainer) -> dict[str, Any]:
     state, evaluations = trainer.state, summary.evaluations
     images, epochs = int(state.timestamp.sample), int(state.timestamp.epoch)
     seconds = state.timestamp.total_wct.total_seconds()
-    found = {}
+    found, wall_seconds = {}, summary.wall_seconds
     if run.study == 'robustness':
         device = torch.device(state.device.tensor_to_device(torch.empty(0)).device)
         found['robustness'] = measure(run.recipe, network_of(state.model), device)
@@ -262,7 +262,7 @@ def _record(run: Run, summary: Summary, trainer: Trainer) -> dict[str, Any]:
         'epochs': [{k: v and round(v, 5) for k, v in evaluation.items()} for evaluation in evaluations],
         **{key: round(last_epochs_median({each['epoch']: each[key] for each in evaluations}), 5) for key in METRICS},
         'train_seconds': round(seconds, 2),
-        'wall_seconds': round(summary.wall_seconds, 2),
+        'wall_seconds': round(wall_seconds, 2),
         'images_per_second': round(images / seconds, 1),
         'flops': flops_per_image(run.recipe) * images,
         **found,
