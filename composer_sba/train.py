@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'composer train.py') -> 
     except (SystemExit, RuntimeError) as error:
         if not _is_interrupt(error):
             raise
-        print(f'interrupted{getattr(error, "advice", "")}', file=sys.stderr)
+        print(f'interrupted{error.advice if isinstance(error, _InterruptedError) else ""}', file=sys.stderr)
         return 130
     return 0
 
@@ -117,7 +117,7 @@ def train(recipe: Recipe, *destinations: LoggerDestination, summary: 'Summary | 
                     _fit(trainer, recipe, folder)
         except (SystemExit, RuntimeError) as error:
             if _is_interrupt(error):
-                error.advice = _advice(trainer.state, recipe)  # type: ignore[union-attr]
+                raise _InterruptedError(_advice(trainer.state, recipe)) from error
             raise
         finally:
             trainer.close()
@@ -242,6 +242,14 @@ def _fit(trainer: Trainer, recipe: Recipe, folder: str | None) -> None:
     with explained(recipe.sources, lambda: state.timestamp.batch > first):
         trainer.logger.log_hyperparameters(redact(recipe.to_dict()))
         trainer.fit()
+
+
+class _InterruptedError(SystemExit):
+    """Ctrl-C during training; ``advice`` says where, and how the run goes on."""
+
+    def __init__(self, advice: str) -> None:
+        super().__init__(128 + signal.SIGINT)
+        self.advice = advice
 
 
 def _is_interrupt(error: BaseException | None) -> bool:

@@ -130,7 +130,7 @@ def run(command):
             return study.main([*arguments, '--dry-run'])
         case ['pip', 'install', *_] | ['source', *_]:
             return 0
-    raise NotImplementedError(command)
+    pytest.fail(f'a tutorial has a command that this test does not run: {command}')
 
 
 @pytest.mark.usefixtures('in_checkout')

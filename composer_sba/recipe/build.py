@@ -89,7 +89,7 @@ def for_evaluation(recipe: Recipe) -> Recipe:
         Recipe: It loads what the run would start from, which is the latest checkpoint of its folder under
         ``autoresume``. It reads no training data and saves nothing.
     """
-    # A scheduler may divide by the duration, so there is none, and the duration is not 0
+    # Evaluation needs neither a scheduler nor a duration; a scheduler that divides by a duration of 0 would fail
     changes: dict[str, Any] = {'max_duration': '1ep', 'scheduler': None, 'scale_schedule_ratio': 1.0}
     changes |= {'train_dataset': None, 'train_subset_num_batches': -1}
     if not (recipe.autoresume and '://' in str(recipe.save_folder)):  # else Composer finds the latest checkpoint

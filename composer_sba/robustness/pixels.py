@@ -1,7 +1,8 @@
 """Networks and images in pixel units, [0, 1], in which noise, attacks and certificates are measured."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import nn
@@ -90,7 +91,7 @@ def spread(loader: DataLoader, number: int) -> tuple[list[int], DataLoader]:
         >>> indices, [batch[0].tolist() for batch in batches]
         ([0, 3, 6], [[0, 3], [6]])
     """
-    size = len(loader.dataset)  # type: ignore[arg-type]  # a dataset that can be indexed has a length
+    size = len(cast(Sized, loader.dataset))  # a dataset that can be indexed has a length
     number = min(number, size)
     indices = [i * size // number for i in range(number)]
     chosen = Subset(loader.dataset, indices)
