@@ -17,8 +17,8 @@ from composer_sba.data.loader import DatasetConfig, dataset_classes, dataset_siz
 from composer_sba.latent.cut_survey import measure
 from composer_sba.recipe.recipe import Recipe
 from composer_sba.sba import SBA
+from composer_sba.summary import TRAIN_LOSS
 
-TRAIN_LOSS = 'loss/train/total'
 TRAIN_ACCURACY = 'metrics/train/MulticlassAccuracy'
 WIDTH = 80  # columns of a line
 SMALL_STEP = 2e9  # floating-point operations: threads that wait for each other take longer than such a step

@@ -18,7 +18,8 @@ from omegaconf import OmegaConf
 from composer_sba.errors import UserError
 from composer_sba.recipe.recipe import load, to_yaml
 from composer_sba.study.runner import Curve
-from composer_sba.train import Summary, main, train
+from composer_sba.summary import Summary
+from composer_sba.train import main, train
 from programs import start
 
 ROOT = Path(__file__).parent.parent

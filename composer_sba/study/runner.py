@@ -34,7 +34,8 @@ from composer_sba.study.flops import flops_per_image
 from composer_sba.study.records import append_record, read_records
 from composer_sba.study.robustness import measure
 from composer_sba.study.runs import Run
-from composer_sba.train import METRICS, Summary, train
+from composer_sba.summary import METRICS, Summary
+from composer_sba.train import train
 
 
 def run_all(runs: Sequence[Run], flops: Sequence[float], results: Path, jobs: int, scratch: Path) -> int:

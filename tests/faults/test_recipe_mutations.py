@@ -24,7 +24,8 @@ from hypothesis import given, note
 from hypothesis import strategies as st
 from mutations import Mutant, mutants
 
-from composer_sba.train import Summary, main
+from composer_sba.summary import Summary
+from composer_sba.train import main
 
 # Composer's, of a Trainer that was never finished
 pytestmark = pytest.mark.filterwarnings('ignore:Implicitly cleaning up:ResourceWarning')
