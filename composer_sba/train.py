@@ -79,7 +79,7 @@ def train(recipe: Recipe, *destinations: LoggerDestination, summary: 'Summary | 
     Args:
         recipe (Recipe): From :func:`composer_sba.recipe.load`.
         *destinations (LoggerDestination): Loggers in addition to the recipe's own.
-        summary (Summary, optional): Collects the run's metrics. Default: ``None``, a new :class:`Summary`.
+        summary (Summary, optional): Collects the run's metrics. Default: ``None``, a new :class:`.Summary`.
 
     Returns:
         Trainer: Composer's, closed, with the trained model in its state.
