@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from composer_sba.arguments import convert_parser, export_parser, layers_parser, parse_train, predict_parser
+from composer_sba.arguments import (
+    convert_parser,
+    evaluate_parser,
+    export_parser,
+    layers_parser,
+    parse_train,
+    predict_parser,
+)
+from composer_sba.study.arguments import study_parser
 
 COMMANDS = {
     'train': ('composer_sba.train', 'train what a recipe describes'),
@@ -21,7 +29,13 @@ COMMANDS = {
     'study': ('composer_sba.study.__main__', "run the paper's experiments and others, and report their results"),
 }
 
-_PARSERS = {'convert': convert_parser, 'layers': layers_parser, 'predict': predict_parser, 'export': export_parser}
+_PARSERS = {
+    'evaluate': evaluate_parser,
+    'predict': predict_parser,
+    'export': export_parser,
+    'convert': convert_parser,
+    'layers': layers_parser,
+}
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -40,6 +54,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     title = prog = prog or f'composer-sba {command}'
     if command == 'train':
         title = '+'.join(Path(each).stem for each in parse_train(rest, prog).file)
+    elif command == 'study':
+        study_parser(prog).parse_args(rest)
     elif command in _PARSERS:
         _PARSERS[command](prog).parse_intermixed_args(rest)  # ends the process at --help and at mistakes
     if command != 'recipes' and os.environ.get('RANK', '0') == '0':

@@ -1,13 +1,16 @@
-"""The parsers of all commands except ``evaluate`` and ``study``, which import nothing else.
+"""The parsers of all commands except ``study``; they import nothing that imports PyTorch.
 
 They answer ``--help`` and a mistake on the command line at once: PyTorch and Composer take seconds to import.
 """
 
 import argparse
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from composer_sba.conditions import ATTACKS, CORRUPTIONS, EPSILONS, SEVERITIES, SIGMAS, Smoothing
+from composer_sba.errors import nearest
 from composer_sba.shipped import nearest_name
 
 
@@ -65,6 +68,72 @@ def predict_parser(prog: str = 'python -m composer_sba.predict') -> argparse.Arg
     parser.add_argument('--top', type=int, default=5, metavar='K', help='classes for each image (default: 5)')
     add_output(parser, 'CSV', 'predictions.csv')
     parser.add_argument('folder', type=Path, help='folder of images, searched with its sub-folders; or one image')
+    add_overrides(parser)
+    return parser
+
+
+def evaluate_parser(prog: str = 'python -m composer_sba.evaluate') -> argparse.ArgumentParser:
+    """Return the parser of ``evaluate``."""
+    parser = _parser(
+        prog,
+        'Measure the error of a trained classifier on clean, noisy, corrupted and attacked images.',
+        ('--checkpoint FILE --attacks none', 'noise and corruptions'),
+        ('--checkpoint FILE --certify 100 --corruptions none', 'certificates'),
+    )
+    add_checkpoint(parser)
+    parser.add_argument('--out', type=Path, metavar='FOLDER', help="folder for the results (default: the checkpoint's)")
+    parser.add_argument(
+        '--sigmas',
+        type=_list_of(float),
+        default=SIGMAS,
+        metavar='X,X',
+        help=f'standard deviations of noise, the pixel range being 1 (default: {",".join(map(str, SIGMAS))})',
+    )
+    parser.add_argument(
+        '--corruptions',
+        type=_list_of(str, CORRUPTIONS),
+        default=CORRUPTIONS,
+        metavar='NAME,NAME',
+        help=f'corruptions to compute: all (default), none, or some of {", ".join(CORRUPTIONS)}',
+    )
+    parser.add_argument(
+        '--severities',
+        type=_list_of(int, SEVERITIES),
+        default=SEVERITIES,
+        metavar='N,N',
+        help='severities of the corruptions, 1 to 5 (default: all)',
+    )
+    parser.add_argument(
+        '--published',
+        type=Path,
+        metavar='FOLDER',
+        help='read the corrupted images from here instead: CIFAR-10-C after convert cifar10c, or ImageNet-C, with '
+        '<corruption>/<severity>/<class>/ folders',
+    )
+    parser.add_argument(
+        '--attacks',
+        type=_list_of(str, ATTACKS),
+        default=ATTACKS,
+        metavar='NAME,NAME',
+        help=f'attacks, which need the extra [robustness]: all (default), none, or some of {", ".join(ATTACKS)}',
+    )
+    for norm in ('l2', 'linf'):
+        text = f'largest distance of the attacks in {norm}, the pixel range being 1 (default: {EPSILONS[norm]:.3g})'
+        parser.add_argument(f'--{norm}', type=float, default=EPSILONS[norm], metavar='X', help=text)
+    for option, default, text in (
+        ('--attack-steps', 10, 'steps of an attack'),
+        ('--attack-images', 500, 'images to attack'),
+        ('--certify', 0, 'images to certify by randomized smoothing, 0 for none'),
+        ('--n0', Smoothing.n0, 'samples that choose the class of a certified image'),
+        ('--n', Smoothing.n, 'samples that bound its probability'),
+    ):
+        parser.add_argument(option, type=int, default=default, metavar='N', help=f'{text} (default: {default:,})')
+    for option, value, text in (
+        ('--certify-sigma', Smoothing.sigma, 'standard deviation of the noise of certificates'),
+        ('--alpha', Smoothing.alpha, 'probability that a certificate is wrong'),
+    ):
+        parser.add_argument(option, type=float, default=value, metavar='X', help=f'{text} (default: {value:g})')
+    parser.add_argument('--seed', type=int, default=0, metavar='N', help='seed of noise and corruptions (default: 0)')
     add_overrides(parser)
     return parser
 
@@ -197,3 +266,21 @@ def with_examples(parser: argparse.ArgumentParser, *examples: tuple[str, str]) -
 
 def _parser(prog: str, description: str, *examples: tuple[str, str]) -> argparse.ArgumentParser:
     return with_examples(argparse.ArgumentParser(prog=prog, description=description), *examples)
+
+
+def _list_of(kind: Callable[[str], Any], known: Sequence[Any] = ()) -> Callable[[str], list[Any]]:
+    """Return a parser of values with commas between them; of all known values for 'all', of none for 'none'."""
+
+    def parse(text: str) -> list[Any]:
+        if text in ('all', 'none'):
+            return list(known) if text == 'all' else []
+        try:
+            values = [kind(each) for each in text.split(',')]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f'expected values with commas between them, got {text!r}') from None
+        for value in values:
+            if known and isinstance(value, str) and value not in known:
+                raise argparse.ArgumentTypeError(f"unknown '{value}'{nearest(value, known)}")
+        return values
+
+    return parse

@@ -5,13 +5,12 @@ It prints a table, appends one line of JSON to ``evaluation.jsonl`` and draws th
 Exit codes: 0 evaluated, 2 a mistake in the arguments, the recipe or its data (described in one line on stderr).
 """
 
-import argparse
 import hashlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,17 +22,18 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-from composer_sba.arguments import add_checkpoint, add_overrides, with_examples
+from composer_sba.arguments import evaluate_parser as _parser
+from composer_sba.conditions import Smoothing
 from composer_sba.data.config import DatasetConfig, resolve
 from composer_sba.data.loader import build_dataloader, dataset_classes
 from composer_sba.data.mds_index import INDEX, RECORD
 from composer_sba.data.transforms import mean_and_std, transform
-from composer_sba.errors import DatasetError, UserError, nearest, one_line
+from composer_sba.errors import DatasetError, UserError, one_line
 from composer_sba.provenance import commit, hardware, versions
 from composer_sba.recipe.build import load_network
 from composer_sba.recipe.recipe import Recipe
 from composer_sba.recipe.redact import redact
-from composer_sba.robustness import ATTACKS, CORRUPTIONS, EPSILONS, SEVERITIES, SIGMAS, Smoothing, evaluate
+from composer_sba.robustness import evaluate
 from composer_sba.trained import read_recipe, require_one_process
 
 RESULTS_FILE, FIGURE_FILE = 'evaluation.jsonl', 'error_under_noise.png'
@@ -308,91 +308,6 @@ def _published(
             cores = min(len(os.sched_getaffinity(0)), 8)
             loader = DataLoader(images, rows, num_workers=cores if config.num_workers is None else config.num_workers)
         yield corruption, int(severity), loader
-
-
-def _list_of(kind: Callable[[str], Any], known: Sequence[Any] = ()) -> Callable[[str], list[Any]]:
-    """Return a parser of values with commas between them; of all known values for 'all', of none for 'none'."""
-
-    def parse(text: str) -> list[Any]:
-        if text in ('all', 'none'):
-            return list(known) if text == 'all' else []
-        try:
-            values = [kind(each) for each in text.split(',')]
-        except ValueError:
-            raise argparse.ArgumentTypeError(f'expected values with commas between them, got {text!r}') from None
-        for value in values:
-            if known and isinstance(value, str) and value not in known:
-                raise argparse.ArgumentTypeError(f"unknown '{value}'{nearest(value, known)}")
-        return values
-
-    return parse
-
-
-def _parser(prog: str = 'python -m composer_sba.evaluate') -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description='Measure the error of a trained classifier on clean, noisy, corrupted and attacked images.',
-    )
-    add_checkpoint(parser)
-    parser.add_argument('--out', type=Path, metavar='FOLDER', help="folder for the results (default: the checkpoint's)")
-    parser.add_argument(
-        '--sigmas',
-        type=_list_of(float),
-        default=SIGMAS,
-        metavar='X,X',
-        help=f'standard deviations of noise, the pixel range being 1 (default: {",".join(map(str, SIGMAS))})',
-    )
-    parser.add_argument(
-        '--corruptions',
-        type=_list_of(str, CORRUPTIONS),
-        default=CORRUPTIONS,
-        metavar='NAME,NAME',
-        help=f'corruptions to compute: all (default), none, or some of {", ".join(CORRUPTIONS)}',
-    )
-    parser.add_argument(
-        '--severities',
-        type=_list_of(int, SEVERITIES),
-        default=SEVERITIES,
-        metavar='N,N',
-        help='severities of the corruptions, 1 to 5 (default: all)',
-    )
-    parser.add_argument(
-        '--published',
-        type=Path,
-        metavar='FOLDER',
-        help='read the corrupted images from here instead: CIFAR-10-C after convert cifar10c, or ImageNet-C, with '
-        '<corruption>/<severity>/<class>/ folders',
-    )
-    parser.add_argument(
-        '--attacks',
-        type=_list_of(str, ATTACKS),
-        default=ATTACKS,
-        metavar='NAME,NAME',
-        help=f'attacks, which need the extra [robustness]: all (default), none, or some of {", ".join(ATTACKS)}',
-    )
-    for norm in ('l2', 'linf'):
-        text = f'largest distance of the attacks in {norm}, the pixel range being 1 (default: {EPSILONS[norm]:.3g})'
-        parser.add_argument(f'--{norm}', type=float, default=EPSILONS[norm], metavar='X', help=text)
-    for option, default, text in (
-        ('--attack-steps', 10, 'steps of an attack'),
-        ('--attack-images', 500, 'images to attack'),
-        ('--certify', 0, 'images to certify by randomized smoothing, 0 for none'),
-        ('--n0', Smoothing.n0, 'samples that choose the class of a certified image'),
-        ('--n', Smoothing.n, 'samples that bound its probability'),
-    ):
-        parser.add_argument(option, type=int, default=default, metavar='N', help=f'{text} (default: {default:,})')
-    for option, value, text in (
-        ('--certify-sigma', Smoothing.sigma, 'standard deviation of the noise of certificates'),
-        ('--alpha', Smoothing.alpha, 'probability that a certificate is wrong'),
-    ):
-        parser.add_argument(option, type=float, default=value, metavar='X', help=f'{text} (default: {value:g})')
-    parser.add_argument('--seed', type=int, default=0, metavar='N', help='seed of noise and corruptions (default: 0)')
-    add_overrides(parser)
-    return with_examples(
-        parser,
-        ('--checkpoint FILE --attacks none', 'noise and corruptions'),
-        ('--checkpoint FILE --certify 100 --corruptions none', 'certificates'),
-    )
 
 
 if __name__ == '__main__':

@@ -13,8 +13,9 @@ from PIL import Image
 from scipy import ndimage
 from scipy.stats import binomtest, kstest, norm, poisson, truncnorm
 
+from composer_sba.conditions import CORRUPTIONS, SEVERITIES
 from composer_sba.errors import UserError
-from composer_sba.robustness.corruptions import ALEXNET_ERRORS, CORRUPTIONS, SEVERITIES, corrupt
+from composer_sba.robustness.corruptions import ALEXNET_ERRORS, corrupt
 
 # The constants of make_cifar_c.py and make_imagenet_c.py, severities 1 to 5
 GAUSSIAN = {32: [0.04, 0.06, 0.08, 0.09, 0.10], 224: [0.08, 0.12, 0.18, 0.26, 0.38]}

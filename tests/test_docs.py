@@ -24,6 +24,7 @@ from composer_sba.models import digits_net
 from composer_sba.recipe import load
 from composer_sba.recipe.build import build_components
 from composer_sba.study import __main__ as study
+from composer_sba.study.arguments import study_parser
 from programs import start
 
 ROOT = Path(__file__).parents[1]
@@ -182,7 +183,7 @@ def test_a_command_exists_and_takes_its_arguments(page, command, monkeypatch, ca
             rows = [line for line in PAGES.get(page, '').splitlines() if line.startswith('│')]
             assert set(rows) <= set(printed), set(rows) - set(printed)
         case ['python', '-m', 'composer_sba.study', *arguments]:
-            study._parser().parse_args(arguments)  # exits, and so fails the test, if it cannot
+            study_parser().parse_args(arguments)  # exits, and so fails the test, if it cannot
         case ['python', script, *arguments] if script.startswith('benchmarks/'):
             with start(ROOT / script, *arguments, '--help', output=tmp_path / 'help') as program:
                 assert program.wait() == 0, program.said

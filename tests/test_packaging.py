@@ -138,8 +138,8 @@ def test_a_recipe_without_its_option(given, remedy, capsys) -> None:
     assert said[-1] == f'composer-sba train: error: expected the recipe after -f: composer-sba train {remedy}'
 
 
-def run_until_torch(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the console command in a process that ends with 99 when it begins to import PyTorch."""
+def run_until_torch(*arguments: str, module: str = 'composer_sba.__main__') -> subprocess.CompletedProcess[str]:
+    """Run a command in a process that ends with 99 when it begins to import PyTorch."""
     program = (
         'import os, sys\n'
         'class NoTorch:\n'
@@ -147,7 +147,7 @@ def run_until_torch(*arguments: str) -> subprocess.CompletedProcess[str]:
         '        if name == "torch":\n'
         '            os._exit(99)\n'
         'sys.meta_path.insert(0, NoTorch())\n'
-        'from composer_sba.__main__ import main\n'
+        f'from {module} import main\n'
         'sys.exit(main())\n'
     )
     command = [sys.executable, '-c', program, *arguments]
@@ -156,12 +156,22 @@ def run_until_torch(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     'given',
-    ['--help', '--version', 'train --help', 'train digits_sba.yaml', 'convert --help', 'layers --help', 'recipes'],
+    [
+        *('--help', '--version', 'recipes', 'train digits_sba.yaml', 'evaluate --corruptions frog', 'study method'),
+        *(f'{command} --help' for command in cli.COMMANDS),
+        'study methods --help',
+    ],
 )
 def test_what_needs_no_pytorch_does_not_wait_for_it(given) -> None:
     done = run_until_torch(*given.split())
-    assert done.returncode == (2 if given == 'train digits_sba.yaml' else 0), done.stderr
-    assert done.stdout or done.stderr
+    mistake = given in ('train digits_sba.yaml', 'evaluate --corruptions frog', 'study method')
+    assert done.returncode == (2 if mistake else 0), done.stderr
+    assert done.stderr if mistake else done.stdout
+
+
+def test_a_study_as_a_module_answers_before_pytorch() -> None:
+    done = run_until_torch('--help', module='composer_sba.study.__main__')
+    assert done.returncode == 0 and 'table1' in done.stdout, done.stderr
 
 
 def test_the_first_line_comes_before_pytorch() -> None:

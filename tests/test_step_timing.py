@@ -13,8 +13,9 @@ import torch
 from composer_sba.models import digits_net
 from composer_sba.recipe.recipe import load
 from composer_sba.study.__main__ import main
+from composer_sba.study.arguments import STEP_KINDS
 from composer_sba.study.flops import flops_per_image
-from composer_sba.study.step_timing import PROFILE_PARTS, STEP_KINDS, Steps, measure, profile_difference
+from composer_sba.study.step_timing import PROFILE_PARTS, Steps, measure, profile_difference
 from programs import start
 
 ROOT = Path(__file__).parent.parent

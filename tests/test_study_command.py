@@ -5,11 +5,15 @@ Run: pytest tests/test_study_command.py
 
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from composer_sba.study.__main__ import _parser, main
+from composer_sba.study.__main__ import main
+from composer_sba.study.arguments import BASES, DTYPES, study_parser
+from composer_sba.study.step_report import DTYPES as TIMED_DTYPES
 from composer_sba.study.vicinity_figure import draw_vicinity
+from composer_sba.vicinity import Basis
 from invented_runs import RUNS, record, write
 
 YAMLS = Path(__file__).parent.parent / 'yamls'
@@ -131,10 +135,15 @@ def test_an_option_that_cannot_be_meant_is_refused(
     ],
 )
 def test_a_repeated_option_adds_to_the_first(study: str, option: str, name: str, values: list[str]) -> None:
-    together = _parser().parse_args([study, option, *values])
-    repeated = _parser().parse_args([study, option, values[0], option, values[1]])
+    together = study_parser().parse_args([study, option, *values])
+    repeated = study_parser().parse_args([study, option, values[0], option, values[1]])
     assert list(map(str, getattr(repeated, name))) == values == list(map(str, getattr(together, name)))
-    assert getattr(_parser().parse_args([study]), name) == []
+    assert getattr(study_parser().parse_args([study]), name) == []
+
+
+def test_a_step_can_have_every_basis_and_dtype_that_there_is() -> None:
+    assert get_args(Basis) == BASES
+    assert tuple(TIMED_DTYPES) == DTYPES
 
 
 @pytest.mark.parametrize(

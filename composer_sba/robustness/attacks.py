@@ -8,13 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from composer_sba.conditions import ATTACKS, EPSILONS
 from composer_sba.errors import UserError, check_number, nearest
 from composer_sba.schedule import hash_key, seeded
-
-ATTACKS = ('pgd_l2', 'pgd_linf', 'auto_pgd_l2', 'auto_pgd_linf')
-"""Names of the attacks, which are projected gradient descent and AutoPGD in two norms."""
-EPSILONS = {'l2': 0.25, 'linf': 1 / 255}
-"""Largest distances by norm, in units of the pixel range."""
 
 
 def attack(

@@ -13,10 +13,8 @@ A certificate holds for the smoothed classifier, which needs thousands of predic
 :class:`.MajorityVote` certifies nothing: it votes in latent space, counts too few votes and has no bound.
 """
 
-import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from composer_sba.errors import UserError, check_number
+from composer_sba.conditions import Smoothing
+from composer_sba.errors import UserError
 from composer_sba.schedule import hash_key
 
 ABSTAIN = -1
@@ -33,32 +32,6 @@ COLUMNS = ('idx', 'label', 'predict', 'radius', 'correct', 'time')
 """Columns of the file of certificates, those of Cohen et al.'s code."""
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Radii of :func:`summarize`, ℓ2 in units of the pixel range."""
-
-
-@dataclass(frozen=True)
-class Smoothing:
-    """How images are certified; the names are those of Cohen et al.
-
-    Args:
-        sigma (float, optional): Standard deviation of the noise, > 0, in units of the pixel range. Default: ``0.25``.
-        n0 (int, optional): Samples that choose the class, >= 1. Default: ``100``.
-        n (int, optional): Samples that bound its probability, >= 1. Default: ``10_000``.
-        alpha (float, optional): Probability that a certificate is wrong, in (0, 1). Default: ``0.001``.
-
-    Raises:
-        UserError: If a value is out of range.
-    """
-
-    sigma: float = 0.25
-    n0: int = 100
-    n: int = 10_000
-    alpha: float = 0.001
-
-    def __post_init__(self) -> None:
-        check_number('sigma', self.sigma, 'a finite number > 0', lambda value: 0 < value < math.inf)
-        check_number('n0', self.n0, 'an integer >= 1', lambda value: value >= 1, int)
-        check_number('n', self.n, 'an integer >= 1', lambda value: value >= 1, int)
-        check_number('alpha', self.alpha, 'a number in (0, 1)', lambda value: 0 < value < 1)
 
 
 def certified_radius(count: int, smoothing: Smoothing) -> float:

@@ -2,8 +2,8 @@
 
 `Hendrycks & Dietterich, 2019 <https://arxiv.org/abs/1903.12261>`_ define 19 corruptions with five severities each, and
 publish constants for 32-pixel images (CIFAR-10-C) and for 224-pixel images (ImageNet-C). This module has the 14 of
-:data:`CORRUPTIONS`. Frost needs files of textures; glass blur moves one pixel after another; snow, spatter and the
-elastic transform are left out. Read these from the published sets.
+:data:`~composer_sba.conditions.CORRUPTIONS`. Frost needs files of textures; glass blur moves one pixel after another;
+snow, spatter and the elastic transform are left out. Read these from the published sets.
 
 The published sets store bytes: CIFAR-10-C rounds down to 8 bits, and ImageNet-C also compresses with JPEG. Here, values
 stay floats. Errors on the two may therefore differ by some tenths of a point.
@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torchvision.io import decode_jpeg, encode_jpeg
 
+from composer_sba.conditions import CORRUPTIONS, SEVERITIES
 from composer_sba.errors import UserError, check_number, nearest
 
 Constants = Literal['cifar', 'imagenet']
-SEVERITIES = (1, 2, 3, 4, 5)
 _LARGEST_OF_CIFAR = 64  # pixels; larger images take ImageNet's constants
 
 # AlexNet's errors on ImageNet-C, means over the five severities, as fractions of 1. ImageNet-C's mean corruption error
@@ -58,7 +58,7 @@ def corrupt(
 
     Args:
         images (torch.Tensor): Shape ``(N, 3, H, W)``, floating, in [0, 1].
-        name (str): One of :data:`CORRUPTIONS`.
+        name (str): One of :data:`~composer_sba.conditions.CORRUPTIONS`.
         severity (int): 1 to 5.
         generator (torch.Generator, optional): Source of the noise, on the device of the images. Default: ``None``,
             PyTorch's own.
@@ -303,5 +303,3 @@ _DEFINITIONS: dict[str, tuple[Callable[..., torch.Tensor], tuple[Any, ...], tupl
     'pixelate': (_pixelate, (0.95, 0.9, 0.85, 0.75, 0.65), (0.6, 0.5, 0.4, 0.3, 0.25)),
     'jpeg_compression': (_jpeg_compression, (80, 65, 58, 50, 40), (25, 18, 15, 10, 7)),
 }
-CORRUPTIONS = tuple(_DEFINITIONS)
-"""Names of the corruptions that :func:`corrupt` knows."""

@@ -13,15 +13,13 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassCalibrationError
 from tqdm import tqdm
 
+from composer_sba.conditions import ATTACKS, CORRUPTIONS, EPSILONS, SEVERITIES, SIGMAS, Smoothing
 from composer_sba.errors import UserError, check_number, nearest
-from composer_sba.robustness.attacks import ATTACKS, EPSILONS, attack, require_toolbox
-from composer_sba.robustness.certificates import Smoothing, certify_to_file, summarize
-from composer_sba.robustness.corruptions import ALEXNET_ERRORS, CORRUPTIONS, SEVERITIES, corrupt, takes_cifar_constants
+from composer_sba.robustness.attacks import attack, require_toolbox
+from composer_sba.robustness.certificates import certify_to_file, summarize
+from composer_sba.robustness.corruptions import ALEXNET_ERRORS, corrupt, takes_cifar_constants
 from composer_sba.robustness.pixels import PixelClassifier, in_pixel_units, pixel_classifier, spread
 from composer_sba.schedule import hash_key
-
-SIGMAS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)
-"""Standard deviations of the noise sweep, in units of the pixel range."""
 
 
 def evaluate(
@@ -60,16 +58,16 @@ def evaluate(
         mean (Sequence[float]): Means of the channels that the network expects images to be normalized with.
         std (Sequence[float]): Their standard deviations.
         sigmas (Sequence[float], optional): Standard deviations of the noise, in units of the pixel range; 0 is the
-            clean image, which is always evaluated. Default: :data:`SIGMAS`.
+            clean image, which is always evaluated. Default: :data:`~composer_sba.conditions.SIGMAS`.
         corruptions (Sequence[str], optional): Their names. Default: all of
-            :data:`~composer_sba.robustness.corruptions.CORRUPTIONS`.
+            :data:`~composer_sba.conditions.CORRUPTIONS`.
         severities (Sequence[int], optional): 1 to 5. Default: all.
         published (Iterable, optional): Tuples of corruption, severity and DataLoader, of a published set such as
             CIFAR-10-C. These are evaluated then, and ``corruptions`` and ``severities`` have no effect. Default:
             ``None``.
-        attacks (Sequence[str], optional): Names in :data:`~composer_sba.robustness.attacks.ATTACKS`. Default: none.
+        attacks (Sequence[str], optional): Names in :data:`~composer_sba.conditions.ATTACKS`. Default: none.
         epsilons (Mapping[str, float], optional): Largest distances of attacks, for ``'l2'`` and ``'linf'``, in units of
-            the pixel range. Default: :data:`~composer_sba.robustness.attacks.EPSILONS`.
+            the pixel range. Default: :data:`~composer_sba.conditions.EPSILONS`.
         attack_steps (int, optional): Steps of an attack. Default: ``10``.
         attack_images (int, optional): Images to attack, at equal distances in the dataset. Default: ``500``.
         smoothing (Smoothing, optional): Noise and numbers of samples of certificates. Default: ``None``, none.

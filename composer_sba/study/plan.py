@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from composer_sba.errors import UserError
 from composer_sba.recipe.recipe import Recipe, load
 from composer_sba.recipe.registry import canonical
+from composer_sba.study.arguments import MAX_COST
 from composer_sba.study.display_names import scaled_duration
 from composer_sba.study.flops import flops_per_image
 from composer_sba.study.paper import TABLE_1
@@ -19,7 +20,6 @@ from composer_sba.study.runs import Run, cut_layers
 
 ETAS = (0.0, 1e-3, 0.01, 0.1, 1.0, 10.0)
 TABLE_1_METHODS = (BASELINE, 'cutout', 'cutout_ba', 'ba', 'sba')
-STUDIES = ('table1', 'eta', 'layers', 'methods', 'search', 'robustness')
 
 # The values that `search` draws SBA's settings from, besides the layers
 SEARCH: dict[str, Sequence[float]] = {
@@ -30,7 +30,6 @@ SEARCH: dict[str, Sequence[float]] = {
     'vicinity.sigma': (0.1, 0.3, 1.0),
     'vicinity.dropout': (0.1, 0.3, 0.5),
 }
-MAX_COST = 1.3  # of a setting of `search`, as a multiple of the baseline's operations
 
 
 def plan(

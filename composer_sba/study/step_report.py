@@ -16,10 +16,11 @@ from composer_sba.errors import TooWideError, UserError
 from composer_sba.provenance import hardware, software
 from composer_sba.recipe.recipe import Recipe, component_arguments, load
 from composer_sba.recipe.registry import construct
+from composer_sba.study.arguments import STEP_KINDS
 from composer_sba.study.display_names import display_name
 from composer_sba.study.recipe_index import families
 from composer_sba.study.runs import cut_layers
-from composer_sba.study.step_timing import PROFILE_PARTS, STEP_KINDS, StepCost, Steps, measure, profile_difference
+from composer_sba.study.step_timing import PROFILE_PARTS, StepCost, Steps, measure, profile_difference
 from composer_sba.vicinity import Basis
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}

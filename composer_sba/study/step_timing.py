@@ -21,7 +21,6 @@ from composer_sba import functional as sbaf
 from composer_sba.latent.expander import LatentExpander
 from composer_sba.vicinity import Vicinity
 
-STEP_KINDS = ('plain', 'unarmed', 'sba', 'twice', 'latent_ba', 'naive', 'ba')
 # Part of a step -> substrings of the operators that belong to it. An operator without a match belongs to the part of
 # the innermost operator around it that has one.
 PROFILE_PARTS = {
