@@ -45,6 +45,7 @@ class EpochLines(LoggerDestination):
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
         self._accuracy: tuple[str, float] | None = None
+        self._evaluated: int | None = None  # the batch after which
         self._ended = False
         self._start = None if state is None else (int(state.timestamp.sample), state.timestamp.total_wct)
 
@@ -89,12 +90,15 @@ class EpochLines(LoggerDestination):
     def eval_end(self, state: State, logger: Logger) -> None:
         """Keep the accuracy of the evaluation."""
         self._accuracy = ('accuracy', float(state.eval_metric_values['MulticlassAccuracy']))
+        self._evaluated = int(state.timestamp.batch)
         if self._bar is not None and self._bar.desc.startswith('evaluation'):
             self._close()
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
-        """Print the line of the epoch, which has been evaluated by now."""
-        self._print(state, int(state.timestamp.epoch))
+        """Print the line of the epoch, unless it is the last one and will be evaluated when training has ended."""
+        is_last = state.max_duration is not None and state.timestamp >= state.max_duration
+        if not (is_last and state.evaluators and self._evaluated != int(state.timestamp.batch)):
+            self._print(state, int(state.timestamp.epoch))
 
     def fit_end(self, state: State, logger: Logger) -> None:
         """Close the bar of an epoch that training leaves unfinished."""
@@ -102,10 +106,10 @@ class EpochLines(LoggerDestination):
         self._ended = True
 
     def close(self, state: State, logger: Logger) -> None:
-        """Print the line of an epoch that training left unfinished, after its evaluation."""
+        """Print the line of an epoch that training left unfinished or evaluated at its end."""
         self._close()
         if self._ended and self._counts:
-            self._print(state, int(state.timestamp.epoch) + 1)
+            self._print(state, int(state.timestamp.epoch) + (state.timestamp.batch_in_epoch > 0))
 
     def _mean(self, name: str) -> float:
         return self._sums.get(name, 0.0) / self._counts.get(name, 1)

@@ -3,6 +3,7 @@
 Run: pytest tests/test_docs.py
 """
 
+import csv
 import doctest
 import importlib
 import re
@@ -10,8 +11,10 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
+import transformers
 from composer.cli import launcher
 from composer.models import ComposerClassifier
 from torch.utils.data import DataLoader, TensorDataset
@@ -53,9 +56,29 @@ def blocks(*languages):
     ]
 
 
+@pytest.fixture(scope='module')
+def downloaded(tmp_path_factory):
+    """The cache of a reader who has downloaded the model of the tutorial: smaller here, and with random weights."""
+    cache = tmp_path_factory.mktemp('huggingface')
+    model = cache / 'models--facebook--deit-tiny-patch16-224'
+    (model / 'refs').mkdir(parents=True)
+    (model / 'refs' / 'main').write_text('first')
+    sizes = {'hidden_size': 32, 'num_hidden_layers': 2, 'num_attention_heads': 2, 'intermediate_size': 64}
+    config = transformers.ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=1000)
+    transformers.ViTForImageClassification(config).save_pretrained(model / 'snapshots' / 'first')
+    images = transformers.ViTImageProcessor(size={'height': 32, 'width': 32})
+    images.save_pretrained(model / 'snapshots' / 'first')
+    return cache
+
+
 @pytest.fixture
-def in_checkout(tmp_path_factory, monkeypatch):
-    """Work in a folder that holds the recipes, as a checkout does; all tests share the digits converted there."""
+def in_checkout(tmp_path_factory, monkeypatch, downloaded):
+    """Work in a folder that holds the recipes, as a checkout does; all tests share the digits converted there.
+
+    No network is used: models of huggingface.co come from the cache.
+    """
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    monkeypatch.setattr(transformers.utils.hub, 'TRANSFORMERS_CACHE', str(downloaded))
     folder = tmp_path_factory.getbasetemp() / 'docs'
     folder.mkdir(exist_ok=True)
     if not (folder / 'yamls').exists():
@@ -112,6 +135,13 @@ def test_a_page_can_be_followed_from_top_to_bottom(page, monkeypatch):
                 assert run(command) == 0, command
     if page == 'tutorials/image_folder.md':
         assert len(Path('predictions.csv').read_text().splitlines()) == 1 + 24  # images
+    if page == 'tutorials/hugging_face.md':
+        rows = list(csv.DictReader(Path('shapes.csv').read_text().splitlines()))
+        assert len(rows) == 24 and {'circle', 'square', 'triangle'} == {rows[0][f'class_{rank}'] for rank in (1, 2, 3)}
+        for row in rows:  # two ways from the file to probabilities: predict, and transformers alone
+            by_transformers = {each['label']: each['score'] for each in space['classify'](f'shapes/val/{row["image"]}')}
+            by_predict = {row[f'class_{rank}']: float(row[f'probability_{rank}']) for rank in (1, 2, 3)}
+            assert by_transformers == pytest.approx(by_predict, abs=1e-4)
 
 
 def run(command):

@@ -60,6 +60,27 @@ def test_a_run_that_ends_within_an_epoch_has_its_line(run, capfd: pytest.Capture
     assert [re.match(r'epoch \d loss .* accuracy ', line) is not None for line in said] == [True, True], said
 
 
+@pytest.mark.parametrize(
+    ('keys', 'evaluated'),
+    [
+        (['max_duration=3ep', 'eval_interval=2ep'], [False, True, True]),  # epoch 3 when training has ended
+        (['max_duration=2ep', 'eval_interval=4ba'], [False, True]),  # within epoch 2, and when training has ended
+        (['max_duration=2ep', 'eval_dataset=null'], [False, False]),
+    ],
+)
+def test_the_line_of_the_last_epoch_has_the_last_evaluation(
+    keys: list[str], evaluated: list[bool], run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*keys) == 0
+    out, err = capfd.readouterr()
+    lines = [re.match(r'epoch (\d)/\d loss [\d.]+ (train|accuracy) ([\d.]+) % ', line) for line in err.splitlines()]
+    assert [(match[1], match[2] == 'accuracy') for match in lines] == [
+        (str(epoch), each) for epoch, each in enumerate(evaluated, 1)
+    ], err
+    final = re.search(r'eval accuracy +│ ([\d.]+) %', out)
+    assert not evaluated[-1] or float(lines[-1][3]) == pytest.approx(float(final[1]), abs=0.01), (err, out)
+
+
 def test_the_facts_come_first_and_the_summary_last(run, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert run('max_duration=2ep', 'algorithms.channels_last={}') == 0
     said = ' '.join(capsys.readouterr().out.split())

@@ -258,6 +258,8 @@ def _prepare_folder(recipe: Recipe) -> None:
 
 def _eval_interval(recipe: Recipe) -> Any:
     """Return the recipe's interval, or a function of state and event that adds the last epochs."""
+    if recipe.eval_dataset is None:
+        return 1  # any other interval makes the Trainer warn that it has no effect
     if not recipe.eval_last_epochs:
         return recipe.eval_interval
     periodically = create_interval_scheduler(
