@@ -80,6 +80,14 @@ def test_the_command_writes_a_report(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert '; bf16, basis hadamard;' in second.read_text()
 
 
+def test_a_network_without_a_recipe_of_its_own_has_the_method_s(tmp_path: Path) -> None:
+    command = ['step', '--networks', 'resnet8', '--cuts', 'input', '--fold', '1', '--rounds', '1', '--batch', '4']
+    command += ['--recipes', str(YAMLS), '--out', str(tmp_path), '--device', 'cpu', '--kinds', 'sba', 'twice']
+    assert main(command) == 0
+    (report,) = tmp_path.iterdir()
+    assert '| ResNet8, CIFAR-10 | 32 | 4 | input | 1 | twice |' in report.read_text()
+
+
 def test_a_report_replaces_no_other(tmp_path: Path) -> None:
     stem = f'step-{datetime.now(timezone.utc).date()}-cpu'
     (tmp_path / f'{stem}-2.md').write_text('the second of two reports\n')

@@ -68,9 +68,10 @@ def benchmark(recipes: Path, folder: Path, options: Options) -> Path:
     device = get_device(options.device)
     rows, profiles, left_out = [], [], []
     for family in families(recipes, options.networks, options.datasets):
-        if not family.own('sba').exists():
+        files = family.files('sba')
+        if files is None:
             continue
-        recipe = load(family.own('sba'))
+        recipe = load(files)
         title = ', '.join(dict.fromkeys(map(display_name, family.names)))
         for cut in options.cuts or ['head', *cut_layers(recipe)[-3:-2]]:  # the head and the last stage but one
             try:
