@@ -11,6 +11,7 @@ from streaming.base.dataset import StreamingDataset, _Iterator, _ShardState
 from streaming.vision.base import StreamingVisionDataset
 from torch.utils.data import Dataset
 
+from composer_sba.data.jpeg import JpegError
 from composer_sba.data.partition import shared_samples
 from composer_sba.data.samples import Expected
 from composer_sba.data.shared_memory import registration
@@ -28,7 +29,8 @@ class ImageDataset(StreamingVisionDataset):
     Args:
         batch_size (int): Samples in a batch of one rank, as in the DataLoader.
         transform (Callable): Maps an RGB image to a tensor. If it has a true attribute ``takes_tensors``, JPEGs are
-            passed as uint8 tensors of shape ``(3, H, W)``.
+            passed as uint8 tensors of shape ``(3, H, W)``; if it also has a true attribute ``takes_jpegs``, as
+            :class:`~composer_sba.data.jpeg.Jpeg`, before they are decoded.
         expected (Expected): The properties that every sample must have.
         drop_last (bool): Whether every batch must be full.
         seed (int): Seed of the order and the transforms.
@@ -95,10 +97,13 @@ class ImageDataset(StreamingVisionDataset):
         Raises:
             DatasetError: If the sample cannot be read or has an impossible label.
         """
-        tensors = getattr(self.transform, 'takes_tensors', False)
-        image, label = self.expected.read(sample_id, self._read, sample_id, retry, tensors=tensors)
+        tensors, crops = (getattr(self.transform, name, False) for name in ('takes_tensors', 'takes_jpegs'))
+        image, label = self.expected.read(sample_id, self._read, sample_id, retry, tensors=tensors, crops=crops)
         with seeded(self.shuffle_seed, self.epoch, int(sample_id)):
-            return self.transform(image), label
+            try:
+                return self.transform(image), label
+            except JpegError as error:
+                raise self.expected.unreadable(sample_id, error) from error
 
     def _read(self, sample_id: int, retry: int) -> dict[str, Any]:
         shard_id, _ = self.spanner[sample_id]

@@ -1,6 +1,5 @@
 """Stored samples: decode an image file to 8-bit RGB, and check that a sample is what its dataset promises."""
 
-import contextlib
 import functools
 import io
 import re
@@ -12,8 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
-from torchvision.io import decode_jpeg
 
+from composer_sba.data.jpeg import Jpeg, decode_jpeg
 from composer_sba.errors import DatasetError, one_line
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
@@ -22,8 +21,8 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
 def decode(file: bytes, tensors: bool = False) -> Image.Image | torch.Tensor:
     """Decode an image file.
 
-    PIL images and tensors have the same pixels, bit by bit, if Pillow and torchvision use the same version of
-    libjpeg-turbo, as their wheels do. Decoding to a tensor takes a fifth less time.
+    PIL images and tensors have the same pixels, bit by bit: the wheels of Pillow and simplejpeg both decode with
+    libjpeg-turbo. Decoding to a tensor takes a fifth less time.
 
     Args:
         file (bytes): Content of the file, in any format that PIL reads.
@@ -31,8 +30,8 @@ def decode(file: bytes, tensors: bool = False) -> Image.Image | torch.Tensor:
 
     Returns:
         PIL.Image.Image | torch.Tensor: An image in mode ``'RGB'``; or a tensor of shape ``(3, H, W)``, uint8, with the
-        channels of a pixel next to each other in memory. PIL decodes CMYK, other formats, and JPEGs that torchvision
-        refuses.
+        channels of a pixel next to each other in memory. PIL decodes CMYK, other formats, and damaged JPEGs, where its
+        errors are clearer.
 
     Raises:
         OSError: If PIL cannot decode the file.
@@ -44,11 +43,9 @@ def decode(file: bytes, tensors: bool = False) -> Image.Image | torch.Tensor:
         >>> decode(file.getvalue()).size, decode(file.getvalue(), tensors=True).shape
         ((4, 2), torch.Size([3, 2, 4]))
     """
-    if tensors and file.startswith(b'\xff\xd8\xff'):
-        with contextlib.suppress(RuntimeError):  # PIL reads more files, and its errors are clearer
-            pixels = decode_jpeg(torch.frombuffer(bytearray(file), dtype=torch.uint8))  # torch warns about bytes
-            if len(pixels) in (1, 3):
-                return pixels.expand(3, -1, -1)
+    pixels = decode_jpeg(file) if tensors else None
+    if pixels is not None:
+        return pixels
     return to_rgb(Image.open(io.BytesIO(file)))
 
 
@@ -121,8 +118,13 @@ class Expected:
     remedy: str
 
     def read(
-        self, sample_id: int, read: Callable[..., Mapping], *args: Any, tensors: bool = False
-    ) -> tuple[Image.Image | torch.Tensor, int]:
+        self,
+        sample_id: int,
+        read: Callable[..., Mapping],
+        *args: Any,
+        tensors: bool = False,
+        crops: bool = False,
+    ) -> tuple[Image.Image | torch.Tensor | Jpeg, int]:
         """Read and check one sample.
 
         Args:
@@ -130,9 +132,11 @@ class Expected:
             read (Callable): Returns the columns ``x``, an image or the content of its file, and ``y``.
             *args (Any): Arguments of ``read``.
             tensors (bool, optional): Whether to decode a JPEG to a tensor. Default: ``False``.
+            crops (bool, optional): Whether to leave it to the transform to decode a crop of a JPEG. Default: ``False``.
 
         Returns:
-            tuple[PIL.Image.Image | torch.Tensor, int]: The RGB image, as :func:`decode` returns it, and its label.
+            tuple[PIL.Image.Image | torch.Tensor | Jpeg, int]: The RGB image, as :func:`decode` returns it, or the JPEG;
+            and its label.
 
         Raises:
             DatasetError: If the sample cannot be read, or has an impossible label or the wrong size.
@@ -142,20 +146,25 @@ class Expected:
             image, label = sample['x'], int(sample['y'])
             if tensors and isinstance(image, JpegImageFile):  # Streaming opened it from memory without decoding it
                 image = cast(io.BytesIO, image.fp).getvalue()
-            image = decode(image, tensors) if isinstance(image, bytes) else to_rgb(image)
+            jpeg = Jpeg.open(image) if crops and isinstance(image, bytes) else None
+            image = jpeg or (decode(image, tensors) if isinstance(image, bytes) else to_rgb(image))
         except Exception as error:  # decoders raise many types, which depend on the format and the damage
-            raise DatasetError(
-                f'{self.folder}: sample {sample_id} cannot be read ({decoding_error(error)}): {self.remedy}'
-            ) from error
+            raise self.unreadable(sample_id, error) from error
         if not 0 <= label < self.num_classes:
             raise DatasetError(
                 f'{self.folder}: sample {sample_id} has the label {label}, expected 0 to '
                 f'{self.num_classes - 1}: correct num_classes or the data'
             )
-        height, width = image.shape[1:] if isinstance(image, torch.Tensor) else image.size[::-1]
+        height, width = image.shape[1:] if isinstance(image, torch.Tensor) else (image.height, image.width)
         if self.image_size and (height, width) != (self.image_size, self.image_size):
             raise DatasetError(
                 f'{self.folder}: sample {sample_id} has {width}x{height} pixels, expected '
                 f'{self.image_size}x{self.image_size}: read it as name: imagefolder'
             )
         return image, label
+
+    def unreadable(self, sample_id: int, error: Exception) -> DatasetError:
+        """Return the error of a sample that cannot be read, because of ``error``."""
+        return DatasetError(
+            f'{self.folder}: sample {sample_id} cannot be read ({decoding_error(error)}): {self.remedy}'
+        )
