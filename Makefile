@@ -36,9 +36,9 @@ setup: $(INSTALLED)
 	.venv/bin/pre-commit install
 
 demo: $(INSTALLED)
-	.venv/bin/composer train.py -f yamls/digits_sba.yaml save_overwrite=true
+	.venv/bin/composer-sba train -f digits_sba.yaml save_overwrite=true
 	@echo 'Next: docs/tutorials/digits.md explains this output.'
-	@echo 'Train without SBA: .venv/bin/composer train.py -f yamls/digits_baseline.yaml'
+	@echo 'Train without SBA: .venv/bin/composer-sba train -f digits_baseline.yaml'
 
 test: $(INSTALLED)
 	.venv/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 10

@@ -168,7 +168,8 @@ def facts(recipe: Recipe, state: State, threads: str) -> Table:
     rows.add_row('steps', _steps(recipe, state))
     for algorithm in state.algorithms:
         if isinstance(algorithm, SBA):
-            rows.add_row('SBA', algorithm.describe(network, (3, size, size)))
+            line = algorithm.describe(network, (3, size, size))
+            rows.add_row('SBA', line.replace(', p = ', ',\np = '))  # two lines of 80 columns
     others = [name for name in recipe.algorithms if name != 'sba']
     if others:
         rows.add_row('also', ', '.join(others))

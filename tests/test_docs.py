@@ -26,6 +26,7 @@ from composer_sba import convert, evaluate, layers, train
 from composer_sba.models import digits_net
 from composer_sba.recipe import load
 from composer_sba.recipe.build import build_components
+from composer_sba.shipped import names
 from composer_sba.study import __main__ as study
 from composer_sba.study.arguments import study_parser
 from programs import start
@@ -204,7 +205,9 @@ def test_a_command_exists_and_takes_its_arguments(page, command, monkeypatch, ca
         case ['composer-sba', name, *arguments]:
             module, _ = cli.COMMANDS[name]
             if name == 'train':
-                arguments_of_commands.parse_train(arguments, name)
+                parsed = arguments_of_commands.parse_train(arguments, name)
+                if all(Path(file).exists() or file in names() for file in parsed.file):  # else of another page
+                    load(parsed.file, parsed.overrides)
             else:
                 importlib.import_module(module)._parser().parse_intermixed_args(arguments)
         case ['python', '-m', 'composer_sba.layers', *arguments]:

@@ -15,6 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import composer_sba
 from composer_sba import __main__ as cli
@@ -247,6 +248,13 @@ def test_what_is_built_works_outside_the_checkout(kind, tmp_path) -> None:
     assert str(environment) in run('python', '-c', 'import composer_sba; print(composer_sba.__file__)')
     said = run('python', '-m', 'composer_sba.train', '-f', 'digits_sba.yaml', 'max_duration=1ep', 'progress_bar=false')
     assert 'digits_sba: 23 steps' in said, said
+    Image.new('RGB', (8, 8)).save(outside / 'digit.png')
+    used = ['--checkpoint', 'runs/digits_sba/latest-rank0.pt']
+    said = run('composer-sba', 'predict', *used, 'digit.png', '--out', 'digit.csv')
+    assert 'predictions of 1 images: digit.csv' in said, said
+    assert 'network: runs/digits_sba/model.pt2' in run('composer-sba', 'export', *used, '--format', 'pt2')
+    assert 'clean' in run('composer-sba', 'evaluate', *used, '--corruptions', 'none', '--attacks', 'none')
+    assert 'digits_sba.yaml' in run('composer-sba', 'recipes')
     assert 'resnet44' in run('composer-sba', 'study', 'table1', '--dry-run')
     if kind == 'sdist':
         return  # has the same wheel in the end, and a type checker takes minutes

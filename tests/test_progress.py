@@ -83,7 +83,10 @@ def test_the_line_of_the_last_epoch_has_the_last_evaluation(
 
 def test_the_facts_come_first_and_the_summary_last(run, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert run('max_duration=2ep', 'algorithms.channels_last={}') == 0
-    said = ' '.join(capsys.readouterr().out.split())
+    said = capsys.readouterr().out
+    block = said.partition('digits_sba: 6 steps')[0].splitlines()
+    assert max(map(len, block)) <= 80 and '         p = 1, η = 0.1; an augmented step' in said, block
+    said = ' '.join(said.split())
     for fact in (
         'digits_sba network digits_net: 94,986 parameters',
         'data digits: 190 images to train, 40 to evaluate, 8x8 pixels, 10 classes',
