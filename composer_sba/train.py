@@ -27,7 +27,7 @@ from composer_sba.arguments import parse_train
 from composer_sba.data.loader import DatasetConfig, image_size
 from composer_sba.errors import AlreadyTrainedError, UserError, one_line
 from composer_sba.model_card import model_card
-from composer_sba.progress import SMALL_STEP, EpochLines, device, facts, operations_of_step
+from composer_sba.progress import SMALL_STEP, WIDTH, EpochLines, device, facts, operations_of_step
 from composer_sba.recipe.build import build_components, build_trainer, for_evaluation
 from composer_sba.recipe.explain import explained
 from composer_sba.recipe.recipe import RECIPE_FILE, Recipe, load, save, to_yaml
@@ -177,15 +177,28 @@ def _next(recipe: Recipe, folder: str | None) -> Iterator[str]:
     if folder is None or '://' in folder:
         return
     if recipe.save_latest_filename is not None and recipe.parallelism is None:  # not in parts
-        checkpoint = shlex.quote(f'{folder}/{_checkpoint_name(recipe)}')
-        yield f'to use it:     composer-sba predict --checkpoint {checkpoint} FOLDER'
+        checkpoint = f'{folder}/{_checkpoint_name(recipe)}'
+        yield f'to use it:\n{_command("predict", "--checkpoint", checkpoint, "FOLDER")}'
         if recipe.eval_dataset is not None:
-            yield f'to measure it: composer-sba evaluate --checkpoint {checkpoint}'
+            yield f'to measure it:\n{_command("evaluate", "--checkpoint", checkpoint)}'
     if 'sba' in recipe.algorithms:
         changes = ['algorithms.sba=null', f'run_name={recipe.run_name}_baseline']
         if not folder.endswith(f'/{recipe.run_name}'):
             changes.append(f'save_folder={folder}_baseline')
-        yield f'its baseline:  composer-sba train -f {shlex.join([f"{folder}/{RECIPE_FILE}", *changes])}'
+        yield f'its baseline:\n{_command("train", "-f", f"{folder}/{RECIPE_FILE}", *changes)}'
+
+
+def _command(*arguments: str) -> str:
+    """Write a command of the package for a shell, in lines of a terminal."""
+    line, *words = [shlex.quote(each) for each in ('composer-sba', *arguments)]
+    lines = [f'  {line}']
+    for word in words:
+        if len(lines[-1]) + len(word) + len('  \\') > WIDTH:
+            lines[-1] += ' \\'
+            lines.append(f'     {word}')
+        else:
+            lines[-1] += f' {word}'
+    return '\n'.join(lines)
 
 
 def _checkpoint_name(recipe: Recipe) -> str:

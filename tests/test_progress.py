@@ -5,6 +5,7 @@ Run: pytest tests/test_progress.py
 
 import logging
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -86,6 +87,7 @@ def test_the_facts_come_first_and_the_summary_last(run, capsys: pytest.CaptureFi
     said = capsys.readouterr().out
     block = said.partition('digits_sba: 6 steps')[0].splitlines()
     assert max(map(len, block)) <= 80 and '         p = 1, η = 0.1; an augmented step' in said, block
+    commands = [line for line in said.replace('\\\n', '').splitlines() if line.startswith('  composer-sba')]
     said = ' '.join(said.split())
     for fact in (
         'digits_sba network digits_net: 94,986 parameters',
@@ -101,13 +103,15 @@ def test_the_facts_come_first_and_the_summary_last(run, capsys: pytest.CaptureFi
     assert re.search(r'eval accuracy │ [\d.]+ % \(\d+ of 40\)', summary), summary
     assert re.search(r'best accuracy │ [\d.]+ % \(\d+ of 40\), epoch [12] │', summary), summary
     assert '│ device │ CPU (1 thread) │' in summary
-    folder = tmp_path / 'digits_sba'
-    for command in (
-        f'composer-sba predict --checkpoint {folder}/latest-rank0.pt FOLDER',
-        f'composer-sba evaluate --checkpoint {folder}/latest-rank0.pt',
-        f'composer-sba train -f {folder}/recipe.yaml algorithms.sba=null run_name=digits_sba_baseline',
-    ):
-        assert command in summary, summary
+    folder = str(tmp_path / 'digits_sba')
+    assert [shlex.split(each) for each in commands] == [
+        ['composer-sba', 'predict', '--checkpoint', f'{folder}/latest-rank0.pt', 'FOLDER'],
+        ['composer-sba', 'evaluate', '--checkpoint', f'{folder}/latest-rank0.pt'],
+        [
+            *('composer-sba', 'train', '-f', f'{folder}/recipe.yaml', 'algorithms.sba=null'),
+            'run_name=digits_sba_baseline',
+        ],
+    ]
 
 
 def test_a_resumed_run_says_where_it_goes_on(run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,8 +34,9 @@ def attack(
             CUDA device: a :class:`~composer_sba.robustness.pixels.PixelClassifier`.
         images (torch.Tensor): Shape ``(N, C, H, W)``, float32 in [0, 1].
         labels (torch.Tensor): Shape ``(N,)``, integers.
-        name (str): One of :data:`ATTACKS`.
-        epsilon (float, optional): ε > 0, in units of the pixel range. Default: that of :data:`EPSILONS`.
+        name (str): One of :data:`~composer_sba.conditions.ATTACKS`.
+        epsilon (float, optional): ε > 0, in units of the pixel range. Default: that of
+            :data:`~composer_sba.conditions.EPSILONS`.
         steps (int, optional): Number of steps, >= 1. Default: ``10``.
         seed (int, optional): Seed of the random starts. Default: ``0``.
 
