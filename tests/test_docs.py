@@ -195,6 +195,7 @@ def test_a_command_exists_and_takes_its_arguments(page, command, monkeypatch, ca
     match words:
         case ['composer-sba', 'convert', *arguments] | ['python', '-m', 'composer_sba.convert', *arguments]:
             monkeypatch.setattr(convert, 'convert', lambda *args, **kwargs: {'train': 1})
+            monkeypatch.setattr(convert, 'stored', lambda out: 'All files unchanged.')  # nothing was written
             assert convert.main(arguments) == 0
         case ['composer', *arguments]:
             launched = launcher._get_parser().parse_args(arguments)

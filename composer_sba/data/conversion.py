@@ -1,23 +1,27 @@
 """Conversion of images to MDS shards, the format that Streaming reads.
 
 Each split becomes a folder (``train``, ``val``; of CIFAR-10-C, ``<corruption>/<severity>``) of shards with two columns:
-``x``, the unchanged bytes of the image file, and ``y``, the index of its class among the sorted class names. Images
-that are arrays are stored as PNG, which is lossless. Converting twice gives the same bytes. ``index.json`` records the
-class names and the statistics of the channels under ``composer_sba``, and so takes them along to a remote.
+``x``, the bytes of the image file, and ``y``, the index of its class among the sorted class names. The bytes are
+unchanged unless images beyond ``max_side`` are resized. Images that are arrays are stored as PNG, which is lossless.
+Converting twice gives the same bytes. ``index.json`` records the class names, the statistics of the channels and what
+was resized under ``composer_sba``, and so takes them along to a remote.
 """
 
 import contextlib
+import functools
 import io
 import json
 import logging
+import math
 import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock
@@ -28,7 +32,7 @@ from tqdm import tqdm
 from composer_sba.data.mds_index import INDEX, RECORD
 from composer_sba.data.readers import READERS, Source, Split
 from composer_sba.data.samples import decoding_error, to_rgb
-from composer_sba.errors import DatasetError, nearest
+from composer_sba.errors import DatasetError, check_number, nearest
 
 SHARD_BYTES = 1 << 26
 SHUFFLE_SEED = 0
@@ -41,7 +45,14 @@ _log = logging.getLogger(__name__)
 
 
 def convert(
-    name: str, source: str | Path | None, out: str | Path, *, overwrite: bool = False, exist_ok: bool = False
+    name: str,
+    source: str | Path | None,
+    out: str | Path,
+    *,
+    max_side: int | None = None,
+    quality: int = 90,
+    overwrite: bool = False,
+    exist_ok: bool = False,
 ) -> dict[str, int]:
     """Convert a data set into ``out/train`` and ``out/val``, and CIFAR-10-C into ``out/<corruption>/<severity>``.
 
@@ -57,6 +68,10 @@ def convert(
             ``train/<class>/`` and ``val/<class>/`` or ``test/<class>/``; for CIFAR also its original Python batches.
             ``None`` for ``digits``, which come with scikit-learn.
         out (str | Path): Folder to make.
+        max_side (int, optional): Longest side of a stored image, for ``'imagefolder'``. A larger image is resized, with
+            antialiasing and without its metadata, and stored as JPEG. Unit: pixels. Default: ``None``, which leaves
+            every file as it is.
+        quality (int, optional): Quality of these JPEGs, 1 to 100. Default: ``90``.
         overwrite (bool, optional): Whether to replace an existing dataset. Default: ``False``.
         exist_ok (bool, optional): Whether to keep an existing dataset and convert nothing. Default: ``False``.
 
@@ -64,8 +79,10 @@ def convert(
         dict[str, int]: Number of images of each split; empty if ``exist_ok`` kept an existing dataset.
 
     Raises:
-        DatasetError: If ``name`` is unknown, the source is missing or not as described, a class has no images, images
-            cannot be read, or ``out`` exists or cannot be written. The message is one line with the path.
+        ValueError: If ``max_side`` or ``quality`` is not an integer in its range.
+        DatasetError: If ``name`` is unknown, ``max_side`` is given for another data set than ``'imagefolder'``, the
+            source is missing or not as described, a class has no images, images cannot be read, or ``out`` exists or
+            cannot be written. The message is one line with the path.
 
     Example:
         >>> import tempfile
@@ -76,6 +93,11 @@ def convert(
     if name not in READERS:
         remedy = ": convert it as 'imagefolder'" if name == 'imagenet' else nearest(str(name), READERS)
         raise DatasetError(f'unknown data set {name!r}{remedy}')
+    if max_side is not None:
+        max_side = check_number('max_side', max_side, 'an integer >= 1', lambda value: value >= 1, Integral)
+        if name != 'imagefolder':
+            raise DatasetError(f'max_side: {max_side} resizes files of an imagefolder, not {name}: leave it out')
+    quality = check_number('quality', quality, 'an integer from 1 to 100', lambda value: 1 <= value <= 100, Integral)
     given = None if source is None else Path(os.path.expanduser(source))
     out = Path(os.path.realpath(os.path.expanduser(out)))
     if exist_ok and _is_dataset(out):
@@ -98,7 +120,7 @@ def convert(
                     _try_to_move(out, replaced)
                 partial.mkdir()
                 images = READERS[name](given, partial / 'source')
-                counts = _write(images, name, partial)
+                counts = _write(images, name, partial, max_side, quality)
                 shutil.rmtree(partial / 'source', ignore_errors=True)
                 if out.exists():
                     out.rename(replaced)
@@ -150,11 +172,13 @@ def _put_back(replaced: Path, out: Path) -> None:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _write(source: Source, name: str, out: Path) -> dict[str, int]:
+def _write(source: Source, name: str, out: Path, max_side: int | None, quality: int) -> dict[str, int]:
     record: dict[str, Any] = {'name': name, 'num_classes': len(source.classes), 'classes': source.classes}
     broken: list[tuple[Path, str]] = []
     moments: list[np.ndarray] = []
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    resized = before = after = 0
+    encode = functools.partial(_encode, max_side=max_side, quality=quality)
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for split, samples in source.splits.items():
             if not samples:
                 raise DatasetError(f'the {split} split has no images: nothing was converted')
@@ -173,14 +197,16 @@ def _write(source: Source, name: str, out: Path) -> dict[str, int]:
                 ) as writer,
                 tqdm(total=len(samples), desc=f'{name} {split}', unit=' images', disable=None) as progress,
             ):
-                for (_, label), future in zip(samples, _encode_ahead(samples, measured, pool), strict=True):
+                for (_, label), (future, size) in zip(samples, _ahead(encode, samples, measured, pool), strict=True):
                     try:
-                        content, moment = future.result()
-                        moments += [] if moment is None else [moment]
+                        image = future.result()
+                        moments += [] if image.moments is None else [image.moments]
+                        resized, before, after = resized + image.resized, before + size, after + len(image.content)
                         if not broken:  # else nothing will be kept, but the user learns of all broken files
-                            writer.write({'x': content, 'y': label})
+                            writer.write({'x': image.content, 'y': label})
                     except _BrokenImageError as error:
                         broken.append((source.location(error.path), error.reason))
+                    progress.set_postfix_str(f'{tqdm.format_sizeof(after)}B', refresh=False)
                     progress.update()
     if broken:
         (path, reason), *others = sorted(broken)[:NAMED_FILES]
@@ -191,26 +217,30 @@ def _write(source: Source, name: str, out: Path) -> dict[str, int]:
         mean, square = np.mean(moments, axis=0)
         deviation = np.sqrt(np.maximum(square - mean**2, 1e-8))
         record |= {'mean': mean.round(4).tolist(), 'std': deviation.round(4).tolist()}
+    if name == 'imagefolder':
+        record |= {'max_side': max_side, 'quality': quality if max_side else None, 'resized': resized}
+        record |= {'source_bytes': before, 'stored_bytes': after}
     for split in source.splits:
         index = out / split / INDEX
         index.write_text(json.dumps(json.loads(index.read_text()) | {RECORD: record}, sort_keys=True))
     return {split: len(samples) for split, samples in source.splits.items()}
 
 
-def _encode_ahead(samples: Split, measured: int, pool: ThreadPoolExecutor) -> Iterator[Future]:
-    """Yield the results of :func:`_encode` in order, and keep the files ahead within the limits of their bytes."""
-    waiting: deque[tuple[Future, int]] = deque()
+def _ahead(
+    encode: Callable[..., '_Encoded'], samples: Split, measured: int, pool: ThreadPoolExecutor
+) -> Iterator[tuple[Future['_Encoded'], int]]:
+    """Yield the results of ``encode`` and the sizes of the sources in order, and keep those ahead within the limits."""
+    waiting: deque[tuple[Future[_Encoded], int]] = deque()
     held = 0
     for i, (image, _) in enumerate(samples):
         size = image.nbytes if isinstance(image, np.ndarray) else image.stat().st_size
-        waiting.append((pool.submit(_encode, image, i < measured), size))
+        waiting.append((pool.submit(encode, image, i < measured), size))
         held += size
         while waiting and (held > AHEAD_BYTES or len(waiting) > AHEAD_FILES):
             future, size = waiting.popleft()
             held -= size
-            yield future
-    while waiting:
-        yield waiting.popleft()[0]
+            yield future, size
+    yield from waiting
 
 
 class _BrokenImageError(Exception):
@@ -221,20 +251,36 @@ class _BrokenImageError(Exception):
         self.path, self.reason = path, reason
 
 
-def _encode(image: Path | np.ndarray, measure: bool) -> tuple[bytes, np.ndarray | None]:
-    """Return the file of an image, and the moments of its channels if they are to be measured."""
+class _Encoded(NamedTuple):
+    """A file to store, the moments of its channels if they were measured, and whether the image was resized."""
+
+    content: bytes
+    moments: np.ndarray | None = None
+    resized: bool = False
+
+
+def _encode(image: Path | np.ndarray, measure: bool, max_side: int | None, quality: int) -> _Encoded:
+    buffer = io.BytesIO()
     if isinstance(image, np.ndarray):
-        buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, 'PNG')
-        return buffer.getvalue(), None
+        return _Encoded(buffer.getvalue())
     try:
-        encoded = image.read_bytes()
-        opened = Image.open(io.BytesIO(encoded))
-        if not measure:
+        content = image.read_bytes()
+        opened = Image.open(io.BytesIO(content))
+        max_side = max_side or max(opened.size)
+        large = max(opened.size) > max_side
+        if large:
+            # A JPEG is decoded at a smaller scale that leaves at least twice the pixels to the resizing.
+            twice = 2 * max_side / max(opened.size)
+            opened.draft(None, (math.ceil(twice * opened.width), math.ceil(twice * opened.height)))
+        elif not measure:
             opened.draft('RGB', (1, 1))  # a JPEG is read to its end, but only 1 in 64 of its pixels is computed
         with _decoding.hold(_PIXEL_BYTES * opened.width * opened.height):
             rgb = to_rgb(opened)
-            return encoded, _moments(rgb) if measure else None
+            if large:
+                rgb.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+                rgb.save(buffer, 'JPEG', quality=quality)
+            return _Encoded(buffer.getvalue() or content, _moments(rgb) if measure else None, large)
     except Exception as error:  # decoders raise many types, which depend on the format and the damage
         raise _BrokenImageError(image, decoding_error(error)) from None
 
