@@ -4,16 +4,17 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
-from matplotlib.transforms import Bbox
 
 from composer_sba.study.style import MID_GREY
 
 _DISTANCES = (7, 14, 24, 36, 50)  # of a label from its point, in typographic points (1/72 inch)
 _LEADER = 12  # beyond this distance a line connects the label with its point
+_SHARES = {'left': 0.0, 'bottom': 0.0, 'center': 0.5, 'right': 1.0, 'top': 1.0}  # of a label before its anchor
 _ANGLES = (0, 30, -30, 180, 150, -150, 60, -60, 120, -120, 90, -90)  # degrees, to the right first
 
 
@@ -45,14 +46,18 @@ def place_labels(axes: Axes, marks: Sequence[Mark]) -> None:
     """
     assert isinstance(axes.figure, Figure)
     axes.figure.draw_without_rendering()  # settles limits and layout
-    taken = [box for mark in marks for box in _mark_boxes(axes, mark)]
+    inside = axes.get_window_extent().extents
+    taken = np.array([box for mark in marks for box in _mark_boxes(axes, mark)])
     for mark in sorted((mark for mark in marks if mark.text), key=lambda mark: (-mark.y, mark.x)):
         at = (mark.x, mark.y)
         halo = [withStroke(linewidth=2.5, foreground='white')]  # an error bar may still pass under the label
         label = axes.annotate(mark.text, at, (0, 0), textcoords='offset points', fontsize=9, path_effects=halo)
-        costs = {position: _cost(label, position, taken) for position in _positions()}
-        best = min(costs, key=costs.__getitem__)
-        taken += [_move(label, best), *_leader_boxes(label, best)]
+        label.set(horizontalalignment='left', verticalalignment='bottom')
+        boxes = _label_boxes(label)
+        best = min(boxes, key=lambda position: _cost(position, boxes[position], taken, inside))
+        taken = np.concatenate([taken, boxes[best]])
+        label.xyann = best.offset
+        label.set(horizontalalignment=best.horizontal, verticalalignment=best.vertical)
         if best.distance > _LEADER:
             line = {'arrowstyle': '-', 'color': MID_GREY, 'linewidth': 0.6, 'shrinkA': 0, 'shrinkB': 4}
             axes.annotate('', at, best.offset, textcoords='offset points', arrowprops=line)
@@ -67,44 +72,45 @@ def _positions() -> Iterator[_Position]:
             yield _Position(distance, (distance * x, distance * y), horizontal, vertical)
 
 
-def _move(label: Annotation, position: _Position) -> Bbox:
-    """Move a label and return the box that it then covers. Unit: pixels."""
-    label.xyann = position.offset
-    label.set(horizontalalignment=position.horizontal, verticalalignment=position.vertical)
-    return label.get_window_extent().padded(2)
+def _label_boxes(label: Annotation) -> dict[_Position, np.ndarray]:
+    """Return the boxes of a label at each position, and of the line to its point, shape ``(boxes, 4)``. Unit: pixels.
 
-
-def _leader_boxes(label: Annotation, position: _Position) -> list[Bbox]:
-    """Return a chain of small boxes along the line from a point to its label. Unit: pixels."""
-    if position.distance <= _LEADER:
-        return []
+    A box is left, low, right, high. A chain of small boxes stands for the line.
+    """
     assert label.axes is not None
-    x, y = label.axes.transData.transform(label.xy)
     pixels = label.axes.figure.dpi / 72
-    shares = [share / 10 for share in range(3, 10)]
-    line = [(x + share * position.offset[0] * pixels, y + share * position.offset[1] * pixels) for share in shares]
-    return [Bbox.from_extents(x - 3, y - 3, x + 3, y + 3) for x, y in line]
+    point = label.axes.transData.transform(label.xy)
+    extent = label.get_window_extent()  # its lower left corner is at the point
+    boxes = {}
+    for position in _positions():
+        offset = pixels * np.array(position.offset)
+        shares = _SHARES[position.horizontal], _SHARES[position.vertical]
+        low = extent.min + offset - np.multiply(shares, extent.size)
+        corners = [(*(low - 2), *(low + extent.size + 2))]
+        if position.distance > _LEADER:
+            line = [point + share / 10 * offset for share in range(3, 10)]
+            corners += [(*(each - 3), *(each + 3)) for each in line]
+        boxes[position] = np.array(corners)
+    return boxes
 
 
-def _cost(label: Annotation, position: _Position, taken: Sequence[Bbox]) -> float:
+def _cost(position: _Position, boxes: np.ndarray, taken: np.ndarray, inside: np.ndarray) -> float:
     """Return the overlap plus ten times the area outside the axes, in pixels²; the distance breaks ties."""
-    box = _move(label, position)
-    assert label.axes is not None
-    outside = box.width * box.height - _overlap(box, label.axes.get_window_extent())
-    covered = sum(_overlap(each, other) for each in (box, *_leader_boxes(label, position)) for other in taken)
-    return covered + 10 * outside + 4 * position.distance
+    width, height = boxes[0, 2:] - boxes[0, :2]
+    outside = width * height - _overlaps(boxes[:1], inside[None]).sum()
+    return float(_overlaps(boxes, taken).sum() + 10 * outside + 4 * position.distance)
 
 
-def _mark_boxes(axes: Axes, mark: Mark) -> list[Bbox]:
+def _mark_boxes(axes: Axes, mark: Mark) -> list[tuple[float, float, float, float]]:
     """Return the boxes that a point and its error bars cover. Unit: pixels."""
     x, y = axes.transData.transform((mark.x, mark.y))
     left, low = axes.transData.transform((mark.x - mark.x_bar, mark.y - mark.y_bar))
     right, high = axes.transData.transform((mark.x + mark.x_bar, mark.y + mark.y_bar))
-    corners = [(x - 8, y - 8, x + 8, y + 8), (left, y - 1, right, y + 1), (x - 1, low, x + 1, high)]
-    return [Bbox.from_extents(*each) for each in corners]
+    return [(x - 8, y - 8, x + 8, y + 8), (left, y - 1, right, y + 1), (x - 1, low, x + 1, high)]
 
 
-def _overlap(one: Bbox, other: Bbox) -> float:
-    width = min(one.x1, other.x1) - max(one.x0, other.x0)
-    height = min(one.y1, other.y1) - max(one.y0, other.y0)
-    return max(0.0, width) * max(0.0, height)
+def _overlaps(some: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return the area that each of some boxes shares with each of the others."""
+    low = np.maximum(some[:, None, :2], others[:, :2])
+    high = np.minimum(some[:, None, 2:], others[:, 2:])
+    return np.maximum(high - low, 0).prod(-1)
