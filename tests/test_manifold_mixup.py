@@ -120,7 +120,7 @@ def test_a_run_resumed_within_an_epoch_takes_the_same_steps(tmp_path):
 
 
 def test_training_improves_on_mixtures():
-    _, log = fit([ManifoldMixup(LAYERS)], duration='150ep')
+    _, log = fit([ManifoldMixup(LAYERS)], duration='80ep')
     losses = logged(log, 'loss/train/total')
     start, end = sum(losses[:30]) / 30, sum(losses[-30:]) / 30
     assert end < 0.9 * start, f'loss {start:.3f} -> {end:.3f}'

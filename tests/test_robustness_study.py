@@ -59,10 +59,11 @@ def test_a_run_measures_the_network_that_it_trained(tmp_path: Path, monkeypatch:
         '1',
     ]
     changes = ['train_dataset.in_memory=true', 'eval_dataset.in_memory=true', 'max_duration=2ep', 'eval_last_epochs=1']
+    changes += ['eval_dataset.subset=120']
     assert main([*arguments, '--set', *changes]) == 0
     (found,) = read_records(Path('results/robustness.jsonl'))
     measured = found['robustness']
-    assert measured['images'] == 360
+    assert measured['images'] == 120
     accuracy = found['epochs'][-1]['accuracy']
     assert measured['clean']['error'] == pytest.approx(1 - accuracy, abs=1e-4) and accuracy > 0.3, accuracy
     errors = [each['error'] for each in measured['noise']]

@@ -114,7 +114,7 @@ def test_training_improves_and_the_term_makes_predictions_consistent():
     kls = {}
     for eta in (1e-30, 1.0):
         sba = SBA('block', augment_prob=1.0, eta=eta, vicinity=Vicinity(sigma=0.5))
-        trainer, log = train([sba], duration='40ep')
+        trainer, log = train([sba], duration='30ep')
         losses, kl = logged(log, 'loss/train/total'), logged(log, 'sba/kl')
         kls[eta] = sum(kl[-6:]) / 6
         start, end = sum(losses[:6]) / 6, sum(losses[-6:]) / 6
