@@ -46,7 +46,7 @@ def place_labels(axes: Axes, marks: Sequence[Mark]) -> None:
     """
     assert isinstance(axes.figure, Figure)
     axes.figure.draw_without_rendering()  # settles limits and layout
-    inside = axes.get_window_extent().extents
+    inside = np.array(axes.get_window_extent().extents)
     taken = np.array([box for mark in marks for box in _mark_boxes(axes, mark)])
     for mark in sorted((mark for mark in marks if mark.text), key=lambda mark: (-mark.y, mark.x)):
         at = (mark.x, mark.y)
