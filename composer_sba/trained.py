@@ -23,6 +23,8 @@ def read_recipe(given: argparse.Namespace) -> Recipe:
     """Read the recipe of ``-f``, or the one that training saved beside the checkpoint; errors are those of load."""
     beside = given.checkpoint.parent / RECIPE_FILE
     if not given.file and not beside.is_file():
+        if not given.checkpoint.is_file():
+            raise UserError(f'cannot load the checkpoint {given.checkpoint}: no such file')
         raise UserError(f'{beside} does not exist: name the recipe that was trained, -f FILE')
     return load(given.file or [beside], given.overrides)
 

@@ -330,6 +330,7 @@ def test_mistakes_of_the_command_are_one_line(recipe_options, tmp_path, capsys):
     recipe = ['-f', 'digits_baseline.yaml', *recipe_options]
     for arguments, line in [
         (['--checkpoint', 'none.pt', *recipe], 'cannot load the checkpoint none.pt: no such file'),
+        (['--checkpoint', 'none.pt'], 'cannot load the checkpoint none.pt: no such file'),
         (['--checkpoint', str(write(tmp_path / 'odd.pt', b'PK')), *recipe], 'odd.pt: '),
         (['--checkpoint', 'other.pt', *recipe], 'cannot load the checkpoint other.pt: '),
         (['--checkpoint', 'other.pt', *recipe, 'eval_dataset=null'], 'eval_dataset: is required'),

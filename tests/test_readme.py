@@ -8,7 +8,11 @@ import shlex
 import tarfile
 from pathlib import Path
 
-from composer_sba import convert, train
+import torch
+
+from composer_sba import SBA, convert, train
+from composer_sba.recipe import load
+from composer_sba.recipe.build import build_components
 from conversions import cifar_batches, image_folder
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +63,14 @@ def test_the_commands_of_the_recipes_run(tmp_path, monkeypatch):
                 assert convert.main(arguments) == 0, command
                 converted += 1
     assert (trained, converted) == (3, 2) and len(block.splitlines()) == 5
+
+
+def test_the_recipe_that_it_prints_is_complete(tmp_path):
+    (tmp_path / 'own.yaml').write_text(re.search(r'^```yaml\n(.*?)^```', README, re.M | re.S).group(1))
+    with torch.device('meta'):
+        parts = build_components(load([tmp_path / 'own.yaml']))
+    [sba] = [each for each in parts['algorithms'] if isinstance(each, SBA)]
+    assert (sba.fold, sba.eta, sba.vicinity.basis) == (40, 0.01, 'normalized')
 
 
 def test_every_recipe_that_it_names_exists():
