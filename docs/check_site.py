@@ -75,7 +75,8 @@ def check_pages(browser: Browser, home: str, pages: list[str], screenshots: Path
         errors = record_errors(page, home)
         for name in pages:
             errors.clear()
-            page.goto(home + name, wait_until='networkidle')
+            page.goto(home + name)
+            page.wait_for_load_state('networkidle')
             for picture in page.locator('img[loading=lazy]').all():
                 picture.scroll_into_view_if_needed()
             seen = page.evaluate(INSPECT)
@@ -113,7 +114,10 @@ def record_errors(page: Page, home: str) -> list[str]:
 
     page.on('console', record)
     page.on('pageerror', lambda error: errors.append(str(error)))
-    page.on('requestfailed', lambda request: errors.append(f'{request.url} failed'))
+    # The next page ends a request that is under way.
+    page.on(
+        'requestfailed', lambda each: None if 'ABORTED' in (each.failure or '') else errors.append(f'{each.url} failed')
+    )
     page.on('response', lambda reply: errors.append(f'{reply.url}: {reply.status}') if reply.status >= 400 else None)
     page.on('request', lambda request: None if home in request.url else errors.append(f'{request.url}: other server'))
     return errors
