@@ -46,15 +46,15 @@ QUANTITIES: dict[str, Callable[[Record], float]] = {
 
 
 def robustness_tables(group: Group, runs: _Row) -> str:
-    """Write the tables of a group: errors and cost, and the differences from two references.
+    """Write the tables of a group: errors and cost, and the differences from three references.
 
     Args:
         group (Group): The facts that the runs share.
         runs (Sequence[Record]): The runs.
 
     Returns:
-        str: Markdown. The references are the baseline and Gaussian noise on half of the images, trained for the same
-        number of operations.
+        str: Markdown. The references are the baseline, and Gaussian noise on half of the images, trained for as many
+        epochs and for as many operations.
     """
     labelled = rows(runs)
     baseline = next((row for row in labelled.values() if row[0]['method'] == BASELINE), [])
@@ -69,25 +69,23 @@ def robustness_tables(group: Group, runs: _Row) -> str:
         for label, row in labelled.items()
     ]
     head = ['error, %', 'n', *QUANTITIES, 'calibration error', 'FLOP ÷ baseline']
-    same_cost = {label: _at_the_cost_of(row, labelled) for label, row in labelled.items()}
-    parts = [
-        _table(head, lines),
-        'Differences from the baseline, in points:',
-        _table(
-            ['method', 'n', *QUANTITIES],
-            [_differences(label, row, baseline) for label, row in labelled.items() if row is not baseline],
-        ),
-        'Differences from Gaussian noise on half of the images at the same number of operations, in points:',
-        _table(
-            ['method', 'n', *QUANTITIES],
-            [
-                _differences(label, row, same_cost[label])
-                for label, row in labelled.items()
-                if same_cost[label] and row[0]['method'] not in _GAUSSIAN
-            ],
-        ),
-    ]
-    return '\n\n'.join([*(part for part in parts if part), origin(runs)])
+    noise = next((row for row in labelled.values() if row[0]['method'] == _GAUSSIAN[0]), [])
+    others = {label: row for label, row in labelled.items() if row[0]['method'] not in _GAUSSIAN}
+    references = {
+        'the baseline': {label: baseline for label, row in labelled.items() if row is not baseline},
+        'Gaussian noise on half of the images after the same number of epochs': {
+            label: noise for label, row in others.items() if _last_epoch(row) == _last_epoch(noise)
+        },
+        'Gaussian noise on half of the images at the same number of operations': {
+            label: _at_the_cost_of(row, labelled) for label, row in others.items()
+        },
+    }
+    parts = [_table(head, lines)]
+    for name, compared in references.items():
+        differences = [_differences(label, labelled[label], row) for label, row in compared.items() if row]
+        if differences:
+            parts += [f'Differences from {name}, in points:', _table(['method', 'n', *QUANTITIES], differences)]
+    return '\n\n'.join([*parts, origin(runs)])
 
 
 def robustness_figures(runs: _Row) -> list[tuple[str, Callable[[Path], None], str]]:
@@ -121,6 +119,10 @@ def _at_the_cost_of(row: _Row, labelled: dict[str, list[Record]]) -> _Row:
     return []
 
 
+def _last_epoch(row: _Row) -> int | None:
+    return int(row[0]['epochs'][-1]['epoch']) if row else None
+
+
 def _differences(label: str, row: _Row, reference: _Row) -> list[str]:
     cells = []
     shared = {run['seed'] for run in row} & {run['seed'] for run in reference}
@@ -133,7 +135,7 @@ def _differences(label: str, row: _Row, reference: _Row) -> list[str]:
 
 def _table(head: list[str], lines: list[list[str]]) -> str:
     ruled = [head, ['---', *['---:'] * (len(head) - 1)], *lines]
-    return '\n'.join(f'| {" | ".join(line)} |' for line in ruled) if lines else ''
+    return '\n'.join(f'| {" | ".join(line)} |' for line in ruled)
 
 
 def _shown(runs: _Row) -> dict[str, list[Record]]:
