@@ -29,6 +29,22 @@ def test_the_page_is_the_report_of_the_runs(tmp_path: Path) -> None:
     assert figures == set(re.findall(r'\(figures/([\w.-]+)\)', PAGE.read_text()))
 
 
+def test_the_figures_of_the_readme_are_those_of_the_page() -> None:
+    """README has one decimal or two, and each of its rows is from one row of the page."""
+
+    def rows(text: str) -> list[list[list[float]]]:
+        lines = [line.replace('−', '-').split('|') for line in text.splitlines() if line.startswith('|')]
+        cells = [[cell for cell in line if '±' in cell] or [cell for cell in line if '[' in cell] for line in lines]
+        return [[[float(number) for number in re.findall(r'[-+]?\d+\.\d+', cell)] for cell in row] for row in cells]
+
+    page = rows(PAGE.read_text())
+    shown = rows(re.search(r'^## What to expect\n(.*?)^## ', (ROOT / 'README.md').read_text(), re.M | re.S)[1])
+    assert sum(map(bool, shown)) >= 15
+    for row in shown:
+        found = [all(any(cell == pytest.approx(each, abs=0.051) for each in other) for cell in row) for other in page]
+        assert any(found), f'no row of the page has {row}'
+
+
 def test_every_run_names_its_origin() -> None:
     runs = [run for study in SECTIONS for run in read_records(ROOT / 'results' / f'{study}.jsonl')]
     assert runs

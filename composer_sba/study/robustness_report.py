@@ -155,7 +155,8 @@ def _error_against_noise(path: Path, runs: _Row) -> None:
         for label, row in _shown(runs).items():
             colour, marker = _style(row)
             means = [spread([_noise(sigma)(run) for run in row]).mean for sigma in sigmas]
-            axes.plot(sigmas, means, color=colour, marker=marker)
+            line = '--' if row[0]['method'] in _GAUSSIAN[1:] else '-'  # the same colour, trained longer
+            axes.plot(sigmas, means, color=colour, marker=marker, linestyle=line)
             marks += [Mark('', x, y) for x, y in zip(sigmas[:-1], means[:-1], strict=True)]
             marks.append(Mark(label, sigmas[-1], means[-1]))
         axes.set(xlabel='standard deviation of the noise (pixel range = 1)', ylabel='error, %')
