@@ -38,7 +38,7 @@ from composer_sba.data.loader import DatasetConfig, build_dataspec
 from composer_sba.data.transforms import Pipeline, RandomResizedCrop
 from composer_sba.provenance import hardware, software
 
-SIZES = [  # width and height of 40 images in turn: about 500 by 375 pixels in the mean, few larger, two beyond 2,000
+SIZES = [  # width and height of 40 images in turn: about 500 by 375 pixels in the mean, few larger, one beyond 2,000
     *[(500, 375)] * 14, *[(375, 500)] * 6, *[(500, 333)] * 5, *[(333, 500)] * 2, (500, 400), (400, 300), (320, 240),
     (240, 180), (300, 225), (200, 300), (150, 112), (256, 256), (640, 480), (800, 600), (1024, 768), (1280, 960),
     (2048, 1536),
@@ -258,7 +258,8 @@ def main() -> None:
     print(f'# Images a second, {datetime.datetime.now(datetime.timezone.utc).date()}\n')
     print(f'{hardware("cpu")}, batches on {device.type}; {software()}.\n')
     print(
-        f'{args.images} JPEGs of 150 to 2,048 pixels a side, {width:.0f} by {height:.0f} in the mean, '
+        f'{args.images} JPEGs of {min(map(min, SIZES))} to {max(map(max, SIZES)):,} pixels a side, '
+        f'{width:.0f} by {height:.0f} in the mean, '
         f'{mean_bytes / 1000:.0f} kB on average, with the spectrum of photographs; random resized crop to {CROP}, '
         f'flip, normalized float32 batches of {args.batch}. Shards with --max-side {MAX_SIDE} have '
         f'{sizes["smaller"] / sizes["mds"]:.2f} of the bytes. FFCV encodes all images again, at quality 90. The data '

@@ -37,6 +37,13 @@ def photograph(width: int, height: int, mode: str = 'RGB', **options: Any) -> by
     return buffer.getvalue()
 
 
+def sampled_441(file: bytes) -> bytes:
+    """Return a JPEG of 4:4:4 with the header of 4:4:1, as jpegtran makes it from 4:1:1 when it turns the image."""
+    luma = file.index(b'\xff\xc0') + 11
+    assert file[luma] == 0x11
+    return file[:luma] + b'\x14' + file[luma + 1 :]
+
+
 def opened(file: bytes) -> Jpeg:
     jpeg = Jpeg.open(file)
     assert jpeg is not None
@@ -126,9 +133,10 @@ def test_the_scale_changes_a_resized_crop_little(size: tuple[int, int], mean: fl
         photograph(40, 30)[:-2],
         photograph(40, 30) + b'more',
         photograph(40, 30, mode='CMYK'),
+        sampled_441(photograph(40, 30, subsampling=0)),
         encoded(Image.new('RGB', (40, 30))),
     ],
-    ids=['empty', 'nothing', 'cut short', 'followed by others', 'CMYK', 'PNG'],
+    ids=['empty', 'nothing', 'cut short', 'followed by others', 'CMYK', '4:4:1', 'PNG'],
 )
 def test_another_file_is_decoded_as_a_whole(file: bytes) -> None:
     assert Jpeg.open(file) is None

@@ -149,7 +149,7 @@ def test_the_data_path_is_compared_with_other_loaders(tmp_path: Path) -> None:
     ours = {'composer-sba', 'composer-sba, whole images decoded', 'composer-sba, --max-side 512'}
     assert ours | {'ImageFolder', 'ImageFolder, PIL draft', 'Streaming as in its documentation'} < names, program.said
     assert all(int(rate) > 0 and float(spent) > 0 for _, rate, spent in rows), program.said
-    assert '12 JPEGs of 150 to 2,048 pixels a side, 514 by 432 in the mean' in program.said
+    assert '12 JPEGs of 112 to 2,048 pixels a side, 514 by 432 in the mean' in program.said
 
 
 def test_images_in_memory_are_compared_with_a_loader_of_tensors(tmp_path: Path) -> None:

@@ -279,7 +279,7 @@ def _encode(image: Path | np.ndarray, measure: bool, max_side: int | None, quali
             rgb = to_rgb(opened)
             if large:
                 rgb.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-                rgb.save(buffer, 'JPEG', quality=quality)
+                rgb.save(buffer, 'JPEG', quality=quality, comment=b'')  # else Pillow copies the source's
             return _Encoded(buffer.getvalue() or content, _moments(rgb) if measure else None, large)
     except Exception as error:  # decoders raise many types, which depend on the format and the damage
         raise _BrokenImageError(image, decoding_error(error)) from None

@@ -35,8 +35,10 @@ class Jpeg:
             >>> Jpeg.open(b'GIF87a') is None
             True
         """
+        if not file.endswith(b'\xff\xd9'):
+            return None
         size, height_at = _size(file), _position_of_height(file)
-        return cls(file, *size, height_at) if size and height_at and file.endswith(b'\xff\xd9') else None
+        return cls(file, *size, height_at) if size and height_at else None
 
     def crop(self, top: int, left: int, height: int, width: int, size: int) -> torch.Tensor:
         """Decode a rectangle that will be resized to ``size`` by ``size`` pixels.
@@ -56,7 +58,7 @@ class Jpeg:
             torch.Tensor: Shape ``(3, H, W)``, uint8, with the channels of a pixel next to each other in memory.
 
         Raises:
-            JpegError: If the file is damaged.
+            JpegError: If the decoder cannot go on. Like PIL, it passes over damage within the compressed pixels.
         """
         # With fewer than twice as many pixels, the decoder in place of the resizing would decide how sharp they become.
         scale = next((each for each in (8, 4, 2) if min(height, width) >= 2 * size * each), 1)
@@ -92,7 +94,7 @@ def _size(file: bytes) -> tuple[int, int] | None:
     """Return height and width of a JPEG of grey levels or colours, or None for CMYK and for other files."""
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(file)
-    except ValueError:
+    except (ValueError, KeyError):  # it has no name for the subsampling 4:4:1
         return None
     return (height, width) if colors in ('Gray', 'YCbCr', 'RGB') else None
 

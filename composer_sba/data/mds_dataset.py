@@ -30,7 +30,7 @@ class ImageDataset(StreamingVisionDataset):
         batch_size (int): Samples in a batch of one rank, as in the DataLoader.
         transform (Callable): Maps an RGB image to a tensor. If it has a true attribute ``takes_tensors``, JPEGs are
             passed as uint8 tensors of shape ``(3, H, W)``; if it also has a true attribute ``takes_jpegs``, as
-            :class:`~composer_sba.data.jpeg.Jpeg`, before they are decoded.
+            ``Jpeg`` of ``composer_sba.data.jpeg``, before they are decoded.
         expected (Expected): The properties that every sample must have.
         drop_last (bool): Whether every batch must be full.
         seed (int): Seed of the order and the transforms.

@@ -33,8 +33,8 @@ def transform(config: DatasetConfig) -> transforms.Compose:
 
     A random resized crop is drawn first, and only what it needs of a JPEG is decoded, unless a transform that needs PIL
     images, such as Composer's RandAugment, is inserted before ``ToTensor``. The crop is the same. A pixel differs from
-    PIL's by at most one of 255 levels, unless the crop is four times as large as the result: it is then decoded at a
-    smaller scale, and its pixels differ by about two levels. Evaluation uses PIL only.
+    PIL's by at most one of 255 levels, unless each side of the crop has four times as many pixels as the result: the
+    crop is then decoded at a smaller scale, and its pixels differ by two to three levels. Evaluation uses PIL only.
 
     Args:
         config (DatasetConfig): The dataset.
@@ -42,7 +42,7 @@ def transform(config: DatasetConfig) -> transforms.Compose:
     Returns:
         torchvision.transforms.Compose: Maps a PIL image of any mode to shape ``(3, H, W)``, float32. If its
         ``takes_tensors`` and ``takes_jpegs`` are true, it also accepts RGB as a uint8 tensor, and a
-        :class:`~composer_sba.data.jpeg.Jpeg`.
+        ``Jpeg`` of ``composer_sba.data.jpeg``.
 
     Raises:
         DatasetError: If a key of the config is wrong for this dataset.
@@ -179,7 +179,7 @@ class Pipeline(transforms.Compose):  # type: ignore[misc]  # torchvision has no 
 
     @property
     def takes_jpegs(self) -> bool:
-        """Whether the first step decodes a :class:`~composer_sba.data.jpeg.Jpeg`, and the others accept a tensor."""
+        """Whether the first step decodes a ``Jpeg``, and the others accept a tensor."""
         return isinstance(self.transforms[0], RandomResizedCrop) and self.takes_tensors
 
 
@@ -187,8 +187,8 @@ class RandomResizedCrop(nn.Module):
     """torchvision's ``RandomResizedCrop``, faster for JPEG files and for uint8 tensors.
 
     A PIL image, of any mode, is cropped by torchvision. A tensor or a JPEG gets the same crop from the same draws. 1 in
-    250 pixels of a photograph differs from PIL's, by one of 255 levels. A crop of a JPEG at least four times as large
-    as the result is decoded at a smaller scale, and differs by about two levels.
+    250 pixels of a photograph differs from PIL's, by one of 255 levels. A crop of a JPEG with at least four times
+    as many pixels a side as the result is decoded at a smaller scale, and differs by two to three levels.
 
     Args:
         size (int): Height and width of the result. Unit: pixels.
