@@ -71,7 +71,7 @@ def robustness_tables(group: Group, runs: _Row) -> str:
     head = ['error, %', 'n', *QUANTITIES, 'calibration error', 'FLOP ÷ baseline']
     noise = next((row for row in labelled.values() if row[0]['method'] == _GAUSSIAN[0]), [])
     others = {label: row for label, row in labelled.items() if row[0]['method'] not in _GAUSSIAN}
-    references = {
+    references: dict[str, dict[str, _Row]] = {
         'the baseline': {label: baseline for label, row in labelled.items() if row is not baseline},
         'Gaussian noise on half of the images after the same number of epochs': {
             label: noise for label, row in others.items() if _last_epoch(row) == _last_epoch(noise)
