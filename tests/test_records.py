@@ -100,8 +100,8 @@ def test_processes_append_at_the_same_time(tmp_path):
 
 
 def test_a_study_runs_without_scipy_and_matplotlib():
-    """The modules that the command imports, and those that they import, at their top level."""
-    folder, waiting, seen = Path(records.__file__).parent, ['__main__'], set()
+    """The modules of the command and those that they import at their top level."""
+    folder, waiting, seen = Path(records.__file__).parent, ['__main__', 'command'], set()
     while waiting:
         name = waiting.pop()
         seen.add(name)
