@@ -92,7 +92,7 @@ import sys, time
 from composer_sba.data import conversion
 
 encode = conversion._encode
-conversion._encode = lambda *arguments: time.sleep(0.05) or encode(*arguments)
+conversion._encode = lambda *arguments, **options: time.sleep(0.05) or encode(*arguments, **options)
 conversion.convert('imagefolder', *sys.argv[1:])
 """
 
