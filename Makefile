@@ -37,8 +37,8 @@ setup: $(INSTALLED)
 
 demo: $(INSTALLED)
 	.venv/bin/composer-sba train -f digits_sba.yaml save_overwrite=true
-	@echo 'Next: docs/tutorials/digits.md explains this output.'
-	@echo 'Train without SBA: .venv/bin/composer-sba train -f digits_baseline.yaml'
+	@echo 'Next: source .venv/bin/activate, for the commands above; docs/tutorials/digits.md explains this output.'
+	@echo 'Train without SBA: composer-sba train -f digits_baseline.yaml'
 
 test: $(INSTALLED)
 	.venv/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 10
