@@ -29,6 +29,9 @@ from composer_sba.errors import DatasetError, one_line
 
 _SHARED_MEMORY = Path('/dev/shm')
 
+# A block is empty for microseconds, while it is created. One that is empty for longer was left by a killed process.
+_SECONDS_OF_CREATION = 10
+
 
 @contextlib.contextmanager
 def fail_together() -> Iterator[None]:
@@ -117,10 +120,14 @@ def registration() -> Iterator[None]:
 
 
 def _register(locals_: list[str], remotes: list[str | None], retry: int) -> tuple[int, SharedMemory]:
+    deadline = time.monotonic() + 2 * _SECONDS_OF_CREATION
     while True:
         try:
             number = max(_check_and_find_retrying(locals_, remotes, name, retry) for name in SHM_TO_CLEAN)
         except ValueError as error:
+            if 'cannot mmap an empty file' in str(error) and time.monotonic() < deadline:
+                _remove_blocks_of_ended_runs(_SHARED_MEMORY)  # its creator fills it soon, or was killed
+                continue
             if 'Reused local directory' not in str(error):
                 raise
             raise DatasetError(
@@ -159,15 +166,18 @@ def _remove_blocks_of_ended_runs(folder: Path) -> None:
 
     Other blocks stay, even if no visible process maps them: a run in another container may.
     """
-    for path in folder.glob(f'??????_{LOCALS}'):
+    for path in folder.glob('??????_*'):
+        kind = path.name[7:]
+        if kind not in SHM_TO_CLEAN:
+            continue
         with contextlib.suppress(FileNotFoundError):  # its owner has just removed it
             file = path.stat()
-            claimed = file.st_mode & 0o100
-            # Streaming fails at an empty block, which a process leaves that is killed as it creates one.
-            abandoned = not file.st_size and time.time() - file.st_mtime > 60
+            claimed = kind == LOCALS and file.st_mode & 0o100
+            # Streaming fails at an empty block.
+            abandoned = not file.st_size and time.time() - file.st_mtime > _SECONDS_OF_CREATION
             if file.st_uid == os.getuid() and (claimed or abandoned) and _is_unlocked(path):
-                for name in reversed(SHM_TO_CLEAN):  # the claim goes last
-                    path.with_name(path.name.replace(LOCALS, name)).unlink(missing_ok=True)
+                for name in reversed(SHM_TO_CLEAN) if claimed else [kind]:  # the claim goes last
+                    path.with_name(path.name.replace(kind, name)).unlink(missing_ok=True)
 
 
 def _is_unlocked(path: Path) -> bool:
