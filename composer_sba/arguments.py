@@ -210,9 +210,8 @@ def convert_parser(prog: str = 'python -m composer_sba.convert') -> argparse.Arg
     parser.add_argument(
         '--quality',
         type=int,
-        default=90,
         metavar='Q',
-        help='quality of these JPEGs, 1 to 100 (default: 90, as in FFCV for ImageNet)',
+        help='quality of these JPEGs, 1 to 100; requires --max-side (default: 90, as in FFCV for ImageNet)',
     )
     parser.add_argument('--overwrite', action='store_true', help='replace an existing dataset')
     return parser

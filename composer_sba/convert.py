@@ -7,9 +7,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from composer_sba.arguments import convert_parser as _parser
+
+if __name__ == '__main__':  # --help and mistakes do not wait for the imports below
+    _parser().parse_args()
+
 from tqdm import tqdm
 
-from composer_sba.arguments import convert_parser as _parser
 from composer_sba.data.conversion import convert as convert
 from composer_sba.data.mds_index import INDEX, RECORD
 from composer_sba.errors import UserError

@@ -16,13 +16,17 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from composer_sba.arguments import evaluate_parser as _parser
+
+if __name__ == '__main__':  # --help and mistakes do not wait for the imports below
+    _parser().parse_intermixed_args()
+
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-from composer_sba.arguments import evaluate_parser as _parser
 from composer_sba.conditions import Smoothing
 from composer_sba.data.config import DatasetConfig, resolve
 from composer_sba.data.loader import build_dataloader, dataset_classes

@@ -19,10 +19,14 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
+from composer_sba.arguments import export_parser as _parser
+
+if __name__ == '__main__':  # --help and mistakes do not wait for the imports below
+    _parser().parse_intermixed_args()
+
 import torch
 from torch import nn
 
-from composer_sba.arguments import export_parser as _parser
 from composer_sba.data.config import resolve
 from composer_sba.data.transforms import mean_and_std
 from composer_sba.errors import UserError, one_line

@@ -11,6 +11,11 @@ from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
+from composer_sba.arguments import layers_parser as _parser
+
+if __name__ == '__main__':  # --help and mistakes do not wait for the imports below
+    _parser().parse_intermixed_args()
+
 import torchvision
 from composer.models import ComposerClassifier
 from omegaconf import OmegaConf
@@ -21,7 +26,6 @@ from torch import nn
 from yaml import YAMLError
 
 from composer_sba import libraries
-from composer_sba.arguments import layers_parser as _parser
 from composer_sba.errors import UserError, nearest, one_line
 from composer_sba.latent.cut_survey import Cut, survey
 from composer_sba.models import MODELS

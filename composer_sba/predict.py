@@ -15,12 +15,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from composer_sba.arguments import predict_parser as _parser
+
+if __name__ == '__main__':  # --help and mistakes do not wait for the imports below
+    _parser().parse_intermixed_args()
+
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from composer_sba.arguments import predict_parser as _parser
 from composer_sba.data.config import DatasetConfig, resolve
 from composer_sba.data.readers import is_hidden
 from composer_sba.data.samples import decoding_error, to_rgb

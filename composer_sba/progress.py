@@ -1,6 +1,8 @@
 """The output of training: facts before it, and a line for each epoch with, on a terminal, a bar."""
 
+import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,8 +31,9 @@ class EpochLines(LoggerDestination):
 
     Means are over the batches that this process has trained in the epoch, those of SBA's KL over augmented batches.
 
-    Runs on the logger's ``log_metrics``, on BATCH_START, BATCH_END, EVAL_START, EVAL_BATCH_END, EVAL_END, EPOCH_END,
-    EPOCH_CHECKPOINT and FIT_END, and when the Trainer is closed; changes nothing in ``State``. State saved: none.
+    Runs on the logger's ``log_metrics``, on BATCH_START, BATCH_END, EVAL_START, EVAL_BATCH_END, EVAL_END,
+    EVAL_AFTER_ALL, EPOCH_END, EPOCH_CHECKPOINT and FIT_END, and when the Trainer is closed; changes nothing in
+    ``State``. State saved: none.
 
     Args:
         bar (bool): Whether to show a bar.
@@ -46,7 +49,7 @@ class EpochLines(LoggerDestination):
         self._counts: dict[str, int] = {}
         self._accuracy: tuple[str, float] | None = None
         self._evaluated: int | None = None  # the batch after which
-        self._ended = False
+        self._waiting = ''  # the title of a line that waits for the evaluation at the end of training
         self._start = None if state is None else (int(state.timestamp.sample), state.timestamp.total_wct)
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
@@ -60,11 +63,11 @@ class EpochLines(LoggerDestination):
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Begin an epoch, or the rest of one that is resumed."""
+        self._print_waiting(state)
         if self._start is None:
             self._begin(state)
         if self._bar is None:
-            epoch, batch = int(state.timestamp.epoch) + 1, int(state.timestamp.batch_in_epoch)
-            self._open(f'epoch {epoch}{_of_all(state)}', state.dataloader_len, batch)
+            self._open(_title(state, begins=True), state.dataloader_len, int(state.timestamp.batch_in_epoch))
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Advance the bar."""
@@ -94,22 +97,26 @@ class EpochLines(LoggerDestination):
         if self._bar is not None and self._bar.desc.startswith('evaluation'):
             self._close()
 
+    def eval_after_all(self, state: State, logger: Logger) -> None:
+        """Print the line that waits for this evaluation."""
+        self._print_waiting(state)
+
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
         """Print the line of the epoch, unless it is the last one and will be evaluated when training has ended."""
         is_last = state.max_duration is not None and state.timestamp >= state.max_duration
         if not (is_last and state.evaluators and self._evaluated != int(state.timestamp.batch)):
-            self._print(state, int(state.timestamp.epoch))
+            self._print(state, _title(state))
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        """Close the bar of an epoch that training leaves unfinished."""
+        """Close the bar, and keep the line of an epoch that is unfinished or still to be evaluated."""
         self._close()
-        self._ended = True
+        if self._counts:
+            self._waiting = _title(state)
 
     def close(self, state: State, logger: Logger) -> None:
-        """Print the line of an epoch that training left unfinished or evaluated at its end."""
+        """Close the bar and print a line that no evaluation has followed."""
         self._close()
-        if self._ended and self._counts:
-            self._print(state, int(state.timestamp.epoch) + (state.timestamp.batch_in_epoch > 0))
+        self._print_waiting(state)
 
     def _mean(self, name: str) -> float:
         return self._sums.get(name, 0.0) / self._counts.get(name, 1)
@@ -127,11 +134,15 @@ class EpochLines(LoggerDestination):
             self._bar.close()
             self._bar = None
 
-    def _print(self, state: State, epoch: int) -> None:
+    def _print_waiting(self, state: State) -> None:
+        if self._waiting:
+            self._print(state, self._waiting)
+
+    def _print(self, state: State, title: str) -> None:
         if self._start is not None and dist.get_global_rank() == 0:
             samples, clock = self._start
             seconds = (state.timestamp.total_wct - clock).total_seconds()
-            facts = [f'epoch {epoch}{_of_all(state)}', f'loss {self._mean(TRAIN_LOSS):.3g}']
+            facts = [title, f'loss {self._mean(TRAIN_LOSS):.3g}']
             if self._accuracy is not None:
                 facts.append(f'{self._accuracy[0]} {100 * self._accuracy[1]:.2f} %')
             if seconds > 0:
@@ -168,8 +179,7 @@ def facts(recipe: Recipe, state: State, threads: str) -> Table:
     rows.add_row('steps', _steps(recipe, state))
     for algorithm in state.algorithms:
         if isinstance(algorithm, SBA):
-            line = algorithm.describe(network, (3, size, size))
-            rows.add_row('SBA', line.replace(', p = ', ',\np = '))  # two lines of 80 columns
+            rows.add_row('SBA', _folded(algorithm.describe(network, (3, size, size)), WIDTH - len('network  ')))
     others = [name for name in recipe.algorithms if name != 'sba']
     if others:
         rows.add_row('also', ', '.join(others))
@@ -200,6 +210,19 @@ def _steps(recipe: Recipe, state: State) -> str:
     return f'{duration.value * int(epoch):,}: {duration.value} epochs of {int(epoch):,} batches of {batch} images'
 
 
-def _of_all(state: State) -> str:
-    duration = state.max_duration
-    return f'/{duration.value}' if duration is not None and duration.unit == TimeUnit.EPOCH else ''
+def _title(state: State, begins: bool = False) -> str:
+    """Return the epoch that begins, or else the one that has ended or is under way, and the number of epochs."""
+    time, duration = state.timestamp, state.max_duration
+    epoch = int(time.epoch) + (begins or int(time.batch_in_epoch) > 0)
+    of_all = f'/{duration.value}' if duration is not None and duration.unit == TimeUnit.EPOCH else ''
+    return f'epoch {epoch}{of_all}'
+
+
+def _folded(line: str, width: int) -> str:
+    """Fold SBA's line before p and, if necessary, after commas and semicolons and before 'or'."""
+    unbroken = '\N{NO-BREAK SPACE}'
+    folded = [
+        textwrap.fill(re.sub(r'(?<![,;]) (?!or )| (?=\d+ dropout)', unbroken, part), width)
+        for part in line.replace(', p = ', ',\np = ').splitlines()
+    ]
+    return '\n'.join(folded).replace(unbroken, ' ')

@@ -15,6 +15,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from composer_sba.arguments import parse_train
+
+if __name__ == '__main__':  # --help and mistakes do not wait for the imports below
+    parse_train(None, 'composer train.py')
+
 import torch
 from composer import Trainer
 from composer.core import State
@@ -23,7 +28,6 @@ from composer.utils import dist, format_name_with_dist, maybe_create_object_stor
 from rich.console import Console
 
 from composer_sba.algorithms._composer import network_of
-from composer_sba.arguments import parse_train
 from composer_sba.data.loader import DatasetConfig, image_size
 from composer_sba.errors import AlreadyTrainedError, UserError, one_line
 from composer_sba.model_card import model_card

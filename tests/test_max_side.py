@@ -85,6 +85,15 @@ def test_images_of_every_mode_are_resized_as_they_are_read(tmp_path: Path) -> No
     [
         (['cifar10', '--max-side', '512'], r'max_side: 512 resizes files of an imagefolder, not cifar10: leave it out'),
         (['imagefolder', '--max-side', '0'], r'Expected max_side to be an integer >= 1, got 0\.'),
+        (
+            ['imagefolder', '--quality', '80'],
+            r'quality: 80 is for images that max_side resizes, which is not given: add --max-side PIXELS '
+            r'\(max_side in Python\), or leave --quality out',
+        ),
+        (
+            ['digits', '--quality', '80'],
+            r'quality: 80 is for resized files of an imagefolder, not digits: leave it out',
+        ),
         (['imagefolder', '--quality', '101'], r'Expected quality to be an integer from 1 to 100, got 101\.'),
     ],
 )

@@ -148,8 +148,7 @@ def run_until_torch(*arguments: str, module: str = 'composer_sba.__main__') -> s
         '        if name == "torch":\n'
         '            os._exit(99)\n'
         'sys.meta_path.insert(0, NoTorch())\n'
-        f'from {module} import main\n'
-        'sys.exit(main())\n'
+        f'import runpy; runpy.run_module("{module}", run_name="__main__", alter_sys=True)\n'
     )
     command = [sys.executable, '-c', program, *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {'RANK': '0'}, check=False)
@@ -170,9 +169,12 @@ def test_what_needs_no_pytorch_does_not_wait_for_it(given) -> None:
     assert done.stderr if mistake else done.stdout
 
 
-def test_a_study_as_a_module_answers_before_pytorch() -> None:
-    done = run_until_torch('--help', module='composer_sba.study.__main__')
-    assert done.returncode == 0 and 'table1' in done.stdout, done.stderr
+@pytest.mark.parametrize('module', [module for module, _ in cli.COMMANDS.values() if module != 'composer_sba.recipes'])
+def test_a_command_as_a_module_answers_before_pytorch(module) -> None:
+    done = run_until_torch('--help', module=module)
+    assert (done.returncode, done.stdout.partition(' ')[0]) == (0, 'usage:'), done.stderr
+    mistaken = run_until_torch('--frog', module=module)
+    assert mistaken.returncode == 2 and 'error: ' in mistaken.stderr, mistaken.stderr
 
 
 def test_the_first_line_comes_before_pytorch() -> None:

@@ -16,7 +16,7 @@ import torch
 from composer_sba import SBA, progress
 from composer_sba.progress import EpochLines
 from composer_sba.train import main
-from small_training import make_trainer
+from small_training import logged, make_trainer
 
 DIGITS = str(Path(__file__).parent.parent / 'yamls' / 'digits_sba.yaml')
 LINE = r'epoch \d/2 loss [\d.]+ accuracy [\d.]+ % [\d,]+ img/s augmented 100 % KL [\d.]+'
@@ -55,6 +55,26 @@ def test_a_line_has_no_value_of_an_earlier_epoch(capsys: pytest.CaptureFixture[s
     first, second = capsys.readouterr().err.splitlines()
     assert re.search(r'epoch 1/2 .* augmented 100 % KL [\d.]+$', first), first
     assert re.search(r'epoch 2/2 .* augmented 0 %$', second), second
+
+
+@pytest.mark.parametrize('evaluates', [True, False])
+def test_each_fit_of_a_trainer_has_its_lines(evaluates: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    data = torch.utils.data.TensorDataset(torch.randn(8, 3, 8, 8), torch.arange(8) % 5)
+    options = {'eval_dataloader': torch.utils.data.DataLoader(data, 8), 'eval_interval': '9ep' if evaluates else 0}
+    trainer, log = make_trainer([], max_duration=None, **options)
+    lines = EpochLines(bar=False)
+    trainer.logger.destinations = (*trainer.logger.destinations, lines)
+    trainer.state.callbacks.append(lines)
+    for _ in range(2):
+        trainer.fit(duration='1ep')
+    trainer.close()
+    said = capsys.readouterr().err.splitlines()
+    losses = logged(log, 'loss/train/total')
+    means = [f'{sum(each) / 3:.3g}' for each in (losses[:3], losses[3:])]
+    kind = 'accuracy' if evaluates else 'train'
+    assert [line.split(' ')[:5] for line in said] == [
+        ['epoch', f'{epoch}/{epoch}', 'loss', mean, kind] for epoch, mean in enumerate(means, 1)
+    ], said
 
 
 def test_a_run_that_ends_within_an_epoch_has_its_line(run, capfd: pytest.CaptureFixture[str]) -> None:
@@ -114,6 +134,17 @@ def test_the_facts_come_first_and_the_summary_last(run, capsys: pytest.CaptureFi
             'run_name=digits_sba_baseline',
         ],
     ]
+
+
+def test_the_line_of_many_cuts_is_folded_between_its_facts(run, capsys: pytest.CaptureFixture[str]) -> None:
+    cuts = 'algorithms.sba.layers=[conv1,conv2,conv3,head]'
+    assert run('max_duration=1ba', 'save_folder=null', cuts, 'algorithms.sba.fold=16') == 0
+    _, _, block = capsys.readouterr().out.partition('SBA      ')
+    folded = [line.strip() for line in block.partition('digits_sba: ')[0].splitlines()]
+    assert len(folded) > 3 and max(map(len, folded)) <= 71, folded
+    assert all(a[-1] in ',;' or b.startswith('or ') for a, b in zip(folded, folded[1:], strict=False)), folded
+    assert any('M = 16 (8 Gaussian, 8 dropout),' in line for line in folded), folded
+    assert any(line.startswith('p = 1, η = 0.1; ') for line in folded), folded
 
 
 def test_a_resumed_run_says_where_it_goes_on(run, capsys: pytest.CaptureFixture[str]) -> None:

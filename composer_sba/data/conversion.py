@@ -36,6 +36,7 @@ from composer_sba.errors import DatasetError, check_number, nearest
 
 SHARD_BYTES = 1 << 26
 SHUFFLE_SEED = 0
+QUALITY = 90  # FFCV's for ImageNet
 STATISTICS_IMAGES = 2000  # their mean is within 0.01 of that of a million; decoding more would take minutes
 AHEAD_BYTES, AHEAD_FILES = 1 << 27, 256  # limits of the files that are read ahead of the writer
 DECODED_BYTES = 1 << 29  # limit of the images that are decoded at the same time
@@ -50,7 +51,7 @@ def convert(
     out: str | Path,
     *,
     max_side: int | None = None,
-    quality: int = 90,
+    quality: int | None = None,
     overwrite: bool = False,
     exist_ok: bool = False,
 ) -> dict[str, int]:
@@ -71,7 +72,8 @@ def convert(
         max_side (int, optional): Longest side of a stored image, for ``'imagefolder'``. A larger image is resized, with
             antialiasing and without its metadata, and stored as JPEG. Unit: pixels. Default: ``None``, which leaves
             every file as it is.
-        quality (int, optional): Quality of these JPEGs, 1 to 100. Default: ``90``.
+        quality (int, optional): Quality of these JPEGs, 1 to 100; requires ``max_side``. Default: ``None``, which
+            stands for 90.
         overwrite (bool, optional): Whether to replace an existing dataset. Default: ``False``.
         exist_ok (bool, optional): Whether to keep an existing dataset and convert nothing. Default: ``False``.
 
@@ -80,9 +82,10 @@ def convert(
 
     Raises:
         ValueError: If ``max_side`` or ``quality`` is not an integer in its range.
-        DatasetError: If ``name`` is unknown, ``max_side`` is given for another data set than ``'imagefolder'``, the
-            source is missing or not as described, a class has no images, images cannot be read, or ``out`` exists or
-            cannot be written. The message is one line with the path.
+        DatasetError: If ``name`` is unknown, ``max_side`` or ``quality`` is given for another data set than
+            ``'imagefolder'``, ``quality`` is given without ``max_side``, the source is missing or not as described, a
+            class has no images, images cannot be read, or ``out`` exists or cannot be written. The message is one line
+            with the path.
 
     Example:
         >>> import tempfile
@@ -97,7 +100,14 @@ def convert(
         max_side = check_number('max_side', max_side, 'an integer >= 1', lambda value: value >= 1, Integral)
         if name != 'imagefolder':
             raise DatasetError(f'max_side: {max_side} resizes files of an imagefolder, not {name}: leave it out')
-    quality = check_number('quality', quality, 'an integer from 1 to 100', lambda value: 1 <= value <= 100, Integral)
+    if quality is not None:
+        good = 'an integer from 1 to 100'
+        quality = check_number('quality', quality, good, lambda value: 1 <= value <= 100, Integral)
+        if name != 'imagefolder':
+            raise DatasetError(f'quality: {quality} is for resized files of an imagefolder, not {name}: leave it out')
+        if max_side is None:
+            problem = f'quality: {quality} is for images that max_side resizes, which is not given'
+            raise DatasetError(f'{problem}: add --max-side PIXELS (max_side in Python), or leave --quality out')
     given = None if source is None else Path(os.path.expanduser(source))
     out = Path(os.path.realpath(os.path.expanduser(out)))
     if exist_ok and _is_dataset(out):
@@ -120,7 +130,7 @@ def convert(
                     _try_to_move(out, replaced)
                 partial.mkdir()
                 images = READERS[name](given, partial / 'source')
-                counts = _write(images, name, partial, max_side, quality)
+                counts = _write(images, name, partial, max_side, quality or QUALITY)
                 shutil.rmtree(partial / 'source', ignore_errors=True)
                 if out.exists():
                     out.rename(replaced)
