@@ -272,3 +272,23 @@ def test_the_architecture_page_names_every_module_and_only_those():
     assert modules <= named, f'not on the page: {sorted(modules - named)}'
     files = {path.name for folder in ('composer_sba', 'tests', 'benchmarks') for path in (ROOT / folder).rglob('*.py')}
     assert named <= files, f'on the page, but no such file: {sorted(named - files)}'
+
+
+def test_the_letters_of_the_mechanism_are_large_enough_on_a_phone():
+    style = (DOCS / '_static' / 'site.css').read_text()
+    rule = r'@media \(max-width: (\d+)px\) \{\s*img\[src\$="/mechanism\.svg"\] \{ content: url\("(.*?)"\); \}'
+    limit, name = re.search(rule, style).groups()
+    figure = (DOCS / '_static' / name).read_text()
+    width = int(re.search(r'viewBox="0 0 (\d+) \d+"', figure)[1])
+    phone, margins = 390, 32
+    letters = [int(size) * (phone - margins) / width for size in re.findall(r'font(?:-size)?: (\d+)px', figure)]
+    assert phone <= int(limit) and min(letters) >= 12, f'{name} has letters of {min(letters):.1f} px at {phone} px'
+
+
+def test_the_description_of_a_picture_is_on_one_line():
+    """Sphinx joins the lines of a description without spaces."""
+    pages = [page for page in DOCS.rglob('*.md') if '_build' not in page.parts]
+    assert pages
+    for page in pages:
+        folded = re.findall(r'!\[[^\]]*\n[^\]]*\]\(.*?\)', page.read_text())
+        assert not folded, f'{page.relative_to(DOCS)}: {folded}'

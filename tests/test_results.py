@@ -1,4 +1,4 @@
-"""The page of results compared with a new report of the runs in results/.
+"""The pages of results and of the digits compared with the runs in results/.
 
 Run: pytest tests/test_results.py
 """
@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 
 from composer_sba.study import __main__ as study_command
-from composer_sba.study.records import read_records
-from composer_sba.study.report import SECTIONS, report
+from composer_sba.study.records import Record, read_records
+from composer_sba.study.report import report
+from composer_sba.study.stats import difference
+from composer_sba.study.tables import difference_cell, mean_cell, origin, ratio_cell
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / 'docs' / 'results.md'
+DIGITS = ROOT / 'docs' / 'recipes' / 'digits.md'
 
 
 def test_the_page_is_the_report_of_the_runs(tmp_path: Path) -> None:
@@ -66,8 +69,31 @@ def test_the_figures_of_the_readme_are_those_of_the_page() -> None:
     assert compared == 15
 
 
+def test_the_table_of_the_digits_has_the_figures_of_their_runs() -> None:
+    runs: dict[str, list[Record]] = {}
+    for run in read_records(ROOT / 'results' / 'digits' / 'methods.jsonl'):
+        runs.setdefault(f'`digits_{run["method"]}.yaml`', []).append(run)
+    page = DIGITS.read_text()
+    shown = {}
+    for line in re.findall(r'^\| (`digits_.*) \|$', page, re.MULTILINE):
+        recipe, _, *cells = line.split(' | ')
+        shown[recipe] = cells
+    assert list(shown) == list(runs)
+    baseline = runs['`digits_baseline.yaml`']
+    for recipe, row in runs.items():
+        accuracies, reference = ([100 * run['accuracy'] for run in each] for each in (row, baseline))
+        measured = [
+            f'{mean_cell(accuracies, 2)} %',
+            '' if row is baseline else difference_cell(difference(accuracies, reference)),
+            f'run, n = {len(row)}',
+            ratio_cell(row, baseline, lambda run: run['flops']),
+        ]
+        assert shown[recipe] == measured, f'{recipe}: the page has {shown[recipe]}, the runs have {measured}'
+    assert origin([run for row in runs.values() for run in row]) in ' '.join(page.split())
+
+
 def test_every_run_names_its_origin() -> None:
-    runs = [run for study in SECTIONS for run in read_records(ROOT / 'results' / f'{study}.jsonl')]
+    runs = [run for path in (ROOT / 'results').rglob('*.jsonl') for run in read_records(path)]
     assert runs
     for run in runs:
         assert re.fullmatch(r'[0-9a-f]{12}', run['commit']), f'{run["hash"]}: commit {run["commit"]}'
@@ -75,15 +101,19 @@ def test_every_run_names_its_origin() -> None:
         assert not re.search(r'/(home|root|work|tmp)/', str(run)), f'{run["hash"]} names a path'
 
 
-COMMANDS = re.findall(
-    r'^    python -m composer_sba.study (.*)', PAGE.read_text().replace('\\\n', ' '), flags=re.MULTILINE
-)
+COMMANDS = [
+    command
+    for page in (PAGE, DIGITS)
+    for command in re.findall(r'^    python -m composer_sba.study (.*)', page.read_text().replace('\\\n', ' '), re.M)
+]
 
 
 @pytest.mark.parametrize('command', COMMANDS)
-def test_the_commands_of_the_page_find_their_runs(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_of_the_pages_find_their_runs(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A finished run is recognized by its hash: with another one, an interrupted study would start again."""
-    arguments = [*shlex.split(command), '--recipes', str(ROOT / 'yamls'), '--results', str(ROOT / 'results')]
-    assert study_command.main([*arguments, '--dry-run']) == 0
+    monkeypatch.chdir(ROOT)
+    assert study_command.main([*shlex.split(command), '--recipes', 'yamls', '--dry-run']) == 0
     planned, found = re.findall(r'(\d+) (?:runs|of them)', capsys.readouterr().out)[:2]
     assert planned == found != '0', f'{found} of {planned} runs'
