@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import random
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -63,6 +64,13 @@ def pytest_collection_finish() -> None:
     """Collect garbage from now on, but not among what was imported."""
     gc.freeze()
     gc.enable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """Start the server of programs before the first test, if any test uses it."""
+    if 'programs' in sys.modules:
+        sys.modules['programs'].start_server()
 
 
 class FileScheduling(LoadFileScheduling):

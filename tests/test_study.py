@@ -22,7 +22,7 @@ from composer_sba.study.records import read_records
 from composer_sba.study.runner import Curve, run_all
 from composer_sba.study.runs import Run
 from composer_sba.train import train
-from programs import start, start_server
+from programs import start
 
 ROOT = Path(__file__).parent.parent
 YAMLS = ROOT / 'yamls'
@@ -71,12 +71,6 @@ class TestCommit:
         assert provenance.commit() == 'unknown'
 
 
-@pytest.fixture(scope='module')
-def server() -> None:
-    """Start the server of programs.py, which a study in this process then uses."""
-    start_server()
-
-
 @pytest.fixture
 def converted(_folder: None, tmp_path: Path, digits_folder: Path) -> None:
     (tmp_path / 'data').mkdir()
@@ -89,7 +83,7 @@ def _fail(run: Run, results: Path, shared: object, scratch: Path, folder: Path, 
     sys.exit(3)
 
 
-@pytest.mark.usefixtures('server', 'converted')
+@pytest.mark.usefixtures('converted')
 class TestRuns:
     """Studies of a few epochs on the digits."""
 
