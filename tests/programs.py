@@ -5,7 +5,7 @@ of their own: ``kill`` ends the program and all that it has started.
 """
 
 import atexit
-import contextlib
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -14,12 +14,17 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver, resource_tracker, util
 from pathlib import Path
 from types import TracebackType
 
+import PIL.Image
 import torch
+
+from composer_sba.latent.cut_survey import measure
+from composer_sba.models import digits_net
 
 # Composer's launcher and initialize_dist read these: a program must not inherit those of the test.
 RANK_VARIABLES = ('RANK', 'LOCAL_RANK', 'NODE_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
@@ -30,18 +35,26 @@ _server = multiprocessing.get_context('forkserver')
 def start_server() -> None:
     """Fork the server from this process, which has imported all modules and has not run any test.
 
-    A server that Python starts imports Composer once more, for 14 seconds.
+    A server that Python starts imports Composer once more, for 14 seconds. What every run would do for the first time,
+    half of a small run, is done here.
     """
+    importlib.import_module('composer.algorithms')
+    PIL.Image.init()
+    measure(digits_net(), 'head', (3, 8, 8))  # fills PyTorch's cache of operators without data
     resource_tracker.ensure_running()  # a new Python, as always
-    spawn = util.spawnv_passfds
+    before, spawn = open_descriptors(), util.spawnv_passfds
 
     def fork(executable: bytes, arguments: Sequence[str], descriptors: Sequence[int]) -> int:
         process = os.fork()
         if not process:
             util.spawnv_passfds = spawn
-            for descriptor in {int(each) for each in os.listdir('/proc/self/fd')} - {0, 1, 2, *descriptors}:
-                with contextlib.suppress(OSError):  # that of the listing has been closed
-                    os.close(descriptor)
+            warnings.resetwarnings()  # those of pytest are errors
+            for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+                warnings.simplefilter('ignore', kind)  # as in any new Python
+            for descriptor in open_descriptors() - before - {*descriptors}:
+                os.close(descriptor)  # a pipe that tells the server that this process has ended
+            sys.stdout = open(1, 'w', closefd=False)  # those of pytest are files elsewhere
+            sys.stderr = open(2, 'w', closefd=False, buffering=1, errors='backslashreplace')
             try:
                 exec(arguments[-1], {})  # the command of the server
             finally:
@@ -53,6 +66,11 @@ def start_server() -> None:
         forkserver.ensure_running()
     finally:
         util.spawnv_passfds = spawn
+
+
+def open_descriptors() -> set[int]:
+    found = [int(each) for each in os.listdir('/proc/self/fd')]
+    return {each for each in found if os.path.exists(f'/proc/self/fd/{each}')}  # without that of the listing
 
 
 class Program:
