@@ -213,14 +213,15 @@ def clocks() -> tuple[float, float]:
     return time.perf_counter(), time.process_time() + sum(each.user + each.system for each in workers)
 
 
-def epoch(batches: Iterable[torch.Tensor], device: torch.device) -> tuple[float, float]:
-    """Read all batches and return the seconds per image of each clock."""
+def epoch(batches: Iterable[torch.Tensor], device: torch.device, ahead: bool) -> tuple[float, float]:
+    """Read all batches, ``ahead`` if they begin the next epoch at the end of one; return seconds per image."""
     begun = clocks()
     images = sum(len(batch.to(device, non_blocking=True)) for batch in batches)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     wall = time.perf_counter() - begun[0]
-    time.sleep(0.5)  # DALI begins the next epoch at the end of one: each turn includes the work of one epoch
+    if ahead:
+        time.sleep(0.5)  # each turn includes the work of one epoch
     return wall / images, (clocks()[1] - begun[1]) / images
 
 
@@ -332,7 +333,7 @@ def measure(
     spent: dict[str, list[tuple[float, float]]] = {name: [] for name in loaders}
     for turn in range(args.rounds + 1):  # workers start in the first turn, before the threads of DALI and FFCV
         for name in list(loaders)[:: 1 if turn % 2 == 0 else -1]:
-            seconds = epoch(loaders[name], device)
+            seconds = epoch(loaders[name], device, ahead=name.startswith('DALI'))
             print(f'{workers} workers, turn {turn} of {args.rounds}: {name}', file=sys.stderr)
             if turn:
                 spent[name].append(seconds)

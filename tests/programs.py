@@ -6,6 +6,7 @@ of their own: ``kill`` ends the program and all that it has started.
 
 import atexit
 import importlib
+import logging
 import multiprocessing
 import os
 import runpy
@@ -51,6 +52,8 @@ def start_server() -> None:
             warnings.resetwarnings()  # those of pytest are errors
             for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
                 warnings.simplefilter('ignore', kind)  # as in any new Python
+            logging.root.handlers.clear()
+            logging.root.setLevel(logging.WARNING)
             for descriptor in open_descriptors() - before - {*descriptors}:
                 os.close(descriptor)  # a pipe that tells the server that this process has ended
             sys.stdout = open(1, 'w', closefd=False)  # those of pytest are files elsewhere

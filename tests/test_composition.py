@@ -193,7 +193,14 @@ def test_the_table_has_all_of_composers_algorithms():
     assert listed == set(composer.algorithms.__all__)
 
 
-@pytest.mark.parametrize('name', list(OF_IMAGES))
+def half(names, nightly):
+    """Leave every second algorithm to the nightly tests: by day each has one of the next two tests."""
+    order = list(OF_IMAGES)
+    marks = ([], [pytest.mark.nightly])
+    return [pytest.param(name, marks=marks[order.index(name) % 2 == nightly]) for name in names]
+
+
+@pytest.mark.parametrize('name', half(OF_IMAGES, nightly=0))
 def test_with_sba_another_algorithm_does_what_it_does_alone(name):
     """With a vanishing eta the weights are those of the other algorithm alone."""
     ours, parameters = (
@@ -203,7 +210,7 @@ def test_with_sba_another_algorithm_does_what_it_does_alone(name):
     assert (ours - parameters).abs().max() < 1e-9, f'weights differ by {(ours - parameters).abs().max()}'
 
 
-@pytest.mark.parametrize('name', [name for name in OF_IMAGES if name not in NOT_RESUMED])
+@pytest.mark.parametrize('name', half([name for name in OF_IMAGES if name not in NOT_RESUMED], nightly=1))
 def test_with_sba_another_algorithm_resumes_to_the_same_checkpoint(name, tmp_path):
     """Resumed in the middle of an epoch; SBA is first in the list of one run and last in the other's."""
     sba = SBA(['stem', 'head'] if name != 'GhostBatchNorm' else 'head', augment_prob=1.0, eta=1.0)

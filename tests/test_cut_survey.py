@@ -149,9 +149,9 @@ def check_refused(network, layer, pixels):
     assert '\n' not in str(refusal.value) and repr(layer) in str(refusal.value), refusal.value
 
 
-# Inception takes images of at least 75 pixels, AlexNet has 57 million weights. VGG and ResNeXt have the same blocks as
-# AlexNet and the wide ResNet.
-LARGE = {'inception_v3', 'alexnet', 'wide_resnet50_2'}
+# Large networks, each with the blocks of a smaller one: VGG, ResNet, MobileNet or EfficientNet. Every night they are
+# tested with all cuts of the survey, as all families.
+LARGE = {'inception_v3', 'googlenet', 'alexnet', 'wide_resnet50_2', 'resnext50_32x4d', 'regnet_y_400mf', 'mnasnet0_5'}
 
 
 @pytest.mark.parametrize(

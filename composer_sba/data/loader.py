@@ -115,7 +115,7 @@ def build_dataloader(
         ValueError: If ``batch_size`` is not an integer >= 1.
 
     Example:
-        >>> images, labels = next(iter(build_dataloader(DatasetConfig('digits'), batch_size=32)))
+        >>> images, labels = next(iter(build_dataloader(DatasetConfig('digits', num_workers=0), batch_size=32)))
         >>> images.shape, labels.shape
         (torch.Size([32, 3, 8, 8]), torch.Size([32]))
     """
@@ -148,7 +148,7 @@ def build_dataspec(
         composer.DataSpec: The DataLoader and its batch transform. Errors are those of :func:`build_dataloader`.
 
     Example:
-        >>> spec = build_dataspec(DatasetConfig('digits'), batch_size=32)
+        >>> spec = build_dataspec(DatasetConfig('digits', num_workers=0), batch_size=32)
         >>> batch = next(iter(spec.dataloader))
         >>> batch[0].dtype, spec.batch_transforms(batch)[0].dtype
         (torch.uint8, torch.float32)

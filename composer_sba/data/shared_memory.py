@@ -139,6 +139,10 @@ def _register(locals_: list[str], remotes: list[str | None], retry: int) -> tupl
             block = SharedMemory(_get_path(number, LOCALS), True, len(content))
             _claim(_SHARED_MEMORY / _get_path(number, LOCALS))
             block.buf[: len(content)] = content
+            for name in SHM_TO_CLEAN:  # nobody else uses this number
+                path = _SHARED_MEMORY / _get_path(number, name)
+                if path.exists() and not path.stat().st_size:
+                    path.unlink()
             return number, block
 
 
