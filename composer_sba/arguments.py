@@ -23,7 +23,7 @@ def train_parser(prog: str = 'composer train.py') -> argparse.ArgumentParser:
         ('-f digits_sba.yaml algorithms.sba.eta=1 run_name=eta1', 'the same with another value'),
         ('-f digits_sba.yaml algorithms.sba.eta=1 --dry-run', 'print all values and train nothing'),
         ('-f digits_baseline.yaml -f methods/mixup.yaml', 'a method over a baseline'),
-        ('-f digits_sba.yaml autoresume=true', 'go on with an interrupted run'),
+        ('-f digits_sba.yaml autoresume=true', 'resume an interrupted run'),
     )
     parser.add_argument(
         *('-f', '--file'),
@@ -61,13 +61,13 @@ def predict_parser(prog: str = 'python -m composer_sba.predict') -> argparse.Arg
     parser = _parser(
         prog,
         'Write the most probable classes of every image of a folder to a CSV file. A file that cannot be classified '
-        'has a line that says why.',
+        'has a line with the reason.',
         ('--checkpoint FILE photos --top 3', 'three classes for each image'),
     )
     add_checkpoint(parser)
     parser.add_argument('--top', type=int, default=5, metavar='K', help='classes for each image (default: 5)')
     add_output(parser, 'CSV', 'predictions.csv')
-    parser.add_argument('folder', type=Path, help='folder of images, searched with its sub-folders; or one image')
+    parser.add_argument('folder', type=Path, help='folder of images, read with its sub-folders, or one image')
     add_overrides(parser)
     return parser
 
@@ -87,7 +87,7 @@ def evaluate_parser(prog: str = 'python -m composer_sba.evaluate') -> argparse.A
         type=_list_of(float),
         default=SIGMAS,
         metavar='X,X',
-        help=f'standard deviations of noise, the pixel range being 1 (default: {",".join(map(str, SIGMAS))})',
+        help=f'standard deviations of the noise, in units of the pixel range (default: {",".join(map(str, SIGMAS))})',
     )
     parser.add_argument(
         '--corruptions',
@@ -118,14 +118,14 @@ def evaluate_parser(prog: str = 'python -m composer_sba.evaluate') -> argparse.A
         help=f'attacks, which need the extra [robustness]: all (default), none, or some of {", ".join(ATTACKS)}',
     )
     for norm in ('l2', 'linf'):
-        text = f'largest distance of the attacks in {norm}, the pixel range being 1 (default: {EPSILONS[norm]:.3g})'
+        text = f'largest {norm} distance of attacks, in units of the pixel range (default: {EPSILONS[norm]:.3g})'
         parser.add_argument(f'--{norm}', type=float, default=EPSILONS[norm], metavar='X', help=text)
     for option, default, text in (
         ('--attack-steps', 10, 'steps of an attack'),
         ('--attack-images', 500, 'images to attack'),
         ('--certify', 0, 'images to certify by randomized smoothing, 0 for none'),
         ('--n0', Smoothing.n0, 'samples that choose the class of a certified image'),
-        ('--n', Smoothing.n, 'samples that bound its probability'),
+        ('--n', Smoothing.n, 'samples that bound the probability of that class'),
     ):
         parser.add_argument(option, type=int, default=default, metavar='N', help=f'{text} (default: {default:,})')
     for option, value, text in (
@@ -211,7 +211,7 @@ def convert_parser(prog: str = 'python -m composer_sba.convert') -> argparse.Arg
         '--quality',
         type=int,
         metavar='Q',
-        help='quality of these JPEGs, 1 to 100; requires --max-side (default: 90, as in FFCV for ImageNet)',
+        help='JPEG quality of the resized images, 1 to 100; requires --max-side (default: 90, as in FFCV for ImageNet)',
     )
     parser.add_argument('--overwrite', action='store_true', help='replace an existing dataset')
     return parser
@@ -283,7 +283,7 @@ def _parser(prog: str, description: str, *examples: tuple[str, str]) -> argparse
 
 
 def _list_of(kind: Callable[[str], Any], known: Sequence[Any] = ()) -> Callable[[str], list[Any]]:
-    """Return a parser of values with commas between them; of all known values for 'all', of none for 'none'."""
+    """Return a parser of comma-separated values, which reads 'all' as all known values and 'none' as no value."""
 
     def parse(text: str) -> list[Any]:
         if text in ('all', 'none'):
@@ -291,7 +291,7 @@ def _list_of(kind: Callable[[str], Any], known: Sequence[Any] = ()) -> Callable[
         try:
             values = [kind(each) for each in text.split(',')]
         except ValueError:
-            raise argparse.ArgumentTypeError(f'expected values with commas between them, got {text!r}') from None
+            raise argparse.ArgumentTypeError(f'expected values separated by commas, got {text!r}') from None
         for value in values:
             if known and isinstance(value, str) and value not in known:
                 raise argparse.ArgumentTypeError(f"unknown '{value}'{nearest(value, known)}")

@@ -106,7 +106,7 @@ def evaluate_checkpoint(
         published (Path, optional): Folder of a published set of corrupted images, with ``<corruption>/<severity>/``:
             CIFAR-10-C after its conversion, or ImageNet-C, as unpacked. Default: ``None``, corruptions are computed.
         smoothing (Smoothing, optional): Noise and numbers of samples of certificates. Default: ``None``, none.
-        folder (Path, optional): Folder of the file of certificates, ``certificates-<key>.tsv``. The key stands for all
+        folder (Path, optional): Folder of the file of certificates, ``certificates-<key>.tsv``. The key identifies all
             that they depend on, so the same call continues the file. Default: the current one.
         seed (int, optional): Seed of all draws. Default: ``0``.
         **options (Any): Further arguments of :func:`composer_sba.robustness.evaluation.evaluate`.
@@ -191,7 +191,8 @@ def pixel_loader(
     config = DatasetConfig(**_require_images(recipe))
     try:
         if dataset_classes(config) != recipe.model['num_classes']:
-            raise DatasetError(f'{config.name} has {dataset_classes(config)} classes, the model another number')
+            classes = recipe.model['num_classes']
+            raise DatasetError(f'{config.name} has {dataset_classes(config)} classes, the model has {classes}')
         mean, std = mean_and_std(config)
         pixels = replace(config, mean=[0.0] * 3, std=[1.0] * 3, augment=False, shuffle=False)
         rows = recipe.device_eval_batch_size or recipe.global_train_batch_size

@@ -101,7 +101,7 @@ def majority_vote(logits: torch.Tensor) -> torch.Tensor:
 
     .. math:: \frac{v_k + \bar{Y}_k}{2 + M}
 
-    Its most probable class has most votes and, among classes with as many votes, the highest mean probability.
+    Its most probable class has the most votes. Among classes with equal votes, the highest mean probability wins.
 
     Args:
         logits (torch.Tensor): Raw predictions first, then virtual ones. Shape ``(1 + M, N, K)``, unnormalized.

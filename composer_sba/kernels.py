@@ -1,9 +1,9 @@
-"""What is fused on a GPU: the augmented batch with its backward pass, and the soft label loss with its gradient.
+"""Fused GPU kernels: the augmented batch with its backward pass, and the soft label loss with its gradient.
 
 An augmented step of a small network is bound by the host, which launches operators one by one. Each function here
 launches one kernel. The noise comes from a counter-based generator: number i of a seed is a function of (seed, i). No
-generator is created, and no mask is kept for the backward pass, which draws it again. Triton is imported when the first
-kernel runs; a PyTorch without CUDA does not have it.
+generator is created. The backward pass draws the mask again instead of keeping it. Triton is imported when the first
+kernel runs, because PyTorch without CUDA does not include it.
 """
 
 import functools
@@ -31,7 +31,7 @@ def are_usable_on(tensor: torch.Tensor) -> bool:
 
 @functools.cache
 def _can_compile(device: torch.device) -> bool:
-    """Run a kernel, for which Triton needs the C compiler of the machine; warn if it cannot run."""
+    """Return whether Triton, which needs a C compiler, can run a kernel; warn if it cannot."""
     try:
         logits = torch.zeros(1, 2, device=device)
         return soft_label_kl(logits, logits[None])[0].item() == 0

@@ -116,8 +116,8 @@ def _torchvision(name: str) -> LibraryModel:
         if num_classes is not None and num_classes != fetched:
             linears = [each for each, module in network.named_modules() if isinstance(module, nn.Linear)]
             if not linears:
-                problem = f'expected {fetched}, as the weights of {name} have, whose classifier is no nn.Linear that'
-                raise UserError(f'{problem} can be replaced, got {num_classes}', 'num_classes')
+                problem = f'expected {fetched}, as the weights of {name} have, got {num_classes}'
+                raise UserError(f'{problem}: the classifier is no nn.Linear, so it cannot be replaced', 'num_classes')
             features = network.get_submodule(linears[-1]).in_features
             network.set_submodule(linears[-1], nn.Linear(features, num_classes))
         return network
@@ -248,7 +248,7 @@ def _unknown_key(key: str, known: Iterable[str]) -> UserError:
 
 @contextmanager
 def _naming_unknown_keys(arguments: Mapping[str, Any], network_class: Any) -> Iterator[None]:
-    """Name the key that a library refuses, and the nearest parameter of the network's class."""
+    """Raise an error that names the key that a library refuses, and the nearest parameter of the network's class."""
     try:
         yield
     except TypeError as error:
@@ -260,7 +260,7 @@ def _naming_unknown_keys(arguments: Mapping[str, Any], network_class: Any) -> It
 
 @contextmanager
 def _fetching() -> Iterator[None]:
-    """Say in one line that weights cannot be downloaded or read."""
+    """Raise a one-line error if weights cannot be downloaded or read."""
     try:
         yield
     except OSError as error:

@@ -108,8 +108,8 @@ def resnet50(num_classes: int = 1000, zero_init_residual: bool = False) -> nn.Mo
 
     Args:
         num_classes (int, optional): K. Default: ``1000``.
-        zero_init_residual (bool, optional): Start every block as the identity, the scale of its last batch
-            normalization being zero (`Goyal et al., 2017 <https://arxiv.org/abs/1706.02677>`_, Sec. 5.1).
+        zero_init_residual (bool, optional): Start every block as the identity, with a scale of zero in its
+            last batch normalization (`Goyal et al., 2017 <https://arxiv.org/abs/1706.02677>`_, Sec. 5.1).
             Default: ``False``.
 
     Returns:
@@ -251,7 +251,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 class _CalibrationError(MulticlassCalibrationError):
-    """The calibration error of logits. torchmetrics takes those of a batch for probabilities if all are in [0, 1]."""
+    """The calibration error of logits. torchmetrics would read logits as probabilities if all are in [0, 1]."""
 
     def update(self, preds: torch.Tensor, target: torch.Tensor) -> None:
         super().update(preds.float().softmax(1), target)

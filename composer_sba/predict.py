@@ -179,7 +179,7 @@ def _write(
     top = min(given.top, len(images.classes))
     ranks = [f'{column}_{rank}' for rank in range(1, top + 1) for column in ('class', 'probability')]
     failed = []
-    # A file's name may have bytes that are no UTF-8
+    # A file's name may contain bytes that are not UTF-8
     with path.open('w', newline='', encoding='utf-8', errors='surrogateescape') as file:
         writer = csv.writer(file)
         writer.writerow(['image', *ranks, 'problem'])

@@ -62,7 +62,7 @@ _WITHIN_BATCH = (
 
 
 class SBA(HookedAlgorithm):
-    r"""A regularizer: on random training steps, noise at one layer, and a penalty on how far predictions move.
+    r"""A regularizer that adds noise at one layer on random training steps and penalizes changes of the predictions.
 
     Implements `Li et al., 2020 <https://arxiv.org/abs/2006.15284>`_, Eq. (11):
 
@@ -87,9 +87,8 @@ class SBA(HookedAlgorithm):
         vicinity (Vicinity | Mapping, optional): The distribution of the virtual samples, or a mapping of its arguments.
             Default: ``Vicinity()``.
         target (str, optional): ``'soft'``: the KL term of Eq. (10); ``'hard'``: the model's own loss of the virtual
-            samples with the raw sample's label, for cross-entropy Eq. (9), as in Bamboo. The label is what the batch
-            holds when the loss is known: mixed by MixUp, and no longer smoothed by LabelSmoothing.
-            Default: ``'soft'``.
+            samples with the raw sample's label, for cross-entropy Eq. (9), as in Bamboo. The label includes
+            the mixing by MixUp, but not the smoothing by LabelSmoothing, which is undone before. Default: ``'soft'``.
         granularity (str, optional): Whether the coin is drawn for each ``'batch'`` (Alg. 1) or for each ``'epoch'``
             (Sec. 3). Default: ``'batch'``.
         stop_gradient (bool, optional): Let no gradient flow through the soft label :math:`Y_i`. Default: ``True``.
@@ -106,17 +105,16 @@ class SBA(HookedAlgorithm):
             the layer.
 
     Note:
-        A loss that is not finite ends the fit. On the CPU this happens before the loss can reach a weight. Other
-        devices' values are read once a batch: after the update, but before a checkpoint is written. Under ``amp_fp16``,
-        whose GradScaler skips such an update, the fit goes on with a warning, and ends when 10 augmented batches in a
-        row are lost. Logits of minus infinity, as of masked classes, have no finite divergence: mask with a large
-        negative number. Activations that are all zero have no noise in units of their RMS, so Gaussian points equal
-        them. A network with one logit has a divergence of 0, which warns. A batch may have one row if the layers above
-        the cut accept one.
+        A loss that is not finite ends the fit. On the CPU, the fit ends before the loss changes a weight. On other
+        devices, SBA reads the loss once a batch: after the update, but before a checkpoint is written. Under
+        ``amp_fp16``, the GradScaler skips such an update: SBA warns, and ends the fit after 10 such augmented batches
+        in a row. The divergence of logits of minus infinity is not finite: mask classes with a large negative number
+        instead. If all activations are zero, noise in units of their RMS is zero too. If the network has one logit, the
+        divergence is 0 and SBA warns. A batch may have one row if the layers above the cut accept one.
 
     Note:
         Runs on AFTER_LOAD (finds the layers), FIT_START (installs hooks), BATCH_START (draws the coin), BEFORE_FORWARD
-        to AFTER_BACKWARD (hooks are armed), AFTER_FORWARD (``state.outputs`` is the raw rows' again), BEFORE_BACKWARD
+        to AFTER_BACKWARD (hooks are armed), AFTER_FORWARD (``state.outputs`` is cut to the raw rows), BEFORE_BACKWARD
         (adds the term to ``state.loss``, in float32), BATCH_END (logs) and FIT_END (removes hooks). The hooks of an
         interrupted fit are removed by the Trainer's next ``fit()``, ``eval()``, ``predict()`` or ``close()``. State
         saved: none; the coin, the layer and the noise are functions of (seed, batch), so a resumed run and a retried
@@ -124,8 +122,8 @@ class SBA(HookedAlgorithm):
 
         Logs once a batch: ``sba/augmented`` (0 or 1) and ``sba/augment_prob``; on augmented batches also ``sba/kl``
         (nats, this rank's mean), ``sba/layer`` (index in ``layers``) and ``sba/virtual_agreement`` (share of virtual
-        rows whose most probable class is the raw row's). Before the first batch of a fit, one line of Python's logging
-        at level INFO says what is cut and what an augmented step costs.
+        rows whose most probable class is the raw row's). Before the first batch of a fit, it logs the cut and
+        the cost of an augmented step in one line, with Python's ``logging`` at level INFO.
 
     Example:
         >>> from composer import Trainer
@@ -267,7 +265,7 @@ class SBA(HookedAlgorithm):
         return f'{line}; an augmented step costs {" or ".join(ratios)} plain ones' if ratios else line
 
     def match(self, event: Event, state: State) -> bool:
-        """Run on every event that a method is named after, except for those that are idle in a plain batch."""
+        """Return whether a method is named after the event and has something to do in this batch."""
         if self._augment or event not in _WITHIN_BATCH:
             return super().match(event, state)
         if event is Event.BEFORE_FORWARD:
@@ -275,27 +273,27 @@ class SBA(HookedAlgorithm):
         return event is Event.BEFORE_BACKWARD and isinstance(state.loss, dict)
 
     def after_load(self, state: State, logger: Logger) -> None:
-        """Refuse what cannot be trained, now that surgery and loading are over."""
+        """Refuse a model, algorithms or layers that SBA cannot train, after model surgery and loading."""
         super().after_load(state, logger)
         check_model(state.model, state.algorithms, self.layers, self.target)
         find_layers(network_of(state.model), self.layers)
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Install the hooks; torch.compile, which must see them, compiles at the first forward pass."""
+        """Install the hooks before the first forward pass, in which torch.compile compiles them."""
         self.attach(state)
         if callable(self.augment_prob):
             ratio, parameters = schedule_ratio(state), inspect.signature(self.augment_prob).parameters
             takes_ratio = 'ssr' in parameters or len([p for p in parameters.values() if p.default is p.empty]) > 1
             if ratio != 1 and not takes_ratio:
                 raise UserError(
-                    f'augment_prob is a function of the state alone, which scale_schedule_ratio={ratio} cannot scale: '
-                    'give it a second parameter, ssr, as Composer asks of schedulers.',
+                    f'augment_prob takes only the state, so scale_schedule_ratio={ratio} cannot scale it: '
+                    "give it a second parameter, ssr, as Composer's schedulers have.",
                     'augment_prob',
                 )
             self._schedule_ratio = (ratio,) if takes_ratio else ()
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        """Draw λ(t), once a batch, even if the batch is tried again."""
+        """Draw λ(t) once a batch, even if the batch is retried."""
         if not self.is_attached_to(state):  # a callback has predicted or evaluated
             self.attach(state)
         if self.granularity == 'batch':
@@ -307,7 +305,7 @@ class SBA(HookedAlgorithm):
         self.before_train_batch(state, logger)
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
-        """Start from the first microbatch, also when a batch is tried again after running out of memory."""
+        """Start from the first microbatch, also when a batch is retried after running out of memory."""
         self._disarm()  # and free the graph of the failed attempt
         self._microbatch = 0
         self._unchecked = 0
@@ -326,16 +324,15 @@ class SBA(HookedAlgorithm):
         self._microbatch += 1
 
     def after_forward(self, state: State, logger: Logger) -> None:
-        """Give the raw rows' predictions to the loss, the metrics and every other algorithm."""
+        """Reduce the outputs to the raw rows' predictions, for the loss, the metrics and every other algorithm."""
         assert self._expander is not None
         self._logits = self._expander.split(state.outputs)
         if self._expander.cuts[self._layer].name != 'head':
             state.outputs = self._logits[0]
         elif not self._logits[1].requires_grad and any(each.requires_grad for each in tensors_in(state.outputs)):
             raise CutLayerError(
-                "Layer 'head' is in a region of reentrant activation checkpointing, out of which no gradient of the "
-                'virtual samples leads: use its other form, activation_checkpointing_reentrant: false, or checkpoint '
-                'blocks below the head.'
+                "Layer 'head' is under reentrant activation checkpointing, which loses the gradient of the virtual "
+                'samples: set activation_checkpointing_reentrant: false, or checkpoint only blocks below the head.'
             )
         if isinstance(state.outputs, torch.Tensor):
             state.outputs = state.outputs.clone()  # a loss that changes it in place leaves the soft label alone
@@ -379,7 +376,7 @@ class SBA(HookedAlgorithm):
         self._loss = state.loss = add_term(state.loss, self.eta * loss)
 
     def after_backward(self, state: State, logger: Logger) -> None:
-        """Disarm, now that activation checkpointing has recomputed its layers."""
+        """Disarm the hooks, after activation checkpointing has recomputed its layers."""
         if self._loss is not None and state.loss is not self._loss:
             others = [type(other).__name__ for other in state.algorithms if getattr(other, 'interpolate_loss', False)]
             self._warn(
@@ -448,7 +445,7 @@ class SBA(HookedAlgorithm):
 
 
 def sort_sba_last(algorithms: Sequence[Algorithm], event: Event) -> Sequence[Algorithm]:
-    """Run SBA last before things happen and first after them: a pass for ``Trainer(algorithm_passes=[sort_sba_last])``.
+    """Sort SBA last, or first on ``AFTER_*`` events; a pass for ``Trainer(algorithm_passes=[sort_sba_last])``.
 
     MixUp and CutMix with ``interpolate_loss=True`` rescale the whole loss at BEFORE_BACKWARD. SBA's term must come
     after that.

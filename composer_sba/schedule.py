@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
-# Each decision has its own stream, which no other one shifts, nor the data's streams, whose second key is an epoch. A
-# number is the hash of its key: making a generator within a training step takes 0.1 to 0.2 ms.
+# Each decision has its own stream, independent of the others and of the data's, whose second key is an epoch. A number
+# is the hash of its key, because creating a generator within a training step takes 0.1 to 0.2 ms.
 _COIN, _LAYER, _NOISE = -1, -2, -3
 
 
@@ -92,7 +92,7 @@ def choose_layer(num_layers: int, seed: int, step: int) -> int:
 
 
 def noise_seed(seed: int, rank: int, step: int, microbatch: int, layer: int, stream: int) -> int:
-    """Return a seed for the virtual samples of one microbatch: another on every rank, the same at every repetition.
+    """Return the seed of the virtual samples of one microbatch, which differs between ranks and not between retries.
 
     ``stream`` distinguishes the generators of one forward pass: 0 is the vicinity's, others belong to layers above the
     cut.
@@ -116,7 +116,7 @@ def _draw(decision: int, seed: int, *indices: int) -> int:
 def seeded(*key: int) -> Iterator[None]:
     """Seed the generators of torch (on the CPU), NumPy and Python from a key, and restore them afterwards.
 
-    A worker of a DataLoader, where nothing else draws, does not restore them, which would take ten times as long.
+    A DataLoader worker does not restore them: nothing else draws there, and restoring takes ten times as long.
 
     Yields:
         None: Draws within the ``with`` block depend on the key alone.

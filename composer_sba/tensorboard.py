@@ -11,9 +11,9 @@ from composer.utils import dist
 class TensorboardLogger(loggers.TensorboardLogger):
     """A TensorboardLogger that writes one event file for each rank that logs.
 
-    Composer's closes its file at each flush, which opens another one, and writes the hyperparameters to a new file at
-    each evaluation: 28 files for 12 epochs. This one flushes, and writes the hyperparameters once, when the Trainer is
-    closed, beside the last metrics.
+    Composer's logger starts another file at each flush and at each evaluation: 28 files for 12 epochs. This logger
+    flushes without closing the file. It writes the hyperparameters and the last metrics once, when the Trainer is
+    closed.
 
     Args:
         log_dir, flush_interval, rank_zero_only: Those of Composer's.
@@ -28,7 +28,7 @@ class TensorboardLogger(loggers.TensorboardLogger):
         self._flush(logger)
 
     def close(self, state: State, logger: Logger) -> None:
-        """Write the hyperparameters and the metrics by which TensorBoard compares runs, and close the file."""
+        """Write the hyperparameters and metrics that TensorBoard compares between runs, and close the file."""
         from torch.utils.tensorboard.summary import hparams
 
         if self.writer is not None and self._writes_here:

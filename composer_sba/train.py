@@ -132,7 +132,7 @@ def train(recipe: Recipe, *destinations: LoggerDestination, summary: 'Summary | 
 
 
 def _print(*parts: Any) -> None:
-    """Print at once, so that lines of stderr come after it; a command is not wrapped."""
+    """Print without buffering, which keeps the order with lines of stderr, and without wrapping commands."""
     console = Console(highlight=False)
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, str), markup=False)
@@ -169,11 +169,11 @@ def _resumed(state: State) -> str | None:
 
 
 def _advice(state: State, recipe: Recipe) -> str:
-    """Say where a run was interrupted and how it goes on."""
+    """Describe where a run was interrupted and how to resume it."""
     where = f' in epoch {int(state.timestamp.epoch) + 1}'
     if recipe.save_folder is None:
         return where
-    return f'{where}: {"the same command" if recipe.autoresume else "with autoresume=true the same command"} goes on'
+    return f'{where}: {"the same command" if recipe.autoresume else "the same command with autoresume=true"} resumes it'
 
 
 def _next(recipe: Recipe, folder: str | None) -> Iterator[str]:
@@ -238,7 +238,7 @@ def _without_empty_folders(folder: str | None) -> Iterator[None]:
 def _fit(trainer: Trainer, recipe: Recipe, folder: str | None) -> None:
     state = trainer.state
     if state.max_duration is not None and state.timestamp >= state.max_duration:
-        problem = f'the run in {folder} has reached {state.max_duration}; raise it, or choose another run_name'
+        problem = f'the run in {folder} has reached {state.max_duration}: raise max_duration, or change run_name'
         raise AlreadyTrainedError(*recipe.sources.error('max_duration', problem).args)
     if folder is not None and dist.get_global_rank() == 0:
         _save_file(recipe, folder, RECIPE_FILE, lambda path: save(recipe, path))
@@ -254,7 +254,7 @@ def _fit(trainer: Trainer, recipe: Recipe, folder: str | None) -> None:
 
 
 class _InterruptedError(SystemExit):
-    """Ctrl-C during training; ``advice`` says where, and how the run goes on."""
+    """Ctrl-C during training; ``advice`` says where, and how to resume the run."""
 
     def __init__(self, advice: str) -> None:
         super().__init__(128 + signal.SIGINT)
@@ -262,7 +262,7 @@ class _InterruptedError(SystemExit):
 
 
 def _is_interrupt(error: BaseException | None) -> bool:
-    """Return whether Ctrl-C is the cause: Composer makes it a SystemExit, which dying DataLoader workers hide."""
+    """Return whether Ctrl-C caused an error: Composer raises SystemExit, and errors of ending workers hide it."""
     if isinstance(error, SystemExit):
         return error.code == 128 + signal.SIGINT
     return error is not None and _is_interrupt(error.__context__)
@@ -274,7 +274,7 @@ def _folder(recipe: Recipe) -> str | None:
         return None
     folder = format_name_with_dist(recipe.save_folder, str(recipe.run_name))
     if os.path.exists(f'{folder}/{RECIPE_FILE}') and not (recipe.save_overwrite or recipe.autoresume):
-        problem = f'{folder} holds a run: name this one (run_name=...), or go on with that one (autoresume=true), '
+        problem = f'{folder} holds a run: choose another run_name, or resume that run (autoresume=true), '
         problem += 'or replace it (save_overwrite=true)'
         raise recipe.sources.error('save_folder', problem)
     return folder

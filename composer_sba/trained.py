@@ -1,4 +1,4 @@
-"""What the commands that use a checkpoint share: its recipe, the images and classes of its network, a file to write."""
+"""Code shared by the commands that use a checkpoint: its recipe, its network's images and classes, the output file."""
 
 import argparse
 import json
@@ -110,7 +110,7 @@ def expected_images(recipe: Recipe, folder: Path) -> ExpectedImages:
         classes = mean = std = None
         why_numbers = one_line(error)
     except (OSError, ValueError, AttributeError) as error:
-        remedy = ': delete it, and the dataset is read' * path.is_file()
+        remedy = ': delete it to read the dataset instead' * path.is_file()
         raise UserError(f'{source} cannot be read ({one_line(error)}){remedy}') from error
     config = replace(config, mean=config.mean or mean, std=config.std or std)
     count = recipe.model['num_classes']

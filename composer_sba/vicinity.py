@@ -162,7 +162,7 @@ class Vicinity:
 
     @property
     def bound(self) -> float:
-        """τ, or what clips nothing if τ is larger than that: 30 σ, which float32 can hold."""
+        """τ, limited to 30 σ, which clips nothing and which float32 can hold."""
         return min(2 * self.sigma if self.tau is None else self.tau, _LAST_SIGMA * self.sigma)
 
     def _write_gaussian(self, points: torch.Tensor, latent: torch.Tensor, generator: torch.Generator | None) -> None:
@@ -263,7 +263,7 @@ def buffers(latent: torch.Tensor, fold: int, vicinity: Vicinity) -> Drawn:
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """Return float32 for a narrower dtype, in which noise and divergences would be rounded; any other is returned."""
+    """Return float32 for a narrower dtype, which would round noise and divergences, and any other dtype as it is."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
@@ -295,7 +295,7 @@ def draw_basis(basis: Basis, rows: torch.Tensor, generator: torch.Generator | No
     width = rows.shape[1]
     if width > MAX_DENSE_FEATURES:
         raise TooWideError(
-            f'basis={basis!r} needs a {width} × {width} matrix; dense bases end at {MAX_DENSE_FEATURES} features. Use '
+            f'basis={basis!r} needs a {width} × {width} matrix, and the limit is {MAX_DENSE_FEATURES} features. Use '
             f"basis='hadamard', random orthonormal directions without a matrix, or cut a narrower layer.",
         )
     square = torch.empty(width, width, dtype=rows.dtype, device=rows.device).normal_(generator=generator)

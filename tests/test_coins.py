@@ -134,7 +134,7 @@ def test_each_fit_has_its_own_scale_schedule_ratio():
 def test_a_function_of_the_state_alone_cannot_be_scaled():
     options = {'duration': '6ba', 'schedulers': LinearScheduler(), 'scale_schedule_ratio': 0.5}
     for function in (lambda state: 0.5, lambda state, prob=0.5: prob):
-        with pytest.raises(UserError, match='^augment_prob is a function of the state alone, .*schedule_ratio=0.5 can'):
+        with pytest.raises(UserError, match='^augment_prob takes only the state, .*schedule_ratio=0.5 cannot'):
             train([SBA(augment_prob=function)], **options)
         _, log = train([SBA(augment_prob=function)], duration='6ba', schedulers=LinearScheduler())
         assert logged(log, 'sba/augment_prob') == [0.5] * 6

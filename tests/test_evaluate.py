@@ -342,7 +342,7 @@ def test_mistakes_of_the_command_are_one_line(recipe_options, tmp_path, capsys):
         assert error.startswith('error: ') and line in error and error.count('\n') == 1, (arguments, error)
     for option, line in [
         (['--corruptions', 'frog'], "unknown 'frog'; did you mean 'fog'?"),
-        (['--severities', '1,x'], "expected values with commas between them, got '1,x'"),
+        (['--severities', '1,x'], "expected values separated by commas, got '1,x'"),
     ]:
         with pytest.raises(SystemExit, match='2'):
             main(['--checkpoint', 'other.pt', *recipe, *option])

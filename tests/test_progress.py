@@ -165,8 +165,8 @@ def test_a_run_that_resumes_between_epochs_says_so(run, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ('keys', 'said'),
     [
-        (['autoresume=true'], 'interrupted in epoch 2: the same command goes on'),
-        ([], 'interrupted in epoch 2: with autoresume=true the same command goes on'),
+        (['autoresume=true'], 'interrupted in epoch 2: the same command resumes it'),
+        ([], 'interrupted in epoch 2: the same command with autoresume=true resumes it'),
         (['save_folder=null'], 'interrupted in epoch 2'),
     ],
 )

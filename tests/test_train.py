@@ -89,7 +89,7 @@ def test_the_saved_recipe_trains_again_beside_the_first_run(tmp_path: Path, caps
     first, second = tmp_path / 'first', tmp_path / 'second'
     before = {path: path.stat().st_mtime_ns for path in first.iterdir()}
     assert main(['-f', str(first / 'recipe.yaml')]) == 2
-    assert f'{first} holds a run: name this one (run_name=...)' in capsys.readouterr().err
+    assert f'{first} holds a run: choose another run_name' in capsys.readouterr().err
     assert main(['-f', str(first / 'recipe.yaml'), 'run_name=second']) == 0
     assert {path: path.stat().st_mtime_ns for path in first.iterdir()} == before
     weights = [
@@ -106,7 +106,7 @@ def test_overrides_do_not_replace_a_run_of_the_same_name(tmp_path: Path, capsys:
     assert main(again) == 0
     saved = (tmp_path / 'digits_sba' / 'latest-rank0.pt').stat().st_mtime_ns
     assert main([*again, 'algorithms.sba.eta=1']) == 2
-    assert 'digits_sba holds a run: name this one' in capsys.readouterr().err
+    assert 'digits_sba holds a run: choose another run_name' in capsys.readouterr().err
     assert (tmp_path / 'digits_sba' / 'latest-rank0.pt').stat().st_mtime_ns == saved
     assert main([*again, 'algorithms.sba.eta=1', 'run_name=eta1']) == 0
     assert main([*again, 'algorithms.sba.eta=1', 'save_overwrite=true']) == 0

@@ -239,7 +239,7 @@ def test_bad_arguments_are_named(argument, message):
 
 def test_dense_bases_end_at_8192_features():
     message = (
-        "basis='normalized' needs a 8193 × 8193 matrix; dense bases end at 8192 features. Use basis='hadamard', "
+        "basis='normalized' needs a 8193 × 8193 matrix, and the limit is 8192 features. Use basis='hadamard', "
         'random orthonormal directions without a matrix, or cut a narrower layer.'
     )
     with pytest.raises(ValueError, match=f'^{message}$'):

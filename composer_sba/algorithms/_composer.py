@@ -265,7 +265,7 @@ class FiniteGuard:
         cause = (
             'the raw predictions are finite: lower the noise (sigma, dropout), or cut at a later layer'
             if finite
-            else 'so are the raw predictions, the network diverges: lower the learning rate, or clip gradients'
+            else 'the raw predictions are not finite either: lower the learning rate, or clip gradients'
         )
         error = NonFiniteError(
             f'Expected a finite {self._loss}, got {value} in batch {batch} at layer {cut!r}; {cause}.'

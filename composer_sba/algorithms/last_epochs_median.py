@@ -51,7 +51,7 @@ class LastEpochsMedian(Callback):
 
     Note:
         Runs on EVAL_END of a fit's own evaluations, not of ``Trainer.eval()``, and on FIT_END, where it logs
-        ``median_last5/<label>/<metric>``, if ``num_epochs`` is 5. Composer evaluates once more after FIT_END if
+        ``median_last5/<label>/<metric>`` (for ``num_epochs=5``). Composer evaluates once more after FIT_END if
         ``eval_interval`` does not divide the duration: that evaluation counts for the epoch that it follows, and all
         medians are logged again. Metrics that are not a single number are left out. The values are those that Composer
         computed, equal on all ranks. Nothing in ``State`` changes. State saved: the values of the last ``num_epochs``

@@ -96,8 +96,8 @@ def _unpack_zip(archive: Path, folder: Path) -> None:
 def _member_path(member: zipfile.ZipInfo) -> str:
     r"""Return the path of a ZIP archive's member.
 
-    Python takes each name without the flag for cp437, but macOS and others write UTF-8 without it. Some programs of
-    Windows write ``\``, which only there separates folders.
+    Without the flag, Python reads a name as cp437, but macOS and other systems write UTF-8 without the flag. Some
+    programs of Windows write ``\``, which separates folders only there.
     """
     name = member.orig_filename
     if not member.flag_bits & _ZIP_UTF8:

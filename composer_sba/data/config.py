@@ -46,7 +46,7 @@ KNOWN_DATASETS = {
 
 @dataclass(frozen=True)
 class PixelNoise:
-    """Gaussian noise of standard deviation ``sigma``, the pixel range being 1, on a share ``prob`` of the images."""
+    """Gaussian noise of standard deviation ``sigma``, in units of the pixel range, on a share ``prob`` of images."""
 
     sigma: float
     prob: float

@@ -1,4 +1,4 @@
-"""Small images in memory: decoded once, kept as uint8 on the training device, and transformed there by batches."""
+"""Small images in memory, decoded once, stored as uint8 on the training device and transformed there in batches."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence

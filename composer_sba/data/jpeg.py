@@ -1,4 +1,4 @@
-"""JPEG files of which only a crop is decoded, at the scale that it needs."""
+"""Partial decoding of JPEG files: only a crop, at the scale that it needs."""
 
 import simplejpeg
 import torch

@@ -91,8 +91,8 @@ def build_dataloader(
     incomplete last global batch is always left out. The order and the random transforms of an epoch depend on the seed
     only. Composer resumes in mid-epoch because Streaming records the position.
 
-    The same holds in memory, with another order and other draws from the same distribution. There the draws of a sample
-    also depend on its batch, and Composer resumes by skipping batches, which costs little.
+    The same holds in memory, with another order and other draws from the same distribution. In memory, the draws of a
+    sample also depend on its batch, and Composer resumes by skipping batches, which costs little.
 
     On several ranks, call ``composer.utils.dist.initialize_dist`` with the device first.
 

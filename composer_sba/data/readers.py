@@ -134,7 +134,7 @@ class _Folder:
     Args:
         source (Path, optional): Folder or archive that the user gave.
         scratch (Path): Folder to unpack an archive to.
-        marks (Mapping[str, str], optional): Entries of which a data set has one, and how messages call them.
+        marks (Mapping[str, str], optional): Entries that identify a data set, with their names in messages.
     """
 
     def __init__(self, source: Path | None, scratch: Path, marks: Mapping[str, str] = _MARKS) -> None:

@@ -1,4 +1,4 @@
-"""Cut a network at a layer, multiply the latent batch there, split the predictions. Plain PyTorch, without Composer."""
+"""Cut a network at a layer, expand the latent batch there and split the predictions, in PyTorch without Composer."""
 
 from composer_sba.latent.cut_survey import Cut, survey
 from composer_sba.latent.expander import LatentExpander

@@ -44,10 +44,10 @@ class AugmentedBatch(Protocol):
 
 
 class BatchLayer:
-    """A module's forward pass that lets raw rows through as without SBA, and handles the virtual rows by a rule.
+    """A module's forward pass that treats raw rows as without SBA, and virtual rows by a rule.
 
-    It stands for the module's ``forward`` until :meth:`remove`. Hooks could not skip the module's own pass, and would
-    run before or after those that gather the parameters under FSDP2.
+    It replaces the module's ``forward`` until :meth:`remove`. Hooks would not do: they cannot skip the module's own
+    pass, and would run before or after those that gather the parameters under FSDP2.
 
     Args:
         name (str): The module's name, for messages.
@@ -59,18 +59,18 @@ class BatchLayer:
         self.name = name
         self.module = module
         self.batch = batch
-        # What somebody put there before: another expander, or the owner of the network.
+        # The replacement that was there before, by another expander or by the owner of the network.
         self.replaced: Callable[..., torch.Tensor] | None = vars(module).get('forward')
         self.forward = partial(_forward, self)  # not a method: torch.compile cannot follow those of an instance here
         vars(module)['forward'] = self.forward
 
     def remove(self) -> None:
-        """Put back the module's forward pass, also from below one that was put there later."""
+        """Restore the module's forward pass, even if another one has replaced this one since."""
         forward, above = vars(self.module).get('forward'), None
         while forward is not self.forward:
             above = _owner(forward)
             if above is None:
-                return  # somebody else replaced it, and calls this one, which now does nothing
+                return  # another replacement calls this one, which now does nothing
             forward = above.replaced
         if above is not None:
             above.replaced = self.replaced
@@ -98,7 +98,7 @@ class BatchLayer:
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def _separates(self, rows: torch.Tensor, raw_rows: int) -> bool:
-        """Return whether raw and virtual rows take separate ways; raise CutLayerError if they should and cannot."""
+        """Return whether the module treats raw and virtual rows apart; raise CutLayerError if it should but cannot."""
         count, expected = len(rows), (1 + self.batch.fold) * raw_rows
         below_the_cut = count == raw_rows and in_backward()
         if below_the_cut or (count != expected and isinstance(self.module, _RANDOM)):
@@ -124,7 +124,7 @@ class BatchLayer:
 
 
 def _is_foreign(forward: Callable[..., torch.Tensor] | None) -> bool:
-    """Whether somebody other than an expander replaced a module's forward pass by ``forward``."""
+    """Return whether code other than an expander replaced a module's forward pass by ``forward``."""
     owner = _owner(forward)
     return forward is not None and (owner is None or _is_foreign(owner.replaced))
 
@@ -139,7 +139,7 @@ def _owner(forward: Callable[..., torch.Tensor] | None) -> BatchLayer | None:
 
 
 def hook_batch_layers(model: nn.Module, batch: AugmentedBatch, norm_stats: str) -> list[BatchLayer]:
-    """Take over dropout, RReLU and stochastic depth and, under ``norm_stats='raw'``, every normalization over rows."""
+    """Attach to dropout, RReLU and stochastic depth and, under ``norm_stats='raw'``, to normalization over rows."""
     kinds = (*_RANDOM, *_NORM) if norm_stats == 'raw' else _RANDOM
     return [BatchLayer(name, module, batch) for name, module in model.named_modules() if isinstance(module, kinds)]
 
@@ -165,10 +165,10 @@ def find_below(layers: list[BatchLayer], batch: AugmentedBatch, forward: Callabl
 def batch_layers_by_row(model: nn.Module) -> Iterator[None]:
     """Let batch normalization, dropout, RReLU and stochastic depth treat every row by itself, without draws.
 
-    What then still mixes rows is a layer that :class:`BatchLayer` does not handle.
+    A layer that still mixes rows is one that :class:`BatchLayer` does not handle.
     """
     layers = [module for module in model.modules() if isinstance(module, (_BatchNorm, *_RANDOM))]
-    own = [vars(module).get('forward') for module in layers]  # of a module whose forward somebody replaced
+    own = [vars(module).get('forward') for module in layers]  # of a module whose forward was replaced
     for module in layers:
         vars(module)['forward'] = _scale_rows if isinstance(module, _BatchNorm) else nn.Identity()
     try:

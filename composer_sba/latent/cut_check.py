@@ -1,4 +1,4 @@
-"""The proof that a layer can be cut: predictions depend on no row of the latent batch but their own."""
+"""The test of whether a layer can be cut: each prediction depends on its own row of the latent batch only."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ def check_cut(model: nn.Module, cut: CutLayer, forward: Forward, *, rows_may_mix
     It predicts for the latent batch, and for the latent batch joined with others. Predictions for rows that stay the
     same must not change. Random streams start from the same seed in each pass, so that draws of the network are no
     obstacle. Batch normalization and dropout modules, which ``composer_sba.latent.batch_layers`` handles, are left
-    out. A skip connection around the cut fails because its rows are only half as many.
+    out. A skip connection around the cut fails because it has only half as many rows.
 
     At ``'head'``, virtual samples pass the head alone. The check is that the head makes the model's logits.
 
@@ -196,7 +196,7 @@ def _why_rows_differ(
         return None
     if any(map(differ, predict(latent, one), (raw, virtual))):
         return (
-            f'two equal passes in {mode} mode give different predictions, which proves nothing: let modules draw from '
+            f'two equal passes in {mode} mode give different predictions, so the check fails: let modules draw from '
             'the global random streams or a torch.Generator that is an attribute, and keep other state in buffers'
         )
     return f'in {mode} mode, predictions for the same rows change when others do: the layers above it mix rows'
@@ -254,11 +254,11 @@ def _hooked(cut: CutLayer, edit: Callable[[Any], Any]) -> Iterator[None]:
 
 @contextmanager
 def repeatable(model: nn.Module, window: ForwardWindow | None = None) -> Iterator[Callable[..., Any]]:
-    """Yield ``run(forward, seed=0)`` for trial passes of a model, which start from one state and leave it behind.
+    """Yield ``run(forward, seed=0)`` for trial passes of a model, which start from one state and restore it.
 
     They are eager and without gradients. Buffers, flags and numbers that are attributes of modules,
-    ``torch.Generator`` attributes and the global random streams are put back after each pass. Hooks that somebody
-    armed for the next pass stay armed for it; only those of ``window`` act.
+    ``torch.Generator`` attributes and the global random streams are restored after each pass. Hooks that are
+    armed for the next pass stay armed, but only those of ``window`` act in a trial pass.
     """
     put_back = _remember(model)
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
@@ -278,7 +278,7 @@ def repeatable(model: nn.Module, window: ForwardWindow | None = None) -> Iterato
 
 
 def _remember(model: nn.Module) -> Callable[[], None]:
-    """Return a function that puts back the state of modules that is not in parameters."""
+    """Return a function that restores the state of modules, except for their parameters."""
     modules = [module for module in model.modules() if not isinstance(module, FullyShardedDataParallel)]
     buffers = [
         (module._buffers, name, buffer, buffer.clone())

@@ -29,7 +29,7 @@ class Cut:
     """A cut, and what it costs.
 
     Attributes:
-        names: The names by which ``layers`` can mean it; several if modules pass on one tensor unchanged.
+        names: The names of the cut in ``layers``; several if modules return their input unchanged.
         shape: One row of the latent batch, without the dimension of rows.
         share: The fraction of a plain training step's operations that is above the cut; convolutions and matrix
             products count. None if it is unknown.

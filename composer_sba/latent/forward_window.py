@@ -14,8 +14,8 @@ class ForwardWindow:
     """The forward pass for which hooks in a network are armed.
 
     This is the next pass that begins in the network's current mode, training or evaluation, and what activation
-    checkpointing runs again of it in the backward pass. It ends with the pass, even if an exception or Ctrl-C breaks
-    the pass off or nobody disarms the hooks afterwards.
+    checkpointing runs again of it in the backward pass. It ends with the pass, even if an exception or Ctrl-C
+    interrupts the pass, or if the hooks are not disarmed afterwards.
 
     Args:
         model (torch.nn.Module): The network. Attach hooks at its input after those of the window.

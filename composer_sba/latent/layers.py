@@ -89,7 +89,7 @@ def network_in(model: nn.Module) -> nn.Module:
 
 
 def forget_compiled_code(model: nn.Module) -> None:
-    """Let torch.compile compile anew if any part of a model is compiled, since code from before hooks bypasses them."""
+    """Make torch.compile compile a model again if any part is compiled, since earlier code bypasses new hooks."""
     for module in model.modules():
         forward = vars(module).get('forward')
         compiled = module._compiled_call_impl is not None or hasattr(forward, '_torchdynamo_orig_callable')
@@ -103,8 +103,8 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
 
     A name is a path in the network. Wrappers of DDP, FSDP, activation checkpointing and torch.compile leave no trace in
     it; the module is then the outermost wrapper. The ``module.`` of a ComposerClassifier or DDP is left out too, unless
-    two layers would then share a name. A module with several paths has several names. Because ``'input'`` and
-    ``'head'`` have a meaning of their own, a layer that is called so has the name ``'module.input'`` or
+    two layers would then share a name. A module with several paths has several names. ``'input'`` and
+    ``'head'`` are reserved, so a layer that is called ``input`` or ``head`` has the name ``'module.input'`` or
     ``'module.head'``.
 
     Example:
@@ -191,7 +191,7 @@ def _head(model: nn.Module, known: dict[str, nn.Module]) -> str:
 
 
 def _is_adapter(module: nn.Module) -> bool:
-    """Whether a module stands for a linear layer that it holds, as LoRA's do."""
+    """Return whether a module wraps a linear layer that it replaces, as LoRA's modules do."""
     shape = getattr(module, 'in_features', None), getattr(module, 'out_features', None)
     return any(
         isinstance(each, nn.Linear) and shape == (each.in_features, each.out_features) for each in module.modules()

@@ -149,8 +149,8 @@ def adopt_checkpoints(saver: CheckpointSaver, folder: Path) -> None:
 class RestOfEpoch(Callback):
     """A callback that ends the epoch in which a run resumes after ``train_subset_num_batches`` batches.
 
-    Composer counts them from the resumed batch, where the data goes on, which makes this epoch too long. Runs on
-    FIT_START and on BEFORE_DATALOADER; Composer reads the length once in between. State saved: none.
+    Composer counts them from the resumed batch instead of the start of the epoch, which makes this epoch too long. Runs
+    on FIT_START and on BEFORE_DATALOADER; Composer reads the length once in between. State saved: none.
     """
 
     def __init__(self) -> None:

@@ -112,5 +112,5 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _system_error(error: BaseException | None) -> OSError | None:
-    """Return the error of the operating system behind an exception: after it, torch.save raises a RuntimeError."""
+    """Return the operating system's error that caused an exception, such as a RuntimeError of torch.save."""
     return error if error is None or isinstance(error, OSError) else _system_error(error.__context__)

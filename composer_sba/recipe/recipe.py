@@ -87,8 +87,8 @@ class Recipe(TrainerOptions):
             the environment has ``FSDP_VERSION=2``. Default: ``None``, data parallelism.
         global_train_batch_size (int): Unit: rows over all devices.
         device_eval_batch_size (int, optional): Unit: rows on one device. Default: ``None``, as in training.
-        eval_last_epochs (int): Also evaluate at the end of each of the last epochs, so many of them, whatever
-            ``eval_interval`` is. It has no effect if ``max_duration`` is in batches or samples. Default: ``0``.
+        eval_last_epochs (int): Number of last epochs that are also evaluated at their end, whatever ``eval_interval``
+            is. It has no effect if ``max_duration`` is in batches or samples. Default: ``0``.
         sources (Sources): The file of each key, for error messages. Not a part of the recipe itself.
     """
 

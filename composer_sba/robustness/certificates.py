@@ -1,11 +1,12 @@
 r"""Certificates of robustness by randomized smoothing.
 
 The smoothed classifier predicts the class that a network predicts most often for an image with Gaussian noise. If that
-class has a probability of at least :math:`\underline{p_A} > 1/2`, no image within the ℓ2 distance
+class has a probability of at least :math:`\underline{p_A} > 1/2`, the prediction is the same for every image within the
+ℓ2 distance
 
 .. math:: R = σ\,Φ^{-1}(\underline{p_A})
 
-is predicted otherwise (`Cohen et al., 2019 <https://arxiv.org/abs/1902.02918>`_, Theorem 1). Sampling bounds
+(`Cohen et al., 2019 <https://arxiv.org/abs/1902.02918>`_, Theorem 1). Sampling bounds
 :math:`p_A` from below, so each certificate is wrong with a probability of at most α. Noise is in pixel units and is not
 clipped, which the theorem needs.
 

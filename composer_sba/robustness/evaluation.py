@@ -254,7 +254,7 @@ def _measure(
 
 
 class _Scores:
-    """Sums over the images seen under one condition. Composer's CrossEntropy weights all batches alike, this images."""
+    """Sums over the images seen under one condition, unlike Composer's CrossEntropy, which averages over batches."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -60,12 +60,12 @@ def measure(recipe: Recipe, network: nn.Module, device: torch.device) -> dict[st
     """Measure a trained network under noise, corruptions and an attack.
 
     Args:
-        recipe (Recipe): Its recipe, whose ``eval_dataset`` is taken.
+        recipe (Recipe): The recipe of the network, with an ``eval_dataset`` to measure on.
         network (torch.nn.Module): The network, on the device.
         device (torch.device): The device that evaluates.
 
     Returns:
-        dict[str, Any]: Of :func:`composer_sba.robustness.evaluate`: ``images``, ``clean``, ``noise``, ``corruptions``
+        dict[str, Any]: From :func:`composer_sba.robustness.evaluate`: ``images``, ``clean``, ``noise``, ``corruptions``
         at :data:`SEVERITIES`, ``mean_corruption_error`` and ``attacks``, with five decimals.
     """
     loader, _, mean, std = pixel_loader(recipe, device)
