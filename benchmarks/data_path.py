@@ -214,7 +214,16 @@ def clocks() -> tuple[float, float]:
 
 
 def epoch(batches: Iterable[torch.Tensor], device: torch.device, ahead: bool) -> tuple[float, float]:
-    """Read all batches, ``ahead`` if they begin the next epoch at the end of one; return seconds per image."""
+    """Read all batches and return the seconds per image of each clock.
+
+    Args:
+        batches (Iterable): The batches of one epoch.
+        device (torch.device): Where the batches are used.
+        ahead (bool): Whether the loader begins the next epoch at the end of one.
+
+    Returns:
+        tuple[float, float]: Wall time and CPU time per image. Unit: seconds.
+    """
     begun = clocks()
     images = sum(len(batch.to(device, non_blocking=True)) for batch in batches)
     if torch.cuda.is_available():

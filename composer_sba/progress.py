@@ -222,7 +222,12 @@ def _folded(line: str, width: int) -> str:
     """Fold SBA's line before p and, if necessary, after commas and semicolons and before 'or'."""
     unbroken = '\N{NO-BREAK SPACE}'
     folded = [
-        textwrap.fill(re.sub(r'(?<![,;]) (?!or )| (?=\d+ dropout)', unbroken, part), width)
+        textwrap.fill(
+            re.sub(r'(?<![,;]) (?!or )| (?=\d+ dropout)', unbroken, part),
+            width,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
         for part in line.replace(', p = ', ',\np = ').splitlines()
     ]
     return '\n'.join(folded).replace(unbroken, ' ')

@@ -11,7 +11,6 @@ import importlib
 import json
 import os
 import random
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,10 +66,16 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtestloop() -> None:
+def pytest_runtestloop(session: pytest.Session) -> None:
     """Start the server of programs before the first test, if any test uses it."""
-    if 'programs' in sys.modules:
-        sys.modules['programs'].start_server()
+    if not session.config.option.collectonly and any(map(_starts_programs, session.items)):
+        importlib.import_module('programs').start_server()
+
+
+def _starts_programs(item: pytest.Item) -> bool:
+    names = vars(item.module).values() if isinstance(item, pytest.Function) else ()
+    is_used = any(getattr(each, '__module__', None) == 'programs' for each in names)
+    return is_used or 'run_ranks' in getattr(item, 'fixturenames', ())
 
 
 class FileScheduling(LoadFileScheduling):

@@ -1,10 +1,11 @@
-"""Python programs in processes of their own, forked from a server with all imports: a start takes milliseconds.
+"""Python programs in processes of their own, forked from a server that has imported what they use.
 
 ``start('train.py', '-f', ...)`` and ``start('-m', 'composer_sba.study', ...)`` run what ``python`` would, in a session
 of their own: ``kill`` ends the program and all that it has started.
 """
 
 import atexit
+import faulthandler
 import importlib
 import logging
 import multiprocessing
@@ -14,7 +15,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver, resource_tracker, util
@@ -33,47 +36,60 @@ RANK_VARIABLES = ('RANK', 'LOCAL_RANK', 'NODE_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_
 _server = multiprocessing.get_context('forkserver')
 
 
+_spawn = util.spawnv_passfds  # starts a new Python
+
+
 def start_server() -> None:
-    """Fork the server from this process, which has imported all modules and has not run any test.
+    """Fork the server from this process, which has run no test yet.
 
-    A server that Python starts imports Composer once more, for 14 seconds. What every run would do for the first time,
-    half of a small run, is done here.
+    A server that Python starts would import everything again. This one has also filled the caches that a small training
+    spends half of its time on.
     """
-    importlib.import_module('composer.algorithms')
+    for name in ('commit_once', 'composer.algorithms', 'composer_sba.study.report', 'sklearn.datasets'):
+        importlib.import_module(name)
     PIL.Image.init()
-    measure(digits_net(), 'head', (3, 8, 8))  # fills PyTorch's cache of operators without data
-    resource_tracker.ensure_running()  # a new Python, as always
-    before, spawn = open_descriptors(), util.spawnv_passfds
-
-    def fork(executable: bytes, arguments: Sequence[str], descriptors: Sequence[int]) -> int:
-        process = os.fork()
-        if not process:
-            util.spawnv_passfds = spawn
-            warnings.resetwarnings()  # those of pytest are errors
-            for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
-                warnings.simplefilter('ignore', kind)  # as in any new Python
-            logging.root.handlers.clear()
-            logging.root.setLevel(logging.WARNING)
-            for descriptor in open_descriptors() - before - {*descriptors}:
-                os.close(descriptor)  # a pipe that tells the server that this process has ended
-            sys.stdout = open(1, 'w', closefd=False)  # those of pytest are files elsewhere
-            sys.stderr = open(2, 'w', closefd=False, buffering=1, errors='backslashreplace')
-            try:
-                exec(arguments[-1], {})  # the command of the server
-            finally:
-                os._exit(0)
-        return process
-
-    util.spawnv_passfds = fork
+    measure(digits_net(), 'head', (3, 8, 8))  # PyTorch's cache of operators on tensors without data
+    resource_tracker.ensure_running()  # it also uses _spawn
+    util.spawnv_passfds = _fork
     try:
         forkserver.ensure_running()
     finally:
-        util.spawnv_passfds = spawn
+        util.spawnv_passfds = _spawn
 
 
-def open_descriptors() -> set[int]:
-    found = [int(each) for each in os.listdir('/proc/self/fd')]
-    return {each for each in found if os.path.exists(f'/proc/self/fd/{each}')}  # without that of the listing
+def _fork(executable: bytes, arguments: Sequence[str], descriptors: Sequence[int]) -> int:
+    """Run the last argument, a program, in a copy of this process without what pytest has changed in it."""
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        util.spawnv_passfds = _spawn
+        forkserver._forkserver._lock = threading.Lock()  # the other is locked at the moment
+        with open(os.devnull, 'r+b') as nothing:  # their ends must be noticed while programs run
+            for descriptor in {*map(int, os.listdir('/proc/self/fd'))} - {0, 1, 2, nothing.fileno(), *descriptors}:
+                os.dup2(nothing.fileno(), descriptor)
+        sys.stdout = open(1, 'w', closefd=False)
+        sys.stderr = open(2, 'w', closefd=False, buffering=1, errors='backslashreplace')
+        faulthandler.enable(sys.stderr)
+        sys.unraisablehook, threading.excepthook = sys.__unraisablehook__, threading.__excepthook__
+        warnings.resetwarnings()  # those of pytest are errors
+        for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter('ignore', kind)  # as Python does
+        for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+            for handler in [*getattr(logger, 'handlers', [])]:
+                if type(handler).__module__.startswith('_pytest'):
+                    logger.removeHandler(handler)
+                elif type(handler) is logging.StreamHandler:  # a FileHandler would close the stream
+                    handler.setStream(sys.stderr)
+        logging.root.setLevel(logging.WARNING)
+        exec(arguments[-1], {})
+    except SystemExit:
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
 
 
 class Program:

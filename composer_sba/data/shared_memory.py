@@ -139,7 +139,8 @@ def _register(locals_: list[str], remotes: list[str | None], retry: int) -> tupl
             block = SharedMemory(_get_path(number, LOCALS), True, len(content))
             _claim(_SHARED_MEMORY / _get_path(number, LOCALS))
             block.buf[: len(content)] = content
-            for name in SHM_TO_CLEAN:  # nobody else uses this number
+            # Nobody else uses this number. Streaming's search of a kind ends at the first number without such a block.
+            for name in SHM_TO_CLEAN:
                 path = _SHARED_MEMORY / _get_path(number, name)
                 if path.exists() and not path.stat().st_size:
                     path.unlink()
@@ -166,12 +167,12 @@ def _claim(path: Path) -> None:
 
 
 def _remove_blocks_of_ended_runs(folder: Path) -> None:
-    """Remove the blocks that this package claimed and nobody locks any more.
+    """Remove blocks of ended runs: those that this package claimed and nobody locks, and those that stayed empty.
 
     Other blocks stay, even if no visible process maps them: a run in another container may.
     """
-    for path in folder.glob('??????_*'):
-        kind = path.name[7:]
+    for path in folder.glob(f'{"[0-9]" * 6}_*'):
+        number, kind = path.name.split('_', 1)
         if kind not in SHM_TO_CLEAN:
             continue
         with contextlib.suppress(FileNotFoundError):  # its owner has just removed it
@@ -181,7 +182,7 @@ def _remove_blocks_of_ended_runs(folder: Path) -> None:
             abandoned = not file.st_size and time.time() - file.st_mtime > _SECONDS_OF_CREATION
             if file.st_uid == os.getuid() and (claimed or abandoned) and _is_unlocked(path):
                 for name in reversed(SHM_TO_CLEAN) if claimed else [kind]:  # the claim goes last
-                    path.with_name(path.name.replace(kind, name)).unlink(missing_ok=True)
+                    path.with_name(f'{number}_{name}').unlink(missing_ok=True)
 
 
 def _is_unlocked(path: Path) -> bool:
