@@ -98,7 +98,7 @@ class EpochLines(LoggerDestination):
             self._close()
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
-        """Print the line that waits for this evaluation."""
+        """Print the line of the epoch, which needs the accuracy of this evaluation."""
         self._print_waiting(state)
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
@@ -114,7 +114,7 @@ class EpochLines(LoggerDestination):
             self._waiting = _title(state)
 
     def close(self, state: State, logger: Logger) -> None:
-        """Close the bar and print a line that no evaluation has followed."""
+        """Close the bar, and print the last line if no evaluation has followed."""
         self._close()
         self._print_waiting(state)
 
@@ -156,7 +156,7 @@ class EpochLines(LoggerDestination):
 
 
 def facts(recipe: Recipe, state: State, threads: str) -> Table:
-    """Return what is about to be trained as a table without lines.
+    """Return a table without lines that describes the training.
 
     Args:
         recipe (Recipe): The recipe.

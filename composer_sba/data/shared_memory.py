@@ -60,8 +60,8 @@ def registration() -> Iterator[None]:
     """Let one run at a time, on this machine, construct a ``StreamingDataset``.
 
     Streaming looks for a free number and takes it afterwards, so two runs that start together would take the same one.
-    Each rank would also look by itself and find another number if a run ended in between; here the first rank of each
-    node chooses for all. Blocks of ended runs would stop the next run that uses their folder; they are removed first.
+    Each rank looks by itself and would find another number if a run ended in between, so the first rank of each node
+    chooses for all. Blocks of ended runs would stop the next run that uses their folder, so they are removed first.
 
     Yields:
         None: While this run may register; every rank constructs one dataset.
