@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         int: The command's exit code.
     """
     given = sys.argv[1:] if argv is None else list(argv)
+    if given[:1] == ['--list']:
+        given[0] = 'recipes'
     _parser().parse_args(given[:1])  # ends the process at --help, --version and unknown commands
     command, *rest = given
     title = prog = prog or f'composer-sba {command}'
@@ -78,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('command', choices=COMMANDS, metavar='COMMAND', help='one of the commands below')
+    parser.add_argument('--list', action='store_true', help='list recipes, methods and models, as the command recipes')
     parser.add_argument('--version', action='version', version=f'%(prog)s {version("composer-sba")}')
     return parser
 

@@ -157,7 +157,15 @@ def run_until_torch(*arguments: str, module: str = 'composer_sba.__main__') -> s
 @pytest.mark.parametrize(
     'given',
     [
-        *('--help', '--version', 'recipes', 'train digits_sba.yaml', 'evaluate --corruptions frog', 'study method'),
+        *(
+            '--help',
+            '--version',
+            'recipes',
+            '--list',
+            'train digits_sba.yaml',
+            'evaluate --corruptions frog',
+            'study method',
+        ),
         *(f'{command} --help' for command in cli.COMMANDS),
         'study methods --help',
     ],
