@@ -143,8 +143,6 @@ def test_a_run_that_was_killed_does_not_stop_the_next(tmp_path: Path) -> None:
     [
         ('{number:06}_locals', _pack_locals(['a folder of a run without this package'], 0), 3600),
         ('{number:06}_barrier', b'its barrier', 3600),
-        # A run that is creating its block, which a run of another test may remove, after it has waited for its content
-        pytest.param('{number:06}_locals', b'', 0, marks=pytest.mark.nightly),
         ('torch_{dead}_1_2', b'a batch of a worker in another container', 3600),
     ],
 )
@@ -155,15 +153,21 @@ def test_blocks_of_others_stay(
     dead = subprocess.Popen(['true'])
     dead.wait()
     theirs = block(name.replace('{dead}', str(dead.pid)), content, age)
-    if content:
-        build_dataloader(DatasetConfig('digits', local=str(digits_folder)), 4)
-    else:
-        begun = time.monotonic()
-        with registration():  # the constructor waits for the block's content
-            pass
-        if time.monotonic() - begun > 5:
-            pytest.skip('another run had the lock for longer than a block may be empty')
+    build_dataloader(DatasetConfig('digits', local=str(digits_folder)), 4)
     assert theirs.read_bytes() == content
+
+
+def test_an_empty_block_is_removed_only_when_it_is_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder stands for the shared memory, where runs of other tests would wait for the blocks and remove them."""
+    monkeypatch.setattr('composer_sba.data.shared_memory._SHARED_MEMORY', tmp_path)
+    new, old, other = (tmp_path / name for name in ('000000_locals', '000001_locals', 'folder_barrier'))
+    for path in (new, old, other):
+        path.touch()
+    for path in (old, other):
+        os.utime(path, (time.time() - 60,) * 2)
+    with registration():
+        pass
+    assert (new.exists(), old.exists(), other.exists()) == (True, False, True)
 
 
 @pytest.mark.parametrize(
