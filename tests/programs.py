@@ -66,7 +66,7 @@ def _fork(executable: bytes, arguments: Sequence[str], descriptors: Sequence[int
     try:
         util.spawnv_passfds = _spawn
         forkserver._forkserver._lock = threading.Lock()  # the other is locked at the moment
-        with open(os.devnull, 'r+b') as nothing:  # their ends must be noticed while programs run
+        with open(os.devnull, 'r+b') as nothing:  # else pytest's pipes would stay open after its worker has ended
             for descriptor in {*map(int, os.listdir('/proc/self/fd'))} - {0, 1, 2, nothing.fileno(), *descriptors}:
                 os.dup2(nothing.fileno(), descriptor)
         sys.stdout = open(1, 'w', closefd=False)
