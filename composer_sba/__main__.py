@@ -73,14 +73,14 @@ def _parser() -> argparse.ArgumentParser:
         description='Stochastic Batch Augmentation for MosaicML Composer.',
         usage='%(prog)s COMMAND ...',
         epilog=f'commands:\n{commands}\n\nexamples:\n'
-        '  # a demo that takes seconds\n  composer-sba train -f digits_sba.yaml\n'
+        '  # a demo that takes about 30 seconds\n  composer-sba train -f digits_sba.yaml\n'
         '  # the same in one process for each GPU, which Composer starts\n'
         '  composer -m composer_sba.train -f digits_sba.yaml\n'
         "  # a command's options and examples\n  composer-sba train --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('command', choices=COMMANDS, metavar='COMMAND', help='one of the commands below')
-    parser.add_argument('--list', action='store_true', help='list recipes, methods and models, as the command recipes')
+    parser.add_argument('--list', action='store_true', help='list recipes; --list methods and --list models list those')
     parser.add_argument('--version', action='version', version=f'%(prog)s {version("composer-sba")}')
     return parser
 

@@ -19,7 +19,7 @@ def train_parser(prog: str = 'composer train.py') -> argparse.ArgumentParser:
     parser = _parser(
         prog,
         'Train what a recipe describes.',
-        ('-f digits_sba.yaml', 'a demo that takes seconds'),
+        ('-f digits_sba.yaml', 'a demo that takes about 30 seconds'),
         ('-f digits_sba.yaml algorithms.sba.eta=1 run_name=eta1', 'the same with another value'),
         ('-f digits_sba.yaml algorithms.sba.eta=1 --dry-run', 'print all values and train nothing'),
         ('-f digits_baseline.yaml -f methods/mixup.yaml', 'a method over a baseline'),
@@ -48,7 +48,9 @@ def parse_train(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
         argparse.Namespace: ``file``, at least one; ``dry_run``, ``traceback`` and ``overrides``.
     """
     parser = train_parser(prog)
-    given = parser.parse_intermixed_args(argv)
+    given, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        parser.error(f'unrecognized arguments: {" ".join(unknown)}; a change to the recipe is key.sub=value')
     if not given.file:
         recipe = next((each for each in given.overrides if '=' not in each), None)
         known = recipe and (recipe if Path(recipe).exists() else nearest_name(recipe) or recipe)
@@ -178,7 +180,7 @@ def add_output(parser: argparse.ArgumentParser, metavar: str, default: str) -> N
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Add the changes to the recipe, which follow all other arguments, to a parser."""
-    parser.add_argument('overrides', nargs='*', metavar='key.sub=value', help='changes to the recipe')
+    parser.add_argument('overrides', nargs='*', default=[], metavar='key.sub=value', help='changes to the recipe')
 
 
 def convert_parser(prog: str = 'python -m composer_sba.convert') -> argparse.ArgumentParser:
@@ -243,7 +245,9 @@ def layers_parser(prog: str = 'python -m composer_sba.layers') -> argparse.Argum
     )
     parser.add_argument('--channels', type=int, default=3, metavar='C', help='channels of the images (default: 3)')
     parser.add_argument('--num-classes', type=int, metavar='K', help="classes (default: the model's)")
-    parser.add_argument('arguments', nargs='*', metavar='key=value', help='more arguments of the model: depth=20')
+    parser.add_argument(
+        'arguments', nargs='*', default=[], metavar='key=value', help='more arguments of the model: depth=20'
+    )
     return parser
 
 

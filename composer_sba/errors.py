@@ -77,11 +77,16 @@ def nearest(name: str, names: Iterable[str]) -> str:
     Example:
         >>> nearest('alhpa', ['alpha', 'beta']), nearest('x', ['alpha', 'beta'])
         ("; did you mean 'alpha'?", '; expected one of alpha, beta')
+
+    A close name with the same letters comes first:
+
+        >>> nearest('sab', ['sam', 'sba', 'swa'])
+        "; did you mean 'sba'?"
     """
     names = sorted(names)
     if not names:
         return '; no name is accepted here'
-    close = difflib.get_close_matches(name, names, n=1)
+    close = sorted(difflib.get_close_matches(name, names), key=lambda each: sorted(each) != sorted(name))
     return f"; did you mean '{close[0]}'?" if close else f'; expected one of {", ".join(names)}'
 
 

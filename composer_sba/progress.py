@@ -126,7 +126,14 @@ class EpochLines(LoggerDestination):
             shape = '{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]'
             total = None if batches is None else int(batches)
             self._bar = tqdm(
-                desc=title, total=total, initial=done, bar_format=shape, ncols=WIDTH, leave=False, file=sys.stderr
+                desc=title,
+                total=total,
+                initial=done,
+                bar_format=shape,
+                ncols=WIDTH,
+                leave=False,
+                file=sys.stderr,
+                position=0,  # else a bar that another run has not closed, in this process, would move it down
             )
 
     def _close(self) -> None:
@@ -207,7 +214,8 @@ def _steps(recipe: Recipe, state: State) -> str:
         return f'{duration}, {batch} images in a batch'
     if duration.unit == TimeUnit.BATCH:
         return f'{duration.value:,} with {batch} images'
-    return f'{duration.value * int(epoch):,}: {duration.value} epochs of {int(epoch):,} batches of {batch} images'
+    epochs = f'{duration.value} epoch{"s" if duration.value > 1 else ""}'
+    return f'{duration.value * int(epoch):,}: {epochs} of {int(epoch):,} batches of {batch} images'
 
 
 def _title(state: State, begins: bool = False) -> str:

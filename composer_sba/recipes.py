@@ -5,7 +5,7 @@ It reads the comment at the top of each file, and imports neither PyTorch nor Co
 
 import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -29,17 +29,23 @@ def main(argv: Sequence[str] | None = None, prog: str = 'composer-sba recipes') 
     if kind == 'models':
         _print_models()
         return 0
-    columns = ('method', 'what it is') if kind == 'methods' else ('recipe', 'status', 'cost')
-    table = Table(*columns, box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.columns[0].no_wrap = True
+    rows = []
     for name in names():
         text = _comment(shipped() / name)
         if name.startswith('methods/') and kind == 'methods':
-            table.add_row(name, text.partition(' composer train.py ')[0])
+            rows.append([name, text.partition(' composer train.py ')[0]])
         elif '/' not in name and kind == 'recipes':
-            table.add_row(name, _status(text), _cost(text))
-    Console(highlight=False).print(table)
+            rows.append([name, _status(text), _cost(text)])
+    _print(['method', 'what it is'] if kind == 'methods' else ['recipe', 'status', 'cost'], rows)
     return 0
+
+
+def _print(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    table = Table(*columns, box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.columns[0].no_wrap = True
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False).print(table)
 
 
 def _comment(path: Path) -> str:
@@ -64,7 +70,19 @@ def _cost(comment: str) -> str:
 def _print_models() -> None:
     """Print the table in the docstring of ``models.py``, which would import PyTorch."""
     source = (Path(__file__).parent / 'models.py').read_text()
-    table = re.search(r'^=+ .*^=+.*?$(?=\n\n)', ast.get_docstring(ast.parse(source)) or '', re.MULTILINE | re.DOTALL)
-    lines = table[0].replace('``', '').splitlines() if table else []
-    print('\n'.join(line for line in lines if not line.startswith('=')))
-    print('\nand by the name of a library: torchvision/resnet18, timm/vit_small_patch16_224, huggingface/FOLDER')
+    lines = (ast.get_docstring(ast.parse(source)) or '').splitlines()
+    rules = [number for number, line in enumerate(lines) if line.startswith('=')]
+    begins = [found.start() for found in re.finditer('=+', lines[rules[0]])]
+    header, *rows = [
+        [line[begin:end].replace('``', '').strip() for begin, end in zip(begins, [*begins[1:], None], strict=True)]
+        for line in lines[rules[0] + 1 : rules[-1]]
+        if not line.startswith('=')
+    ]
+    whole: list[list[str]] = []
+    for row in rows:
+        if row[0]:
+            whole.append(row)
+        else:  # the last cell goes on
+            whole[-1][-1] += f' {row[-1]}'
+    _print(header, whole)
+    print('\nand by the name of a library: torchvision/resnet18, timm/vit_small_patch16_224,\nhuggingface/FOLDER')

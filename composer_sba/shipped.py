@@ -21,13 +21,16 @@ def names() -> list[str]:
     return sorted(path.as_posix() for path in found if not path.name.startswith('.'))
 
 
-def nearest_name(name: str) -> str | None:
-    """Return the recipe of the package whose name is nearest to one that a user wrote, or None if none is near.
+def nearest_name(name: str | Path) -> str | None:
+    """Return the recipe whose name is nearest to one that a user wrote, or None if none is near.
+
+    It is a recipe of the package, or a file in the folder of ``name``.
 
     Example:
-        >>> nearest_name('yamls/digit_sba.yml'), nearest_name('mixup.yaml'), nearest_name('flowers.yaml')
+        >>> nearest_name('digit_sba.yml'), nearest_name('mixup.yaml'), nearest_name('flowers.yaml')
         ('digits_sba.yaml', 'methods/mixup.yaml', None)
     """
     stems = {Path(each).stem: each for each in reversed(names())}
+    stems |= {path.stem: str(path) for kind in ('yml', 'yaml') for path in sorted(Path(name).parent.glob(f'*.{kind}'))}
     close = difflib.get_close_matches(Path(name).stem, stems, n=1, cutoff=0.75)
     return stems[close[0]] if close else None

@@ -131,6 +131,6 @@ class Summary(LoggerDestination):
         if kl is not None:
             yield 'SBA KL', f'{kl:.4g} nats (mean over augmented steps)'
         seconds = state.timestamp.total_wct.total_seconds()  # Composer stops this clock during evaluation
-        if seconds > 0:
+        if seconds > 0 and loss is not None:
             yield 'training speed', f'{int(state.timestamp.sample) / seconds:,.0f} images/s'
         yield 'wall time', str(timedelta(seconds=round(self.wall_seconds)))

@@ -101,6 +101,8 @@ def train(recipe: Recipe, *destinations: LoggerDestination, summary: 'Summary | 
         lines = [] if recipe.progress_bar is False else [EpochLines(bar=recipe.progress_bar or sys.stderr.isatty())]
         trainer = build_trainer(recipe, summary, *lines, *destinations)
         resumed = None if only_evaluates else _resumed(trainer.state)
+        if only_evaluates:
+            summary.load_state_dict({})  # without the training that the checkpoint reports
         try:
             with _threads(trainer, recipe) as threads:
                 if only_evaluates:

@@ -32,7 +32,7 @@ def outside(folder: Path) -> None:
 
 
 INDEX, SHARD = 'val/index.json', 'val/shard.00000.mds'
-MAKE = r'python -m composer_sba.convert imagefolder --source \.\.\. --out \S+mds'
+MAKE = r'composer-sba convert imagefolder --source \.\.\. --out \S+mds'
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,8 @@ def test_a_recipe_of_the_package_goes_by_its_name_anywhere(tmp_path, monkeypatch
             'error: nowhere.yaml: No such file or directory; composer-sba recipes lists those',
         ),
         ('train -f yamls/digit_sba.yml', 2, 'digit_sba.yml: No such file or directory; did you mean digits_sba.yaml?'),
+        ('train -f flowrs.yml', 2, 'flowrs.yml: No such file or directory; did you mean flowers.yaml?'),
+        ('train -f runs/a/recip.yaml', 2, 'recip.yaml: No such file or directory; did you mean runs/a/recipe.yaml?'),
         ('train -f digits_sba.yaml methods/mixup.yaml', 2, 'a recipe needs -f: -f methods/mixup.yaml'),
         ('convert cifar10 --source nowhere.tar.gz', 2, 'nowhere.tar.gz'),
         ('layers --model nowhere', 2, "error: --model: unknown model 'nowhere'"),
@@ -105,6 +107,9 @@ def test_a_recipe_of_the_package_goes_by_its_name_anywhere(tmp_path, monkeypatch
 )
 def test_the_console_command_hands_on_arguments_and_exit_code(command, code, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    for own in ('flowers.yaml', 'runs/a/recipe.yaml'):
+        (tmp_path / own).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / own).touch()
     assert cli.main(command.split()) == code
     assert said in ''.join(capsys.readouterr())
 
@@ -118,7 +123,7 @@ def test_the_help_of_a_command_calls_it_as_the_user_does(command, capsys, monkey
     assert said.startswith(f'usage: composer-sba {command} ')
     examples = said.partition('\nexamples:\n')[2].splitlines()
     assert any(line.startswith(f'  composer-sba {command} ') for line in examples), said
-    assert max(map(len, examples)) <= 80, max(examples, key=len)
+    assert max(map(len, said.splitlines())) <= 80, max(said.splitlines(), key=len)
     assert command != 'convert' or all(kind in said for kind in READERS)
 
 
@@ -137,6 +142,20 @@ def test_a_recipe_without_its_option(given, remedy, capsys) -> None:
         cli.main(given.split())
     said = capsys.readouterr().err.splitlines()
     assert said[-1] == f'composer-sba train: error: expected the recipe after -f: composer-sba train {remedy}'
+
+
+@pytest.mark.parametrize(
+    ('given', 'problem'),
+    [
+        ('predict --checkpoint a.pt', 'the following arguments are required: folder'),
+        ('predict photos', 'the following arguments are required: --checkpoint'),
+        ('train -f a.yaml --eta 1', 'unrecognized arguments: --eta; a change to the recipe is key.sub=value'),
+    ],
+)
+def test_a_mistake_in_the_arguments_names_only_what_is_wrong(given, problem, capsys) -> None:
+    with pytest.raises(SystemExit, match='2'):
+        cli.main(given.split())
+    assert capsys.readouterr().err.splitlines()[-1] == f'composer-sba {given.split()[0]}: error: {problem}'
 
 
 def run_until_torch(*arguments: str, module: str = 'composer_sba.__main__') -> subprocess.CompletedProcess[str]:
@@ -197,20 +216,25 @@ def test_the_list_of_recipes_has_status_and_cost_in_80_columns(capsys, monkeypat
     assert cli.main(['recipes']) == 0
     lines = {line.split()[0]: ' '.join(line.split()[1:]) for line in capsys.readouterr().out.splitlines()}
     assert set(lines) == {'recipe', *(name for name in names() if '/' not in name)}
-    assert lines['digits_sba.yaml'] == 'measured 15 s on 2 CPU cores'
+    assert lines['digits_sba.yaml'] == 'measured about 30 s on 2 cores'
     assert lines['alexnet_cifar10_baseline.yaml'] == '5 epochs 7.1e14 FLOP'
     assert lines['vgg16_cifar10_cutout_ba.yaml'] == "not measured 32 times the baseline's"
     without = [name for name, facts in lines.items() if not re.search(r'(measured|epochs) \S', facts)]
     assert without == ['recipe'], without
 
 
-def test_the_lists_of_methods_and_models_are_complete(capsys) -> None:
+def test_the_lists_of_methods_and_models_are_complete(capsys, monkeypatch) -> None:
+    monkeypatch.setenv('COLUMNS', '80')
     assert cli.main(['recipes', 'methods']) == 0
     methods = re.findall(r'^methods/\S+ +\S', capsys.readouterr().out, re.MULTILINE)
     assert [line.split()[0] for line in methods] == [name for name in names() if name.startswith('methods/')]
     assert cli.main(['recipes', 'models']) == 0
     said = capsys.readouterr().out
-    assert [line.split()[0] for line in said.partition('\n\n')[0].splitlines() if line[0] != ' '] == ['name', *MODELS]
+    table = said.partition('\n\n')[0].splitlines()
+    assert [line.split()[0] for line in table if line[0] != ' '] == ['name', *MODELS]
+    assert max(map(len, said.splitlines())) <= 80, said
+    begins = table[0].index('pixels')
+    assert all(line[begins - 1] == ' ' and line[begins].isdigit() for line in table[1:] if line[0] != ' '), said
 
 
 @pytest.mark.parametrize(('given', 'code'), [('--help', 0), ('--version', 0), ('nowhere', 2), ('', 2)])

@@ -159,10 +159,18 @@ def test_mistakes_are_one_line(run, checkpoint, tmp_path, capsys, monkeypatch):
     Path('text/notes.txt').write_text('no image')
     Path('old.csv').write_text('kept')
     torch.save({'state': {'model': {}}}, 'other.pt')
+    *names, first, _ = torch.load(checkpoint, weights_only=False)['state']['model']
+    other = {name: torch.zeros(3) for name in (*names, 'module.a', 'module.b')}
+    torch.save({'state': {'model': other}}, 'wide.pt')
     recipe = ['-f', str(run / 'run' / 'recipe.yaml')]
     for arguments, line in [
         (['--checkpoint', 'none.pt', *recipe, 'image.png'], 'cannot load the checkpoint none.pt: no such file'),
         (['--checkpoint', 'other.pt', *recipe, 'image.png'], 'cannot load the checkpoint other.pt: '),
+        (['--checkpoint', 'wide.pt', *recipe, 'image.png'], f'Missing key(s) in state_dict: "{first}" and 1 more.'),
+        (['--checkpoint', 'wide.pt', *recipe, 'image.png'], 'Unexpected key(s) in state_dict: "module.a" and 1 more.'),
+        (['--checkpoint', 'wide.pt', *recipe, 'image.png'], 'size mismatch for module.conv1.0.weight: copying a param'),
+        (['--checkpoint', 'wide.pt', *recipe, 'image.png'], ' more; it is corrupt or belongs to a different model'),
+        (['--checkpoint', 'old.csv', *recipe, 'image.png'], 'old.csv: it is no checkpoint of PyTorch, or it is'),
         (['--checkpoint', 'other.pt', 'image.png'], 'recipe.yaml does not exist: name the recipe that was trained'),
         (['--checkpoint', checkpoint, 'image.png', 'model.num_classes=4'], 'names 3 classes, the network has 4'),
         (['--checkpoint', checkpoint, '--out', 'p.csv', 'image.png', 'model.dropout=x'], 'model.dropout'),
@@ -177,6 +185,7 @@ def test_mistakes_are_one_line(run, checkpoint, tmp_path, capsys, monkeypatch):
         assert main(arguments) == 2, arguments
         error = capsys.readouterr().err
         assert error.startswith('error: ') and line in error and error.count('\n') == 1, (arguments, error)
+        assert len(error) < 600, error
     assert Path('old.csv').read_text() == 'kept'
     assert not (run / 'run' / 'predictions.csv').exists() and not list(tmp_path.glob('*.partial*'))
     monkeypatch.setattr('composer.utils.dist.get_world_size', lambda: 2)

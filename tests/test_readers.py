@@ -363,3 +363,10 @@ def test_mistakes_end_in_one_line_and_leave_nothing(
     assert re.search(message, line), line
     assert visible(tmp_path / 'out') == [], 'something half-made was left'
     assert not (tmp_path / 'evil').exists()
+
+
+@pytest.mark.parametrize('name', ['imagefolder', 'cifar10', 'cifar10c'])
+def test_a_missing_source_is_asked_for(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, '--out', str(tmp_path / 'mds')]) == 2
+    line = capsys.readouterr().err.strip()
+    assert line == 'error: --source is required: give a folder of images or an archive of one', line

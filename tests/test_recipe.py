@@ -232,6 +232,13 @@ def test_norm_and_bias_are_exempt_from_decay(recipe: Path) -> None:
         ('optimiser.lr=1', "optimiser: unknown key; did you mean 'optimizer'?"),
         ('lr=0.05', 'lr: unknown key; did you mean optimizer.lr?'),
         ('eta=1', 'eta: unknown key; did you mean algorithms.sba.eta?'),
+        ('epochs=3', 'epochs: unknown key; did you mean max_duration?'),
+        ('batch_size=32', 'batch_size: unknown key; did you mean global_train_batch_size?'),
+        ('learning_rate=0.1', 'learning_rate: unknown key; did you mean optimizer.lr?'),
+        ('optimizer=adam', "optimizer: expected a mapping such as {name: adam}, got 'adam'"),
+        ('model=resnet_cifar', "model: expected a mapping such as {name: resnet_cifar}, got 'resnet_cifar'"),
+        ('algorithms=sba', "algorithms: expected a mapping of names to arguments, such as {sba: {}}, got 'sba'"),
+        ('algorithms={sab: {}}', "algorithms.sab: unknown algorithm 'sab'; did you mean 'sba'?"),
         ('sigma=1', 'sigma: unknown key; did you mean algorithms.sba.vicinity.sigma?'),
         (
             'num_workers=0',

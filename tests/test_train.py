@@ -4,6 +4,7 @@ pytest tests/test_train.py
 """
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -144,6 +145,7 @@ def test_a_run_of_no_steps_evaluates_what_it_would_start_from(
         assert main([*again, *more]) == 0
         printed = capsys.readouterr().out
         assert evaluation_rows(printed) == trained and 'digits_sba: 2 steps' in printed
+        assert not re.search('train loss|SBA|training speed', printed), printed  # of the training before
         assert f'{folder}/' in printed.replace('\n', '').replace('│', '').replace(' ', '')
     assert main([*again, f'save_folder={tmp_path}/new']) == 0
     printed = capsys.readouterr().out

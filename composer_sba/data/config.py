@@ -126,7 +126,7 @@ class ResolvedConfig(DatasetConfig):
         """The command that makes the dataset, for messages."""
         name = 'imagefolder' if self.name == 'imagenet' else self.name
         source = '' if name == 'digits' else ' --source ...'
-        return f'python -m composer_sba.convert {name}{source} --out {self.local}'
+        return f'composer-sba convert {name}{source} --out {self.local}'
 
     def read_index(self) -> dict[str, Any]:
         """Read the index of the split; see :func:`composer_sba.data.mds_index.read_index`."""

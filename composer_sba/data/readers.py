@@ -139,7 +139,8 @@ class _Folder:
 
     def __init__(self, source: Path | None, scratch: Path, marks: Mapping[str, str] = _MARKS) -> None:
         if source is None or not source.exists():
-            raise DatasetError(f'--source {source} does not exist: give a folder of images or an archive of one')
+            problem = '--source is required' if source is None else f'--source {source} does not exist'
+            raise DatasetError(f'{problem}: give a folder of images or an archive of one')
         self.source = self.folder = source
         if not source.is_dir():
             self.folder = scratch

@@ -79,7 +79,16 @@ def loading_problem(path: str, error: BaseException) -> str:
         return f'{problem}it holds {code}, which could run code; {trust}'
     if isinstance(error, FileNotFoundError):
         return problem + one_line(error)
-    return f'{problem}{one_line(error)}; it is corrupt or belongs to a different model'
+    if isinstance(error, pickle.UnpicklingError):  # whose text advises to load it as code
+        return f'{problem}it is no checkpoint of PyTorch, or it is corrupt'
+    # PyTorch names every key that differs, which may be hundreds
+    reason = re.sub(
+        r'("[^"]+")((?:, "[^"]+")+)', lambda found: f'{found[1]} and {found[2].count(", ")} more', one_line(error)
+    )
+    others, *sizes = reason.split(' size mismatch for ')
+    if sizes:
+        reason = f'{others} size mismatch for {sizes[0]}' + f' and for {len(sizes) - 1} more' * (len(sizes) > 1)
+    return f'{problem}{reason}; it is corrupt or belongs to a different model'
 
 
 def find_damage(path: Path) -> str | None:

@@ -107,7 +107,7 @@ def _read_file(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict
         # OmegaConf raises an OSError of its own, without strerror, for YAML that is a bare number
         problem = error.strerror or 'expected a mapping of keys, got another kind of YAML'
         if isinstance(error, FileNotFoundError):
-            near = nearest_name(path.name)
+            near = nearest_name(path)
             problem += f'; did you mean {near}?' if near else '; composer-sba recipes lists those of the package'
         raise RecipeError(f'{extends}{path}: {problem}') from error
     except MarkedYAMLError as error:
@@ -152,7 +152,8 @@ def _with_listed_names(source: Sources, values: Mapping[str, Any]) -> dict[str, 
     for section in NAMED:
         entries = values.get(section) or {}
         if not isinstance(entries, dict):
-            raise source.error(section, f'expected a mapping of names to arguments, got {as_yaml(entries)}')
+            such = f', such as {{{entries}: {{}}}}' if isinstance(entries, str) else ''
+            raise source.error(section, f'expected a mapping of names to arguments{such}, got {as_yaml(entries)}')
         names = [_listed_name(source, section, str(name), f'{section}.{name}') for name in entries]
         if len(set(names)) < len(names):
             raise source.error(section, f"'{max(names, key=names.count)}' is named twice")
@@ -160,6 +161,8 @@ def _with_listed_names(source: Sources, values: Mapping[str, Any]) -> dict[str, 
             renamed[section] = dict(zip(names, entries.values(), strict=True))
     for section in SINGLE:
         entry = values.get(section)
+        if isinstance(entry, str) and '${' not in entry:
+            raise source.error(section, f'expected a mapping such as {{name: {entry}}}, got {as_yaml(entry)}')
         if isinstance(entry, dict) and 'name' in entry:
             renamed[section] = entry | {'name': _listed_name(source, section, str(entry['name']), f'{section}.name')}
     return renamed

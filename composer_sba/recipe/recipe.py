@@ -28,6 +28,11 @@ MAX_TIMEOUT = 10**9  # seconds, which is 30 years
 MAX_CLASSES = 1_000_000  # a head with so many rows still fits into memory
 DECAY_ALL = 'decay_norm_and_bias'  # an option that a recipe adds to every optimizer
 
+_OTHER_NAMES = {  # of other trainers -> keys of a recipe
+    'epochs': 'max_duration',
+    'batch_size': 'global_train_batch_size',
+    'learning_rate': 'optimizer.lr',
+}
 _HOME = re.compile(r'~[\w.-]*/')  # where a path in a home folder begins
 
 Duration = int | str | Time[int]
@@ -231,7 +236,9 @@ def _with_run_name(values: Any, named: Any, run_name: str) -> Any:
 
 
 def _places(values: Mapping[str, Any], key: str) -> Iterator[str]:
-    """Find the arguments of the recipe's components and datasets that have the name of a key."""
+    """Find the key of a recipe that other trainers call so, and arguments of components and datasets of that name."""
+    if key in _OTHER_NAMES:
+        yield _OTHER_NAMES[key]
     single = {each: values[each] for each in SINGLE if isinstance(values[each], Mapping) and 'name' in values[each]}
     taken = {section: parameters(section, entry['name']) for section, entry in single.items()}
     for section in NAMED:

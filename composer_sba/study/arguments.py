@@ -27,8 +27,7 @@ def study_parser(prog: str = 'python -m composer_sba.study') -> argparse.Argumen
     """Return the parser of ``study``."""
     description = "Run the paper's experiments and comparisons, and report the results."
     parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
-    names = ','.join([*STUDIES, 'step', 'vicinity', 'report'])
-    commands = parser.add_subparsers(dest='study', required=True, metavar=f'{{{names}}}')
+    commands = parser.add_subparsers(dest='study', required=True, metavar='STUDY')
     for study, what in STUDIES.items():
         command = _command(commands, study, what, f'Train {what}.')
         for option in ('networks', 'datasets', 'methods'):
