@@ -83,7 +83,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
         >>> nearest('sab', ['sam', 'sba', 'swa'])
         "; did you mean 'sba'?"
     """
-    names = sorted(names)
+    names = sorted(set(names))
     if not names:
         return '; no name is accepted here'
     close = sorted(difflib.get_close_matches(name, names), key=lambda each: sorted(each) != sorted(name))

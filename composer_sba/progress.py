@@ -215,7 +215,8 @@ def _steps(recipe: Recipe, state: State) -> str:
     if duration.unit == TimeUnit.BATCH:
         return f'{duration.value:,} with {batch} images'
     epochs = f'{duration.value} epoch{"s" if duration.value > 1 else ""}'
-    return f'{duration.value * int(epoch):,}: {epochs} of {int(epoch):,} batches of {batch} images'
+    batches = f'{int(epoch):,} batch{"es" if epoch > 1 else ""}'
+    return f'{duration.value * int(epoch):,}: {epochs} of {batches} of {batch} images'
 
 
 def _title(state: State, begins: bool = False) -> str:

@@ -22,6 +22,8 @@ DATASET_FILE = 'dataset.json'  # which training saves beside its checkpoints
 def read_recipe(given: argparse.Namespace) -> Recipe:
     """Read the recipe of ``-f``, or the one that training saved beside the checkpoint; errors are those of load."""
     beside = given.checkpoint.parent / RECIPE_FILE
+    if given.checkpoint.is_dir():
+        raise UserError(f'{given.checkpoint} is a folder: name a checkpoint in it, such as latest-rank0.pt')
     if not given.file and not beside.is_file():
         if not given.checkpoint.is_file():
             raise UserError(f'cannot load the checkpoint {given.checkpoint}: no such file')

@@ -48,6 +48,11 @@ def test_an_epoch_leaves_one_line_and_on_a_terminal_shows_a_bar(
     assert len(shown) == 2 or terminal, shown
 
 
+def test_labels_that_were_mixed_give_no_warning(run) -> None:
+    """Warnings are errors here; Composer warns if rounded probabilities add up to less than 1."""
+    assert run('max_duration=4ep', 'save_folder=null', 'algorithms.manifold_mixup={}') == 0
+
+
 def test_a_line_has_no_value_of_an_earlier_epoch(capsys: pytest.CaptureFixture[str]) -> None:
     trainer, _ = make_trainer([SBA(augment_prob=lambda state: float(state.timestamp.epoch == 0))])
     lines = EpochLines(bar=False)

@@ -147,6 +147,11 @@ def test_a_run_of_no_steps_evaluates_what_it_would_start_from(
         assert evaluation_rows(printed) == trained and 'digits_sba: 2 steps' in printed
         assert not re.search('train loss|SBA|training speed', printed), printed  # of the training before
         assert f'{folder}/' in printed.replace('\n', '').replace('│', '').replace(' ', '')
+    named = [*again, *resumed, f'load_path={folder}/ep0-ba2-rank0.pt']  # not the latest one
+    assert main(named) == 0
+    assert 'ep0-ba2-rank0.pt' in capsys.readouterr().out.replace('\n', '').replace('│', '').replace(' ', '')
+    assert main([*named, 'load_path=nowhere.pt']) == 2
+    assert 'load_path: cannot load the checkpoint nowhere.pt' in capsys.readouterr().err
     assert main([*again, f'save_folder={tmp_path}/new']) == 0
     printed = capsys.readouterr().out
     assert 'untrained' in printed and 'digits_sba: 0 steps' in printed and evaluation_rows(printed) != trained

@@ -30,7 +30,7 @@ from composer_sba.recipe.checkpoints import (
     repair_latest,
 )
 from composer_sba.recipe.explain import argument_key, explain, explained, mark, marked, problem_of
-from composer_sba.recipe.merge import NAMED
+from composer_sba.recipe.merge import COMMAND_LINE, NAMED
 from composer_sba.recipe.recipe import DECAY_ALL, Recipe, component_arguments
 from composer_sba.recipe.registry import algorithm_passes, construct
 
@@ -87,8 +87,10 @@ def for_evaluation(recipe: Recipe) -> Recipe:
 
     Returns:
         Recipe: It loads what the run would start from, which is the latest checkpoint of its folder under
-        ``autoresume``. It reads no training data and saves nothing.
+        ``autoresume``, unless the command line gives a ``load_path``. It reads no training data and saves nothing.
     """
+    if any(name == COMMAND_LINE and values.get('load_path') for name, values in recipe.sources.layers):
+        recipe = replace(recipe, autoresume=False)
     # Evaluation needs neither a scheduler nor a duration; a scheduler that divides by a duration of 0 would fail
     changes: dict[str, Any] = {'max_duration': '1ep', 'scheduler': None, 'scale_schedule_ratio': 1.0}
     changes |= {'train_dataset': None, 'train_subset_num_batches': -1}

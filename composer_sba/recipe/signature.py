@@ -48,7 +48,9 @@ def argument_errors(
         classes = (h for h in _options(hint) if isinstance(h, type) and is_dataclass(h))
         nested = next(classes, None) if isinstance(value, Mapping) else None
         if key not in named and not takes_any:
-            yield f'{key}', f'unknown key{nearest(f"{key}", named)}'
+            deeper = [each for each in dotted_parameters(build) if each.endswith(f'.{key}')]
+            deeper = [each for each in deeper if each.partition('.')[0] in named]
+            yield f'{key}', f'unknown key{nearest(deeper[0] if deeper else f"{key}", [*named, *deeper])}'
         elif nested is not None:
             yield from ((f'{key}.{below}', problem) for below, problem in argument_errors(nested, value))
         elif not fits(hint, value):
