@@ -6,6 +6,8 @@ SHELL := bash
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 INSTALLED := .venv/installed
 CAMPAIGN ?= 50
+# One more worker than cores, since tests wait for the programs that they start
+WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
 
 .PHONY: help setup demo test test-nightly study-smoke docs docs-environment lint types check format clean
 
@@ -41,10 +43,10 @@ demo: $(INSTALLED)
 	@echo 'Train without SBA: composer-sba train -f digits_baseline.yaml'
 
 test: $(INSTALLED)
-	.venv/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 10
+	.venv/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 10
 
 test-nightly: $(INSTALLED)
-	.venv/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 10 -m '' --campaign $(CAMPAIGN)
+	.venv/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 10 -m '' --campaign $(CAMPAIGN)
 
 study-smoke: $(INSTALLED)
 	.venv/bin/python -m composer_sba.study methods --datasets digits --seeds 2 --jobs 2 --epochs-scale 0.25 \

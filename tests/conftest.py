@@ -78,15 +78,23 @@ def _starts_programs(item: pytest.Item) -> bool:
     return is_used or 'run_ranks' in getattr(item, 'fixturenames', ())
 
 
+WITH = {  # file -> another that the same worker runs
+    'test_shared_memory.py': 'test_resume.py',  # its made-up blocks must not meet the runs that the other kills
+    'test_robustness_study.py': 'test_study.py',  # both start runs from one server of processes
+    'test_hugging_face.py': 'test_libraries.py',  # both import many modules of transformers
+    'test_operators.py': 'test_compiled_networks.py',  # both import the compiler
+}
+
+
 class FileScheduling(LoadFileScheduling):
-    """One worker runs all tests of a file, and those of two files that must not run at the same time.
+    """One worker runs all tests of a file, and those of its pair in :data:`WITH`.
 
     The marks of ``--dist loadgroup`` have no effect with pytest 9.2 and pytest-xdist 3.8.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        # Made-up blocks of shared memory must not meet the runs that test_resume.py kills
-        return super()._split_scope(nodeid).replace('test_shared_memory.py', 'test_resume.py')
+        folder, slash, name = super()._split_scope(nodeid).rpartition('/')
+        return f'{folder}{slash}{WITH.get(name, name)}'
 
 
 @pytest.hookimpl(optionalhook=True)

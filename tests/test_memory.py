@@ -231,7 +231,11 @@ BLACK = encoded(Image.new('RGB', (32, 32)))
 @pytest.mark.parametrize(
     ('image', 'label', 'message'),
     [
-        (b'no image', 0, r'sample 1 cannot be read \(cannot identify image file\): make it again with python -m'),
+        (
+            b'no image',
+            0,
+            r'sample 1 cannot be read \(cannot identify image file\): make it again with composer-sba convert',
+        ),
         (BLACK, 10, 'sample 1 has the label 10, expected 0 to 9: correct num_classes or the data$'),
         (
             encoded(Image.new('RGB', (8, 8))),
@@ -305,7 +309,7 @@ def test_a_shard_that_cannot_be_decompressed_is_named_and_kept(tmp_path, in_memo
     shard = tmp_path / 'train' / 'shard.00000.mds.gz'
     shard.write_bytes(damage(shard.read_bytes()))
     before = {path: path.read_bytes() for path in (tmp_path / 'train').iterdir()}
-    with pytest.raises(DatasetError, match=f'{tmp_path}/train.*: make it again with python -m') as caught:
+    with pytest.raises(DatasetError, match=f'{tmp_path}/train.*: make it again with composer-sba convert') as caught:
         list(build_dataloader(DatasetConfig('cifar10', local=str(tmp_path), in_memory=in_memory, num_workers=0), 8))
     assert '\n' not in str(caught.value)
     if in_memory:

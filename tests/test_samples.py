@@ -32,9 +32,9 @@ BLACK = encoded(Image.new('RGB', (8, 8)))
 @pytest.mark.parametrize(
     ('split', 'workers', 'image', 'label', 'message'),
     [
-        ('train', 0, TRUNCATED, 0, r'sample 0 cannot be read \(.+\): make it again with python -m'),
-        ('val', 0, TRUNCATED, 0, r'sample 0 cannot be read \(.+\): make it again with python -m'),
-        ('train', 1, TRUNCATED, 0, r'sample 0 cannot be read \(.+\): make it again with python -m'),
+        ('train', 0, TRUNCATED, 0, r'sample 0 cannot be read \(.+\): make it again with composer-sba convert'),
+        ('val', 0, TRUNCATED, 0, r'sample 0 cannot be read \(.+\): make it again with composer-sba convert'),
+        ('train', 1, TRUNCATED, 0, r'sample 0 cannot be read \(.+\): make it again with composer-sba convert'),
         ('val', 0, b'no image', 0, r'sample 0 cannot be read \(cannot identify image file\): make it again with'),
         ('val', 0, b'', 0, r'sample 0 cannot be read \(cannot identify image file\): make it again with'),
         ('train', 0, BLACK, 7, r'sample 0 has the label 7, expected 0 to 4: correct num_classes or the data'),
