@@ -28,6 +28,8 @@ COMPARED = (  # those that decide the question first
     *('latent_ba_input', 'label_smoothing', 'augmix'),
 )
 
+STRONGER = {'σ of the pixel range': 0.2}  # twice that of the recipe: the strongest noise of the tables
+
 
 def settings(batch_size: int, stages: Sequence[str], forms: bool) -> list[Setting]:
     """List the methods of the study and their settings.
@@ -35,12 +37,17 @@ def settings(batch_size: int, stages: Sequence[str], forms: bool) -> list[Settin
     Args:
         batch_size (int): The ``global_train_batch_size`` of the baseline.
         stages (Sequence[str]): The names of the network's stages, from the input upwards, without the head.
-        forms (bool): Whether to add other forms of SBA at the input and of Gaussian noise to :data:`COMPARED`.
+        forms (bool): Whether to add other forms of SBA at the input and of Gaussian noise to those that decide
+            the question.
 
     Returns:
         list[Setting]: In the order to run them.
     """
-    compared = [Setting(method) for method in COMPARED]
+    compared = [
+        *map(Setting, COMPARED),
+        # SBA is better than Gaussian noise where noise is stronger than in training: so is stronger noise in training
+        Setting('gaussian_half_longer', STRONGER, ('train_dataset.gaussian_noise.sigma=0.2',)),
+    ]
     if not forms:
         return compared
     half = (f'global_train_batch_size={max(batch_size // 2, 1)}', 'scale_schedule_ratio=0.5')

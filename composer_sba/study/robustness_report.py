@@ -1,7 +1,8 @@
 """Tables and figures of the study of robustness."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -11,6 +12,7 @@ from composer_sba.study.groups import Group, rows
 from composer_sba.study.label_placement import Mark, place_labels
 from composer_sba.study.recipe_index import BASELINE
 from composer_sba.study.records import Record
+from composer_sba.study.robustness import STRONGER
 from composer_sba.study.stats import paired_difference, paired_ratio, spread
 from composer_sba.study.style import LIGHT_GREY, METHOD_STYLES, OTHER_STYLE
 from composer_sba.study.tables import difference_cell, mean_cell, origin, ratio_cell
@@ -54,7 +56,7 @@ def robustness_tables(group: Group, runs: _Row) -> str:
 
     Returns:
         str: Markdown. The references are the baseline, and Gaussian noise on half of the images, trained for as many
-        epochs and for as many operations.
+        epochs and for as many operations, there also with stronger noise.
     """
     labelled = rows(runs)
     baseline = next((row for row in labelled.values() if row[0]['method'] == BASELINE), [])
@@ -77,7 +79,10 @@ def robustness_tables(group: Group, runs: _Row) -> str:
             label: noise for label, row in others.items() if _last_epoch(row) == _last_epoch(noise)
         },
         'Gaussian noise on half of the images at the same number of operations': {
-            label: _at_the_cost_of(row, labelled) for label, row in others.items()
+            label: _at_the_cost_of(row, labelled, {}) for label, row in others.items()
+        },
+        'Gaussian noise of σ = 0.2 on half of the images at the same number of operations': {
+            label: _at_the_cost_of(row, labelled, STRONGER) for label, row in others.items()
         },
     }
     parts = [_table(head, lines)]
@@ -109,12 +114,13 @@ def robustness_figures(runs: _Row) -> list[tuple[str, Callable[[Path], None], st
     ]
 
 
-def _at_the_cost_of(row: _Row, labelled: dict[str, list[Record]]) -> _Row:
-    """Return the runs with Gaussian noise on half of the images that took as many operations, or none."""
+def _at_the_cost_of(row: _Row, labelled: dict[str, list[Record]], setting: Mapping[str, Any]) -> _Row:
+    """Return the runs of a setting of Gaussian noise on half of the images that took as many operations, or none."""
     for other in labelled.values():
         own, theirs = ({run['seed']: run['flops'] or 0.0 for run in runs} for runs in (row, other))
         ratio = paired_ratio(own, theirs)
-        if other[0]['method'] in _GAUSSIAN and ratio is not None and abs(ratio - 1) <= _SAME_COST:
+        of_the_kind = other[0]['method'] in _GAUSSIAN and other[0]['setting'] == setting
+        if of_the_kind and ratio is not None and abs(ratio - 1) <= _SAME_COST:
             return other
     return []
 
@@ -139,12 +145,13 @@ def _table(head: list[str], lines: list[list[str]]) -> str:
 
 
 def _shown(runs: _Row) -> dict[str, list[Record]]:
-    """Return the rows without a setting: lines of other forms would hide them."""
-    return {label: row for label, row in rows(runs).items() if not row[0]['setting']}
+    """Return the rows without a setting and those of stronger noise: lines of other forms would hide them."""
+    return {label: row for label, row in rows(runs).items() if row[0]['setting'] in ({}, STRONGER)}
 
 
 def _style(row: _Row) -> tuple[str, str]:
-    return METHOD_STYLES.get(row[0]['method'], OTHER_STYLE)
+    colour, marker = METHOD_STYLES.get(row[0]['method'], OTHER_STYLE)
+    return colour, 'X' if row[0]['setting'] == STRONGER else marker
 
 
 def _error_against_noise(path: Path, runs: _Row) -> None:
