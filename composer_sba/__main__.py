@@ -16,6 +16,7 @@ from composer_sba.arguments import (
     parse_train,
     predict_parser,
 )
+from composer_sba.errors import nearest
 from composer_sba.study.arguments import study_parser
 
 COMMANDS = {
@@ -79,10 +80,16 @@ def _parser() -> argparse.ArgumentParser:
         "  # a command's options and examples\n  composer-sba train --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('command', choices=COMMANDS, metavar='COMMAND', help='one of the commands below')
+    parser.add_argument('command', type=_command, metavar='COMMAND', help='one of the commands below')
     parser.add_argument('--list', action='store_true', help='list recipes; --list methods and --list models list those')
     parser.add_argument('--version', action='version', version=f'%(prog)s {version("composer-sba")}')
     return parser
+
+
+def _command(name: str) -> str:
+    if name not in COMMANDS:
+        raise argparse.ArgumentTypeError(f"no command is called '{name}'{nearest(name, COMMANDS)}")
+    return name
 
 
 if __name__ == '__main__':

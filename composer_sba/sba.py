@@ -212,10 +212,10 @@ class SBA(HookedAlgorithm):
         It has ``layers='input'``, ``fold=1``, Gaussian points only, and η = 1 / ``augment_prob``, which gives the
         virtual samples' loss a weight of 1 on average. An augmented step costs about two plain steps.
 
-        In the study of robustness (``docs/results.md``), it lowers the error under noise, corruptions and an attack,
-        compared with the baseline. Gaussian noise on half of the training images is free. Trained for as many
-        operations, it has lower errors on clean and on corrupted images; this setting has a lower error only under
-        noise that is stronger than in training.
+        In the study of robustness (``docs/robustness_study.md``), it lowers the error under noise, corruptions and an
+        attack, compared with the baseline. Gaussian noise on half of the training images is free and better: trained
+        for as many operations, with twice the noise, it has lower errors under strong noise, corruptions and the
+        attack, and an equal error on clean images.
 
         Args:
             sigma (float, optional): σ of the noise in units of the images' RMS. For images that are normalized with

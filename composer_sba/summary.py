@@ -98,7 +98,8 @@ class Summary(LoggerDestination):
         Returns:
             Table: For a ``rich.console.Console`` to print.
         """
-        title = f'{state.run_name}: {int(state.timestamp.batch)} steps'
+        steps = int(state.timestamp.batch)
+        title = f'{state.run_name}: {steps} step{"s" if steps != 1 else ""}'
         table = Table(title=title, title_justify='left', show_header=False)
         table.add_column(style='bold', no_wrap=True)
         table.add_column(overflow='fold')

@@ -237,13 +237,14 @@ def test_the_lists_of_methods_and_models_are_complete(capsys, monkeypatch) -> No
     assert all(line[begins - 1] == ' ' and line[begins].isdigit() for line in table[1:] if line[0] != ' '), said
 
 
-@pytest.mark.parametrize(('given', 'code'), [('--help', 0), ('--version', 0), ('nowhere', 2), ('', 2)])
+@pytest.mark.parametrize(('given', 'code'), [('--help', 0), ('--version', 0), ('trian', 2), ('', 2)])
 def test_the_console_command_alone_names_its_commands(given, code, capsys) -> None:
     with pytest.raises(SystemExit, match=str(code)):
         cli.main(given.split())
     said = ''.join(capsys.readouterr())
     assert said.strip() == f'composer-sba {metadata("composer-sba")["Version"]}' or 'COMMAND' in said
     assert given != '--help' or all(f'\n  {name} ' in said for name in cli.COMMANDS), said
+    assert given != 'trian' or "no command is called 'trian'; did you mean 'train'?" in said, said
 
 
 @pytest.mark.nightly

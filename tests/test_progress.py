@@ -219,6 +219,7 @@ def test_a_small_network_is_trained_on_one_thread(
     assert run('max_duration=1ba', 'save_folder=null') == 0
     said = ' '.join(capsys.readouterr().out.split())
     assert 'CPU (1 of 2 threads, enough for 0.9 GFLOP a step), fp32' in said, said
+    assert 'digits_sba: 1 step ' in said, said
     assert torch.get_num_threads() == 2
     model = 'model={name: resnet_cifar, depth: 44, num_classes: 10}'
     assert run('max_duration=1ba', 'save_folder=null', model, 'global_train_batch_size=128') == 0

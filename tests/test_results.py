@@ -1,4 +1,4 @@
-"""The pages of results and of the digits compared with the runs in results/.
+"""The pages of results, of robustness and of the digits compared with the runs in results/.
 
 Run: pytest tests/test_results.py
 """
@@ -18,32 +18,38 @@ from composer_sba.study.tables import difference_cell, mean_cell, origin, ratio_
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / 'docs' / 'results.md'
+ROBUSTNESS = ROOT / 'docs' / 'robustness_study.md'
 DIGITS = ROOT / 'docs' / 'recipes' / 'digits.md'
+RUNS = {PAGE: ROOT / 'results', ROBUSTNESS: ROOT / 'results' / 'robustness'}
 
 
-def test_the_page_is_the_report_of_the_runs(tmp_path: Path) -> None:
-    page = tmp_path / 'results.md'
-    shutil.copy(PAGE, page)
-    written = report(ROOT / 'results', page)
-    assert page.read_text() == PAGE.read_text(), 'python -m composer_sba.study report'
-    figures = {path.name for path in written[1:]}
-    others = {'vicinity.png', 'corruptions.png'}  # drawn for other pages
-    assert figures | others == {path.name for path in (PAGE.parent / 'figures').glob('*.png')}
-    assert figures == set(re.findall(r'\(figures/([\w.-]+)\)', PAGE.read_text()))
+def test_the_pages_are_the_reports_of_the_runs(tmp_path: Path) -> None:
+    drawn = {'vicinity.png', 'corruptions.png'}  # for other pages
+    for original, runs in RUNS.items():
+        page = tmp_path / original.name
+        shutil.copy(original, page)
+        figures = {path.name for path in report(runs, page)[1:]}
+        command = f'python -m composer_sba.study report --results {runs} --page {original}'
+        assert page.read_text() == original.read_text(), command
+        assert figures == set(re.findall(r'\(figures/([\w.-]+)\)', page.read_text()))
+        drawn |= figures
+    assert drawn == {path.name for path in (PAGE.parent / 'figures').glob('*.png')}
 
 
-LABELS = {  # of README -> of the page
+LABELS = {  # of README -> of a page
     'SBA()': 'SBA',
     '1.3 × the epochs': 'baseline, 31 epochs',
     'SBA.robust()': 'SBA at the input (M = 1)',
     'Gaussian noise on half of the images': 'Gaussian noise on half',
     'the same, 72 epochs': 'Gaussian noise on half, 72 epochs',
-    'SBA − noise at equal cost, points': 'SBA at the input (M = 1)',
+    'the same, σ = 0.2 in training': 'Gaussian noise on half, 72 epochs, σ of the pixel range = 0.2',
+    'SBA − noise, σ = 0.2, equal cost': 'SBA at the input (M = 1)',
+    'SBA − noise, σ = 0.1, equal cost': 'SBA at the input (M = 1)',
 }
 
 
-def test_the_figures_of_the_readme_are_those_of_the_page() -> None:
-    """Each row of README has means of a row of the page in the same order, or else differences; README rounds some."""
+def test_the_figures_of_the_readme_are_those_of_the_pages() -> None:
+    """Each row of README has means of a row of a page in the same order, or else differences; README rounds some."""
 
     def rows(text: str) -> list[tuple[str, list[str]]]:
         lines = [line.strip('|').split('|') for line in text.splitlines() if line.startswith('|')]
@@ -53,7 +59,7 @@ def test_the_figures_of_the_readme_are_those_of_the_page() -> None:
         found = [re.findall(r'[-+]?\d+\.\d+', cell.replace('−', '-')) for cell in cells if sign in cell]
         return [[float(number) for number in each] for each in found]
 
-    page = rows(PAGE.read_text())
+    page = rows(PAGE.read_text()) + rows(ROBUSTNESS.read_text())
     shown = rows(re.search(r'^## What to expect\n(.*?)^## ', (ROOT / 'README.md').read_text(), re.M | re.S)[1])
     compared = 0
     for label, cells in shown:
@@ -65,8 +71,8 @@ def test_the_figures_of_the_readme_are_those_of_the_page() -> None:
             all(any(each == pytest.approx(cell, abs=0.051) for each in found) for cell in expected)
             for found in candidates
         ]
-        assert not expected or any(matches), f'no row of the page has {label} {expected}'
-    assert compared == 15
+        assert not expected or any(matches), f'no row of a page has {label} {expected}'
+    assert compared == 17
 
 
 def test_the_table_of_the_digits_has_the_figures_of_their_runs() -> None:
@@ -103,7 +109,7 @@ def test_every_run_names_its_origin() -> None:
 
 COMMANDS = [
     command
-    for page in (PAGE, DIGITS)
+    for page in (PAGE, ROBUSTNESS, DIGITS)
     for command in re.findall(r'^    python -m composer_sba.study (.*)', page.read_text().replace('\\\n', ' '), re.M)
 ]
 
