@@ -91,6 +91,7 @@ def test_differences_are_paired_and_at_equal_cost() -> None:
 
 def test_seeds_that_one_side_lacks_are_left_out() -> None:
     assert paired_difference({1: 1.0}, {2: 1.0}) is None
+    assert paired_difference({1: 0.3, 2: 0.8}, {1: 0.2, 2: 0.7}) == (pytest.approx(0.1), None, None)  # but for rounding
     found = paired_difference({1: 5.0, 2: 7.0, 3: 100.0}, {1: 4.0, 2: 4.0})
     assert found is not None and found.mean == 2.0 and found.low is not None and found.low < 0
 

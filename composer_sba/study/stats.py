@@ -101,7 +101,7 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
     if not pairs:
         return None
     found = spread(pairs)
-    if not found.sd:
+    if not found.sd or math.isclose(min(pairs), max(pairs)):  # equal but for rounding
         return Difference(found.mean)
     interval = ttest_1samp(pairs, 0).confidence_interval(LEVEL)
     return Difference(found.mean, float(interval.low), float(interval.high))
