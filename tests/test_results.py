@@ -42,7 +42,7 @@ LABELS = {  # of README -> of a page
     'SBA.robust()': 'SBA at the input (M = 1)',
     'Gaussian noise on half of the images': 'Gaussian noise on half',
     'the same, 72 epochs': 'Gaussian noise on half, 72 epochs',
-    'the same, σ = 0.2 in training': 'Gaussian noise on half, 72 epochs, σ of the pixel range = 0.2',
+    'the same, σ = 0.2 in training': 'Gaussian noise on half, 72 epochs, σ = 0.2',
     'SBA − noise, σ = 0.2, equal cost': 'SBA at the input (M = 1)',
     'SBA − noise, σ = 0.1, equal cost': 'SBA at the input (M = 1)',
 }

@@ -100,7 +100,9 @@ def row_label(run: Mapping[str, Any]) -> str:
     if run['method'] in LONGER:
         label += f', {duration_in_words(scaled_duration(run["recipe"]).to_timestring())}'
     for key, value in run['setting'].items():
-        label += {'layer': f' at {value}', 'eta': f', η = {value}'}.get(key, f', {key} = {value}')
+        label += {'layer': f' at {value}', 'eta': f', η = {value}', 'σ of the pixel range': f', σ = {value}'}.get(
+            key, f', {key} = {value}'
+        )
     algorithms = run['recipe'].get('algorithms') or {}
     folds = [(algorithms.get(name) or {}).get('fold') for name in ('sba', 'batch_augmentation')]
     return label + ''.join(f' (M = {fold})' for fold in folds if fold and 'fold' not in run['setting'])
