@@ -168,7 +168,7 @@ def _error_against_noise(path: Path, runs: _Row) -> None:
             marks.append(Mark(label, sigmas[-1], means[-1]))
         axes.set(xlabel='standard deviation of the noise (pixel range = 1)', ylabel='error, %')
         axes.set_xticks(sigmas)
-        axes.set_xlim(right=1.45 * axes.get_xlim()[1])  # for the names of the lines
+        axes.set_xlim(right=1.65 * axes.get_xlim()[1])  # for the names of the lines
         place_labels(axes, marks)
 
     write_figure(path, (8, 5), draw)
