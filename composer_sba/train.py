@@ -98,7 +98,8 @@ def train(recipe: Recipe, *destinations: LoggerDestination, summary: 'Summary | 
     with warnings.catch_warnings(), _without_empty_folders(folder):
         # Composer warns of the last batch of an epoch, which is shorter than a microbatch in most data sets
         warnings.filterwarnings('ignore', message='Cannot split tensor of length', category=UserWarning)
-        # and of mixed labels, whose probabilities add up to a little less than 1 after rounding
+        # and of mixed labels, whose probabilities add up to a little less than 1 after rounding. Only algorithms mix
+        # them: the labels of a recipe's data are class indices
         warnings.filterwarnings('ignore', message='Some targets have less than 1 total', category=UserWarning)
         lines = [] if recipe.progress_bar is False else [EpochLines(bar=recipe.progress_bar or sys.stderr.isatty())]
         trainer = build_trainer(recipe, summary, *lines, *destinations)

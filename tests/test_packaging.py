@@ -127,21 +127,7 @@ def test_the_help_of_a_command_calls_it_as_the_user_does(command, capsys, monkey
     assert command != 'convert' or all(kind in said for kind in READERS)
 
 
-@pytest.mark.parametrize(
-    ('given', 'remedy'),
-    [
-        ('train digits_sba.yaml', '-f digits_sba.yaml'),
-        ('train digit_sba.yaml seed=3', '-f digits_sba.yaml'),
-        ('train seed=3 mixup.yaml', '-f methods/mixup.yaml'),
-        ('train own.yaml', '-f own.yaml'),
-        ('train', '-f digits_sba.yaml'),
-    ],
-)
-def test_a_recipe_without_its_option(given, remedy, capsys) -> None:
-    with pytest.raises(SystemExit, match='2'):
-        cli.main(given.split())
-    said = capsys.readouterr().err.splitlines()
-    assert said[-1] == f'composer-sba train: error: expected the recipe after -f: composer-sba train {remedy}'
+NO_RECIPE = 'expected the recipe after -f: composer-sba train'
 
 
 @pytest.mark.parametrize(
@@ -149,6 +135,11 @@ def test_a_recipe_without_its_option(given, remedy, capsys) -> None:
     [
         ('predict --checkpoint a.pt', 'the following arguments are required: folder'),
         ('predict photos', 'the following arguments are required: --checkpoint'),
+        ('train digits_sba.yaml', f'{NO_RECIPE} -f digits_sba.yaml'),
+        ('train digit_sba.yaml seed=3', f'{NO_RECIPE} -f digits_sba.yaml'),
+        ('train seed=3 mixup.yaml', f'{NO_RECIPE} -f methods/mixup.yaml'),
+        ('train own.yaml', f'{NO_RECIPE} -f own.yaml'),
+        ('train', f'{NO_RECIPE} -f digits_sba.yaml'),
         ('train -f a.yaml --eta 1', 'unrecognized arguments: --eta; a change to the recipe is key.sub=value'),
     ],
 )
