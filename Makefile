@@ -6,8 +6,7 @@ SHELL := bash
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 INSTALLED := .venv/installed
 CAMPAIGN ?= 50
-# One more worker than cores, since tests wait for the programs that they start
-WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
+WORKERS ?= $(shell nproc)
 
 .PHONY: help setup demo test test-nightly study-smoke docs docs-environment lint types check format clean
 

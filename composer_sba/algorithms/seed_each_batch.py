@@ -49,7 +49,10 @@ class SeedEachBatch(Algorithm):
         seed = hash_key(state.rank_zero_seed, dist.get_global_rank(), state.timestamp.batch.value, moment)
         random.seed(seed)
         numpy.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        if state.device.name == 'cpu':
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)  # which takes 0.1 ms more where there is no accelerator to seed
 
 
 def sort_seed_first(algorithms: Sequence[Algorithm], event: Event) -> Sequence[Algorithm]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from composer_sba.errors import UserError
+from composer_sba.recipe.merge import read
 from composer_sba.recipe.recipe import Recipe, load
 from composer_sba.recipe.registry import canonical
 from composer_sba.study.arguments import MAX_COST
@@ -178,7 +179,7 @@ def _load(variant: _Variant, overrides: Sequence[str], epochs_scale: float = 1.0
     for text in overrides:
         if _key(text) in varied:
             raise UserError(f'--set {text}: the study varies this key itself')
-    algorithms = load(variant.files).algorithms
+    algorithms = read(variant.files).merged({}).get('algorithms') or {}
     own = [text for text in overrides if _applies(text, algorithms)]
     recipe = load(variant.files, [*variant.defaults, *own, *variant.varied])
     return replace(recipe, scale_schedule_ratio=recipe.scale_schedule_ratio * epochs_scale)
