@@ -38,7 +38,8 @@ setup: $(INSTALLED)
 
 demo: $(INSTALLED)
 	.venv/bin/composer-sba train -f digits_sba.yaml save_overwrite=true
-	@echo 'Next: source .venv/bin/activate, for the commands above; docs/tutorials/digits.md explains this output.'
+	@echo 'Next, for the commands above: source .venv/bin/activate'
+	@echo 'docs/tutorials/digits.md explains this output.'
 	@echo 'Train without SBA: composer-sba train -f digits_baseline.yaml'
 
 test: $(INSTALLED)

@@ -19,7 +19,7 @@ from composer_sba.data.loader import DatasetConfig, dataset_classes, dataset_siz
 from composer_sba.latent.cut_survey import measure
 from composer_sba.recipe.recipe import Recipe
 from composer_sba.sba import SBA
-from composer_sba.summary import TRAIN_LOSS
+from composer_sba.summary import TRAIN_LOSS, counted
 
 TRAIN_ACCURACY = 'metrics/train/MulticlassAccuracy'
 WIDTH = 80  # columns of a line
@@ -180,7 +180,7 @@ def facts(recipe: Recipe, state: State, threads: str) -> Table:
     if recipe.eval_dataset is not None:
         evaluated = f', {dataset_size(DatasetConfig(**recipe.eval_dataset)):,} to evaluate'
     rows.add_row('network', f'{recipe.model["name"]}: {parameters:,} parameters')
-    images = f'{dataset_size(train):,} images to train{evaluated}'
+    images = f'{counted(dataset_size(train), "image")} to train{evaluated}'
     rows.add_row('data', f'{train.name}: {images}, {size}x{size} pixels, {dataset_classes(train)} classes')
     rows.add_row('device', f'{device(state)}{threads}, {state.precision.value}')
     rows.add_row('steps', _steps(recipe, state))
@@ -211,12 +211,11 @@ def operations_of_step(network: nn.Module, shape: Sequence[int], rows: int) -> f
 def _steps(recipe: Recipe, state: State) -> str:
     duration, epoch, batch = state.max_duration, state.dataloader_len, recipe.global_train_batch_size
     if duration is None or epoch is None or duration.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH):
-        return f'{duration}, {batch} images in a batch'
+        return f'{duration}, {counted(batch, "image")} in a batch'
     if duration.unit == TimeUnit.BATCH:
-        return f'{duration.value:,} with {batch} images'
-    epochs = f'{duration.value} epoch{"s" if duration.value > 1 else ""}'
-    batches = f'{int(epoch):,} batch{"es" if epoch > 1 else ""}'
-    return f'{duration.value * int(epoch):,}: {epochs} of {batches} of {batch} images'
+        return f'{duration.value:,} with {counted(batch, "image")}'
+    epochs, batches = counted(duration.value, 'epoch'), counted(int(epoch), 'batch')
+    return f'{duration.value * int(epoch):,}: {epochs} of {batches} of {counted(batch, "image")}'
 
 
 def _title(state: State, begins: bool = False) -> str:

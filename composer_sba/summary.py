@@ -18,6 +18,16 @@ METRICS = {  # an evaluation's value -> Composer's name, title, factor, unit
 }
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun.
+
+    Example:
+        >>> counted(1, 'image'), counted(2500, 'batch')
+        ('1 image', '2,500 batches')
+    """
+    return f'{number:,} {noun}{"" if number == 1 else "es" if noun.endswith("tch") else "s"}'
+
+
 class Summary(LoggerDestination):
     """The metrics of a run: every evaluation, and means of the train loss and of SBA's metrics.
 
@@ -98,8 +108,7 @@ class Summary(LoggerDestination):
         Returns:
             Table: For a ``rich.console.Console`` to print.
         """
-        steps = int(state.timestamp.batch)
-        title = f'{state.run_name}: {steps} step{"s" if steps != 1 else ""}'
+        title = f'{state.run_name}: {counted(int(state.timestamp.batch), "step")}'
         table = Table(title=title, title_justify='left', show_header=False)
         table.add_column(style='bold', no_wrap=True)
         table.add_column(overflow='fold')

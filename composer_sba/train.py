@@ -36,7 +36,7 @@ from composer_sba.recipe.build import build_components, build_trainer, for_evalu
 from composer_sba.recipe.explain import explained
 from composer_sba.recipe.recipe import RECIPE_FILE, Recipe, load, save, to_yaml
 from composer_sba.recipe.redact import redact
-from composer_sba.summary import Summary
+from composer_sba.summary import Summary, counted
 from composer_sba.trained import DATASET_FILE, dataset_record
 
 CARD_FILE = 'model_card.md'
@@ -158,7 +158,7 @@ def _threads(trainer: Trainer, recipe: Recipe) -> Iterator[str]:
             torch.set_num_threads(1)
             remark = f' (1 of {before} threads, enough for {operations / 1e9:.1f} GFLOP a step)'
     if trainer.state.device.name == 'cpu' and not remark:
-        remark = f' ({before} thread{"s" if before > 1 else ""})'
+        remark = f' ({counted(before, "thread")})'
     try:
         yield remark
     finally:

@@ -6,6 +6,8 @@ from typing import Any
 
 from composer.core import Time
 
+from composer_sba.summary import counted
+
 LONGER = ('longer', 'twice', 'gaussian_half_longer', 'gaussian_half_twice')  # these methods change the duration
 
 _NAMES = {
@@ -79,7 +81,7 @@ def duration_in_words(duration: str) -> str:
     """
     time = Time.from_timestring(duration)
     noun = {'ep': 'epoch', 'ba': 'step'}.get(time.unit.value)
-    return f'{time.value:,} {noun}{"s" if time.value != 1 else ""}' if noun else duration
+    return counted(int(time.value), noun) if noun else duration
 
 
 def row_label(run: Mapping[str, Any]) -> str:

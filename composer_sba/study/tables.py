@@ -8,6 +8,7 @@ from composer_sba.study.groups import Group, rows
 from composer_sba.study.recipe_index import BASELINE
 from composer_sba.study.records import Record
 from composer_sba.study.stats import TOLERANCE, Difference, cost_ratios, difference, median_ratio, paired_ratio, spread
+from composer_sba.summary import counted
 
 LEGEND = (
     'Error, NLL and calibration error of a run are medians over the evaluations of its last five epochs. The table '
@@ -162,9 +163,9 @@ def origin(runs: _Row) -> str:
     contiguous = len(seeds) > 2 and seeds == list(range(seeds[0], seeds[-1] + 1))
     seeded = f'{seeds[0]} to {seeds[-1]}' if contiguous else _listed(map(str, seeds))
     devices = _listed(run['device'] for run in runs)
-    counted = f'{len(runs)} run{"s" if len(runs) > 1 else ""}, seed{"s" if len(seeds) > 1 else ""} {seeded}'
+    described = f'{counted(len(runs), "run")}, seed{"s" if len(seeds) > 1 else ""} {seeded}'
     measured = f'Measured on {runs[0]["hardware"]} ({devices}), {jobs} at a time'
-    return f'{measured}; {versions}; {dated}; commit {commits}; {counted}.'
+    return f'{measured}; {versions}; {dated}; commit {commits}; {described}.'
 
 
 def _listed(values: Iterable[str]) -> str:
