@@ -101,6 +101,8 @@ def train(recipe: Recipe, *destinations: LoggerDestination, summary: 'Summary | 
         # and of mixed labels, whose probabilities add up to a little less than 1 after rounding. Only algorithms mix
         # them: the labels of a recipe's data are class indices
         warnings.filterwarnings('ignore', message='Some targets have less than 1 total', category=UserWarning)
+        # and of a checkpoint of a run that printed no lines; they have no state
+        warnings.filterwarnings('ignore', message='EpochLines is not in the state_dict', category=UserWarning)
         lines = [] if recipe.progress_bar is False else [EpochLines(bar=recipe.progress_bar or sys.stderr.isatty())]
         trainer = build_trainer(recipe, summary, *lines, *destinations)
         resumed = None if only_evaluates else _resumed(trainer.state)
