@@ -94,11 +94,15 @@ def row_label(run: Mapping[str, Any]) -> str:
         >>> recipe = {'max_duration': '30ep', 'algorithms': {'sba': {'fold': 4}}}
         >>> row_label({'method': 'sba', 'setting': {'layer': 'conv4'}, 'recipe': recipe})
         'SBA at conv4 (M = 4)'
+        >>> row_label({'method': 'sba_robust', 'setting': {'layer': 'stem'}, 'recipe': recipe})
+        'SBA at stem (M = 4)'
         >>> recipe = {'max_duration': '30ep', 'scale_schedule_ratio': 2.0}
         >>> row_label({'method': 'twice', 'setting': {}, 'recipe': recipe})
         'baseline, 60 epochs'
     """
     label = display_name(run['method'])
+    if 'layer' in run['setting']:
+        label = label.replace(' at the input', '')
     if run['method'] in LONGER:
         label += f', {duration_in_words(scaled_duration(run["recipe"]).to_timestring())}'
     for key, value in run['setting'].items():
