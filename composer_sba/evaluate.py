@@ -31,14 +31,14 @@ from composer_sba.conditions import Smoothing
 from composer_sba.data.config import DatasetConfig, resolve
 from composer_sba.data.loader import build_dataloader, dataset_classes
 from composer_sba.data.mds_index import INDEX, RECORD
-from composer_sba.data.transforms import mean_and_std, transform
-from composer_sba.errors import DatasetError, UserError, one_line
+from composer_sba.data.transforms import transform
+from composer_sba.errors import UserError, one_line
 from composer_sba.provenance import commit, hardware, versions
 from composer_sba.recipe.build import load_network
 from composer_sba.recipe.recipe import Recipe
 from composer_sba.recipe.redact import redact
 from composer_sba.robustness import evaluate
-from composer_sba.trained import read_recipe, require_one_process
+from composer_sba.trained import pixel_loader, read_recipe, require_images, require_one_process
 
 RESULTS_FILE, FIGURE_FILE = 'evaluation.jsonl', 'error_under_noise.png'
 
@@ -120,7 +120,7 @@ def evaluate_checkpoint(
     """
     start = time.perf_counter()
     require_one_process('evaluate')
-    _require_images(recipe)
+    require_images(recipe)
     network, device = load_network(recipe, checkpoint)
     rows = recipe.device_eval_batch_size or recipe.global_train_batch_size
     loader, pixels, mean, std = pixel_loader(recipe, device)
@@ -170,41 +170,6 @@ def evaluate_checkpoint(
         'date': datetime.now(timezone.utc).isoformat(timespec='seconds'),
         'seconds': round(time.perf_counter() - start, 1),
     }
-
-
-def pixel_loader(
-    recipe: Recipe, device: torch.device
-) -> tuple[DataLoader, DatasetConfig, Sequence[float], Sequence[float]]:
-    """Load the ``eval_dataset`` of a recipe in pixel units, as :mod:`composer_sba.robustness` needs it.
-
-    Args:
-        recipe (Recipe): From :func:`composer_sba.recipe.load`.
-        device (torch.device): The device that evaluates.
-
-    Returns:
-        tuple[DataLoader, DatasetConfig, Sequence[float], Sequence[float]]: Batches of images in [0, 1] and labels;
-        the configuration of their dataset; mean and standard deviation that the network expects.
-
-    Raises:
-        RecipeError: If there is no ``eval_dataset``, it cannot be read, or its classes are not the model's.
-    """
-    config = DatasetConfig(**_require_images(recipe))
-    try:
-        if dataset_classes(config) != recipe.model['num_classes']:
-            classes = recipe.model['num_classes']
-            raise DatasetError(f'{config.name} has {dataset_classes(config)} classes, the model has {classes}')
-        mean, std = mean_and_std(config)
-        pixels = replace(config, mean=[0.0] * 3, std=[1.0] * 3, augment=False, shuffle=False)
-        rows = recipe.device_eval_batch_size or recipe.global_train_batch_size
-        return build_dataloader(pixels, rows, device=device), pixels, mean, std
-    except (UserError, OSError) as error:
-        raise recipe.sources.error('eval_dataset', one_line(error)) from error
-
-
-def _require_images(recipe: Recipe) -> dict[str, Any]:
-    if recipe.eval_dataset is None:
-        raise recipe.sources.error('eval_dataset', 'is required: its images are evaluated')
-    return recipe.eval_dataset
 
 
 def table(result: Mapping[str, Any]) -> Table:

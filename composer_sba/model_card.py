@@ -1,32 +1,33 @@
 """The model card that training writes beside its checkpoints: use, data, results, versions and recipe, as Markdown."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
+from typing import Any
 
 from composer_sba.data.config import DatasetConfig
 from composer_sba.data.loader import dataset_size
 from composer_sba.data.transforms import image_size
 from composer_sba.provenance import commit, versions
 from composer_sba.recipe.recipe import Recipe, to_yaml
-from composer_sba.trained import dataset_record
 
 NAMED_CLASSES = 20  # at most so many in the card
 
 
-def model_card(recipe: Recipe, checkpoint: str, results: Iterable[tuple[str, str]]) -> str:
+def model_card(recipe: Recipe, images: Mapping[str, Any], checkpoint: str, results: Iterable[tuple[str, str]]) -> str:
     """Describe a trained network.
 
     The front matter is that of the HuggingFace hub. Its licence is left to the author.
 
     Args:
         recipe (Recipe): From :func:`composer_sba.recipe.load`: the one that was trained.
+        images (Mapping[str, Any]): From :func:`composer_sba.trained.dataset_record`.
         checkpoint (str): Name of the checkpoint's file in the folder of the card.
         results (Iterable[tuple[str, str]]): Names and values to report, such as an accuracy.
 
     Returns:
         str: Markdown. Secrets in the recipe are hidden.
     """
-    model, images = recipe.model, dataset_record(recipe)
+    model = recipe.model
     classes = images['classes'] or []
     named = ', '.join(classes[:NAMED_CLASSES]) + ', ...' * (len(classes) > NAMED_CLASSES)
     size = image_size(DatasetConfig(**(recipe.eval_dataset or recipe.train_dataset)))

@@ -18,7 +18,6 @@ from composer_sba.algorithms._composer import network_of
 from composer_sba.data.loader import DatasetConfig, dataset_classes, dataset_size, image_size
 from composer_sba.latent.cut_survey import measure
 from composer_sba.recipe.recipe import Recipe
-from composer_sba.sba import SBA
 from composer_sba.summary import TRAIN_LOSS, counted
 
 TRAIN_ACCURACY = 'metrics/train/MulticlassAccuracy'
@@ -185,8 +184,8 @@ def facts(recipe: Recipe, state: State, threads: str) -> Table:
     rows.add_row('device', f'{device(state)}{threads}, {state.precision.value}')
     rows.add_row('steps', _steps(recipe, state))
     for algorithm in state.algorithms:
-        if isinstance(algorithm, SBA):
-            rows.add_row('SBA', _folded(algorithm.describe(network, (3, size, size)), WIDTH - len('network  ')))
+        if describe := getattr(algorithm, 'describe', None):  # of SBA; importing it here would lengthen the chain
+            rows.add_row('SBA', _folded(describe(network, (3, size, size)), WIDTH - len('network  ')))
     others = [name for name in recipe.algorithms if name != 'sba']
     if others:
         rows.add_row('also', ', '.join(others))

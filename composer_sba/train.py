@@ -131,7 +131,8 @@ def train(recipe: Recipe, *destinations: LoggerDestination, summary: 'Summary | 
         _print(summary.table(trainer.state, rows), *_next(recipe, folder))
         if folder is not None:
             try:
-                card = model_card(recipe, _checkpoint_name(recipe), summary.rows(trainer.state))
+                results = summary.rows(trainer.state)
+                card = model_card(recipe, dataset_record(recipe), _checkpoint_name(recipe), results)
                 _save_file(recipe, folder, CARD_FILE, lambda path: path.write_text(card, encoding='utf-8'))
             except (UserError, OSError) as error:  # which must not spoil a training that has finished
                 print(f'no model card was written: {redact(one_line(error))}', file=sys.stderr)

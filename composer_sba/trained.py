@@ -2,15 +2,18 @@
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from composer.utils import dist
+from torch.utils.data import DataLoader
 
 from composer_sba.data.config import DatasetConfig, resolve
+from composer_sba.data.loader import build_dataloader, dataset_classes
 from composer_sba.data.mds_index import RECORD
 from composer_sba.data.transforms import mean_and_std
 from composer_sba.errors import DatasetError, UserError, one_line
@@ -135,3 +138,39 @@ def dataset_record(recipe: Recipe) -> dict[str, Any]:
 def _evaluation_dataset(recipe: Recipe) -> tuple[str, DatasetConfig]:
     section = 'train_dataset' if recipe.eval_dataset is None else 'eval_dataset'
     return section, replace(DatasetConfig(**getattr(recipe, section)), augment=False, shuffle=False)
+
+
+def pixel_loader(
+    recipe: Recipe, device: torch.device
+) -> tuple[DataLoader, DatasetConfig, Sequence[float], Sequence[float]]:
+    """Load the ``eval_dataset`` of a recipe in pixel units, as :mod:`composer_sba.robustness` needs it.
+
+    Args:
+        recipe (Recipe): From :func:`composer_sba.recipe.load`.
+        device (torch.device): The device that evaluates.
+
+    Returns:
+        tuple[DataLoader, DatasetConfig, Sequence[float], Sequence[float]]: Batches of images in [0, 1] and labels;
+        the configuration of their dataset; mean and standard deviation that the network expects.
+
+    Raises:
+        RecipeError: If there is no ``eval_dataset``, it cannot be read, or its classes are not the model's.
+    """
+    config = DatasetConfig(**require_images(recipe))
+    try:
+        if dataset_classes(config) != recipe.model['num_classes']:
+            classes = recipe.model['num_classes']
+            raise DatasetError(f'{config.name} has {dataset_classes(config)} classes, the model has {classes}')
+        mean, std = mean_and_std(config)
+        pixels = replace(config, mean=[0.0] * 3, std=[1.0] * 3, augment=False, shuffle=False)
+        rows = recipe.device_eval_batch_size or recipe.global_train_batch_size
+        return build_dataloader(pixels, rows, device=device), pixels, mean, std
+    except (UserError, OSError) as error:
+        raise recipe.sources.error('eval_dataset', one_line(error)) from error
+
+
+def require_images(recipe: Recipe) -> dict[str, Any]:
+    """Return the ``eval_dataset`` of a recipe; raise RecipeError if it has none."""
+    if recipe.eval_dataset is None:
+        raise recipe.sources.error('eval_dataset', 'is required: its images are evaluated')
+    return recipe.eval_dataset

@@ -4,6 +4,8 @@ Run: pytest tests/test_packaging.py. With ``-m ''`` it also builds wheel and sou
 setuptools from the network, and tries them in an environment of their own, outside the checkout.
 """
 
+import ast
+import functools
 import os
 import re
 import subprocess
@@ -56,6 +58,32 @@ def test_every_folder_of_modules_and_recipes_is_packaged() -> None:
     assert packaged['package-data'] == {'composer_sba': ['py.typed']} | {
         '.'.join(path.parts): ['*.yaml'] for path in recipes
     }
+
+
+def test_imports_are_at_most_nine_levels_deep() -> None:
+    """Contracts of import-linter say which way imports point. Imports within functions do not count."""
+    package = ROOT / 'composer_sba'
+    modules = {
+        '.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__'): path
+        for path in package.rglob('*.py')
+    }
+    imported = {
+        name: [
+            module if module in modules else f'{node.module}'
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.ImportFrom)
+            for module in [f'{node.module}.{each.name}' for each in node.names]
+        ]
+        for name, path in modules.items()
+    }
+
+    @functools.cache
+    def longest(module: str) -> list[str]:
+        deeper = [longest(each) for each in imported[module] if each in modules]
+        return [module, *max(deeper, key=len, default=[])]
+
+    deepest = max(map(longest, modules), key=len)
+    assert 7 <= len(deepest) <= 9, ' -> '.join(deepest)
 
 
 def test_links_to_the_repository_name_it_alike_and_exist() -> None:

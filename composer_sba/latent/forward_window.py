@@ -1,13 +1,13 @@
-"""class ForwardWindow: the forward pass in which armed hooks act."""
+"""class ForwardWindow: the forward pass, of the network within wrappers, in which armed hooks act."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
-
-from composer_sba.latent.layers import network_in
 
 
 class ForwardWindow:
@@ -101,3 +101,10 @@ def only(window: ForwardWindow | None) -> Iterator[None]:
 def in_backward() -> bool:
     """Whether activation checkpointing is running layers again; its compiled form is not a call from Python."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def network_in(model: nn.Module) -> nn.Module:
+    """Return the network inside DDP and torch.compile, which may call it past the hooks of the wrapper."""
+    while isinstance(model, DistributedDataParallel | DataParallel | OptimizedModule):
+        model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
+    return model

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from composer_sba.errors import CutLayerError, check_layers
+from composer_sba.latent.forward_window import network_in
 
 _WRAPPERS = ('_fsdp_wrapped_module', '_checkpoint_wrapped_module', '_orig_mod')
 _SPECIAL = ('input', 'head')
@@ -79,13 +79,6 @@ def unwrap(module: nn.Module) -> nn.Module:
     while inner := [child for name, child in module.named_children() if name in _WRAPPERS]:
         module = inner[0]
     return module
-
-
-def network_in(model: nn.Module) -> nn.Module:
-    """Return the network inside DDP and torch.compile, which may call it past the hooks of the wrapper."""
-    while isinstance(model, DistributedDataParallel | DataParallel | OptimizedModule):
-        model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
-    return model
 
 
 def forget_compiled_code(model: nn.Module) -> None:

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from composer_sba.evaluate import pixel_loader
 from composer_sba.recipe.recipe import Recipe
 from composer_sba.robustness import evaluate
 from composer_sba.study.recipe_index import BASELINE
+from composer_sba.trained import pixel_loader
 
 SEVERITIES = (1, 3, 5)
 ATTACK, ATTACK_IMAGES = 'pgd_l2', 500
