@@ -6,6 +6,7 @@ SHELL := bash
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 INSTALLED := .venv/installed
 CAMPAIGN ?= 50
+# Three workers on two cores took longer, and 100 s more of CPU time
 WORKERS ?= $(shell nproc)
 
 .PHONY: help setup demo test test-nightly study-smoke docs docs-environment lint types check format clean

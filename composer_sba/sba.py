@@ -215,8 +215,8 @@ class SBA(HookedAlgorithm):
         In the study of robustness (``docs/robustness_study.md``), it lowers the error under noise, corruptions and an
         attack, compared with the baseline. Gaussian noise on half of the training images is free and better: trained
         for as many operations, with twice the noise, it has lower errors under strong noise, corruptions and the
-        attack, and an equal error on clean images. On the digits, where training has converged, this noise has a larger
-        error on clean images than SBA.
+        attack, and an equal error on clean images. On the digits, where the error on clean images has converged, this
+        noise has a larger one than SBA.
 
         Args:
             sigma (float, optional): σ of the noise in units of the images' RMS. For images that are normalized with

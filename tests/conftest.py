@@ -134,7 +134,7 @@ def _seed() -> None:
     torch.set_num_threads(1)
     random.seed(0)
     numpy.random.seed(0)
-    torch.default_generator.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed formats the stack for each absent device
 
 
 @pytest.fixture(autouse=True)
