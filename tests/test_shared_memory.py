@@ -59,7 +59,7 @@ def test_registration_on_two_nodes_ends(tmp_path: Path, runs: str, memories: tup
 def own_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Datasets of this test take numbers that a search from zero, as in the runs of other workers, does not reach."""
     first = 100_000 + os.getpid() % 800_000
-    monkeypatch.setattr('composer_sba.data.shared_memory._numbers_with_lock_files', lambda: range(first))
+    monkeypatch.setattr('composer_sba.data.shared_memory._numbers_with_lock_files', lambda: set(range(first)))
     monkeypatch.setattr('streaming.base.shared.prefix._each_prefix_int', lambda: itertools.count(first))
 
 
@@ -208,6 +208,26 @@ def test_an_empty_block_of_the_number_that_a_run_takes_does_not_stop_its_epoch(
     block(f'{int(first.name[:6]) + 1:06}_{EPOCH_SHAPE}')
     loader = build_dataloader(DatasetConfig('digits', local=str(digits_folder), num_workers=0), 40)
     assert sum(len(images) for images, _ in loader) == 1437
+
+
+@pytest.mark.usefixtures('own_numbers')
+@pytest.mark.parametrize('same_cache', [False, True])
+def test_a_run_above_a_block_that_a_killed_run_left_is_seen(
+    tmp_path: Path, block: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, same_cache: bool
+) -> None:
+    """Streaming's search for runs ends at the number of the block, and that for such blocks at the run above it."""
+    monkeypatch.setattr('tempfile.tempdir', str(tmp_path))  # without lock files of ended runs: the next number is free
+    cache = tmp_path / 'cache'
+    keys = dataset(tmp_path / 'remote', 16) | {'local': str(cache), 'remote': str(tmp_path / 'remote')}
+    left = int(block(f'{{number:06}}_{BARRIER}', b'left').name[:6])
+    locals_ = [f'{cache}/train' if same_cache else '/another/run']
+    above = block(f'{left + 1:06}_{LOCALS}', _pack_locals(locals_, left + 1))
+    if same_cache:
+        with pytest.raises(DatasetError, match='another run caches a remote in this folder'):
+            build_dataloader(DatasetConfig(**keys), 4)
+    else:
+        assert build_dataloader(DatasetConfig(**keys), 4).dataset._shm_prefix_int == left + 2
+    assert above.exists()
 
 
 def test_lock_files_of_ended_runs_are_listed_and_not_looked_for_one_by_one(

@@ -75,6 +75,7 @@ def registration() -> Iterator[None]:
     boot, inode = Path('/proc/sys/kernel/random/boot_id'), folder.stat()
     memory = (boot.read_text() if boot.exists() else platform.node(), inode.st_dev, inode.st_ino)
     memories = dist.all_gather_object(memory)
+    skipped = _numbers_with_lock_files()  # numbers that Streaming's search passes over
     met = False  # whether the ranks have met in ``choose_number``
 
     def choose_number(
@@ -84,7 +85,7 @@ def registration() -> Iterator[None]:
         number, block, problem = -1, None, ''
         if world.is_local_leader:
             try:
-                number, block = _register(locals_, remotes, retry)
+                number, block = _register(locals_, remotes, retry, skipped)
             except Exception as error:
                 problem = one_line(error)
         met = True
@@ -108,8 +109,7 @@ def registration() -> Iterator[None]:
         dataset.get_shm_prefix = choose_number
         prefix: Any = streaming.base.shared.prefix
         held.callback(setattr, prefix, '_each_prefix_int', prefix._each_prefix_int)
-        with_lock_files = _numbers_with_lock_files()
-        prefix._each_prefix_int = lambda: itertools.filterfalse(with_lock_files.__contains__, itertools.count())
+        prefix._each_prefix_int = lambda: itertools.filterfalse(skipped.__contains__, itertools.count())
         try:
             yield
         except Exception as error:
@@ -119,7 +119,7 @@ def registration() -> Iterator[None]:
             raise
 
 
-def _register(locals_: list[str], remotes: list[str | None], retry: int) -> tuple[int, SharedMemory]:
+def _register(locals_: list[str], remotes: list[str | None], retry: int, skipped: set[int]) -> tuple[int, SharedMemory]:
     deadline = time.monotonic() + 2 * _SECONDS_OF_CREATION
     while True:
         try:
@@ -135,16 +135,21 @@ def _register(locals_: list[str], remotes: list[str | None], retry: int) -> tupl
                 'call streaming.base.util.clean_stale_shared_memory()'
             ) from error
         content = _pack_locals(locals_, number)
-        with contextlib.suppress(FileExistsError):  # a run that does not take the lock was faster
+        try:
             block = SharedMemory(_get_path(number, LOCALS), True, len(content))
-            _claim(_SHARED_MEMORY / _get_path(number, LOCALS))
-            block.buf[: len(content)] = content
-            # Nobody else uses this number. Streaming's search of a kind ends at the first number without such a block.
-            for name in SHM_TO_CLEAN:
-                path = _SHARED_MEMORY / _get_path(number, name)
-                if path.exists() and not path.stat().st_size:
-                    path.unlink()
-            return number, block
+        except FileExistsError:
+            # A run that does not take the lock was faster, or lives above a number without this kind of block, where
+            # Streaming's search of the kind ended. The next search begins here.
+            skipped.update(range(number))
+            continue
+        _claim(_SHARED_MEMORY / _get_path(number, LOCALS))
+        block.buf[: len(content)] = content
+        # Nobody else uses this number. Streaming's search of a kind ends at the first number without such a block.
+        for name in SHM_TO_CLEAN:
+            path = _SHARED_MEMORY / _get_path(number, name)
+            if path.exists() and not path.stat().st_size:
+                path.unlink()
+        return number, block
 
 
 def _numbers_with_lock_files() -> set[int]:
