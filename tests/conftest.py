@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import random
+import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,8 +61,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Collect garbage from now on, but not among what was imported."""
+    """Collect garbage from now on, less often than Python does, and not among what was imported."""
     gc.freeze()
+    gc.set_threshold(10_000)
     gc.enable()
 
 
@@ -112,6 +114,19 @@ def only_worker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         with contextlib.suppress(FileExistsError), first.open('x') as file:
             file.write(worker)
         assert first.read_text() == worker
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _temporary_files_end_with_the_session(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Streaming leaves two files for each dataset; pytest removes its folders after three sessions.
+
+    Workers share the folder, as Streaming uses no number again that has such files.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    tempfile.tempdir = str(folder.parent if hasattr(request.config, 'workerinput') else folder)
+    os.environ['TMPDIR'] = tempfile.tempdir
 
 
 @pytest.fixture(scope='session', autouse=True)

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -191,6 +192,7 @@ def _run(arguments: list[str], output: Path, environment: dict[str, str], folder
     os.dup2(log, 2)
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # read TMPDIR again
     os.chdir(folder)
     torch.set_num_threads(int(environment['OMP_NUM_THREADS']))
     multiprocessing.set_start_method('fork', force=True)  # Python's default on Linux, for the workers of DataLoaders

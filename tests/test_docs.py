@@ -118,7 +118,7 @@ def predefined():
     ids=' then '.join,
 )
 def test_a_page_can_be_followed_from_top_to_bottom(pages, monkeypatch):
-    """Run its Python and, in a tutorial, its commands, as in a fresh clone; their trainings end after two batches.
+    """Run its Python and, in a tutorial, its commands, as in a fresh clone; their trainings end after two batches of at most 16.
 
     A block of commands that begins with ``# needs`` is left out: the reader sees what it needs.
     """
@@ -126,7 +126,8 @@ def test_a_page_can_be_followed_from_top_to_bottom(pages, monkeypatch):
     def load_short(*arguments, **options):
         recipe = load(*arguments, **options)
         duration = recipe.max_duration if recipe.only_evaluates else '2ba'
-        return replace(recipe, max_duration=duration, progress_bar=False)
+        batch = min(recipe.global_train_batch_size, 16)
+        return replace(recipe, max_duration=duration, global_train_batch_size=batch, progress_bar=False)
 
     monkeypatch.setattr(train, 'load', load_short)  # of the command only
     page = pages[0]

@@ -58,7 +58,7 @@ def test_registration_on_two_nodes_ends(tmp_path: Path, runs: str, memories: tup
 @pytest.fixture
 def own_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Datasets of this test take numbers that a search from zero, as in the runs of other workers, does not reach."""
-    first = 100_000 + os.getpid() % 800_000
+    first = 100_000 + os.getpid() % 10_000
     monkeypatch.setattr('composer_sba.data.shared_memory._numbers_with_lock_files', lambda: set(range(first)))
     monkeypatch.setattr('streaming.base.shared.prefix._each_prefix_int', lambda: itertools.count(first))
 
