@@ -118,9 +118,10 @@ def predefined():
     ids=' then '.join,
 )
 def test_a_page_can_be_followed_from_top_to_bottom(pages, monkeypatch):
-    """Run its Python and, in a tutorial, its commands, as in a fresh clone; their trainings end after two batches of at most 16.
+    """Run its Python and, in a tutorial, its commands, as in a fresh clone.
 
-    A block of commands that begins with ``# needs`` is left out: the reader sees what it needs.
+    Their trainings end after two batches of at most 16 images. A block of commands that begins with ``# needs``
+    is left out: the reader sees what it needs.
     """
 
     def load_short(*arguments, **options):

@@ -41,7 +41,7 @@ def test_settings_cost_what_they_are_compared_at() -> None:
             expected = 1 if 'raw rows' in setting else COSTS[method]
             assert ratio == pytest.approx(expected, rel=0.01), (name, ratio)
     assert {name.partition(' ')[0] for name in ratios} == {*COSTS}
-    assert len(runs) == 21 and len(plan('robustness', YAMLS, networks=['resnet8'], seeds=1)) == 10
+    assert len(runs) == 22 and len(plan('robustness', YAMLS, networks=['resnet8'], seeds=1)) == 10
 
 
 def test_a_run_measures_the_network_that_it_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,10 +43,11 @@ def settings(batch_size: int, stages: Sequence[str], forms: bool) -> list[Settin
     Returns:
         list[Setting]: In the order to run them.
     """
+    stronger = ('train_dataset.gaussian_noise.sigma=0.2',)
     compared = [
         *map(Setting, COMPARED),
         # SBA is better than Gaussian noise where noise is stronger than in training: so is stronger noise in training
-        Setting('gaussian_half_longer', STRONGER, ('train_dataset.gaussian_noise.sigma=0.2',)),
+        Setting('gaussian_half_longer', STRONGER, stronger),
     ]
     if not forms:
         return compared
@@ -55,6 +56,7 @@ def settings(batch_size: int, stages: Sequence[str], forms: bool) -> list[Settin
     moved = [*((stage, stage) for stage in stages[:2]), ('a random one', f'[{everywhere}]')]
     return [
         *compared,
+        Setting('gaussian_half', STRONGER, stronger),
         *map(Setting, ('gaussian_half_twice', 'gaussian', 'sba_robust_gaussian_half')),
         *(Setting(name, {'raw rows': 'half'}, half) for name in ('sba_robust_every_step', 'latent_ba_input')),
         Setting('sba_robust', {'stop_gradient': False}, ('algorithms.sba.stop_gradient=false',)),
