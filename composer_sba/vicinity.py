@@ -150,8 +150,8 @@ class Vicinity:
             if len(gaussian) > 0:
                 self._write_gaussian(gaussian, latent, generator)
             if len(dropout) > 0:
-                chances = _scratch(dropout, math.prod(latent.shape[1:])).uniform_(generator=generator)
-                torch.ge(chances.view(kept.shape), self.dropout, out=kept)
+                chances = _scratch(dropout, dropout.shape).uniform_(generator=generator)
+                torch.ge(chances, self.dropout, out=kept)
                 torch.mul(latent * self.dropout_scale, kept, out=dropout)
         return rows, kept
 
@@ -167,17 +167,19 @@ class Vicinity:
 
     def _write_gaussian(self, points: torch.Tensor, latent: torch.Tensor, generator: torch.Generator | None) -> None:
         """Write x + Σ clip(ε, τ), Eq. (7), of each copy of each row into ``points``, shape ``(p, N, *)``."""
-        features = math.prod(latent.shape[1:])
-        width = 2 ** (features - 1).bit_length() if self.basis == 'hadamard' else features
-        noise = _scratch(points, width).normal_(0, self.sigma, generator=generator).clamp_(-self.bound, self.bound)
+        features = width = math.prod(latent.shape[1:])
+        shape = points.shape
+        if self.basis == 'hadamard':
+            width = 2 ** (features - 1).bit_length()
+            shape = torch.Size((*points.shape[:2], width))
+        noise = _scratch(points, shape).normal_(0, self.sigma, generator=generator).clamp_(-self.bound, self.bound)
         if self.basis != 'identity':
             noise = noise.view(-1, width)
             if self.basis == 'hadamard':
                 rotate(noise, generator)
             else:
                 noise = noise @ draw_basis(self.basis, noise, generator).T
-            noise = noise[:, :features]
-        noise = noise.view(points.shape)
+            noise = noise[:, :features].view(points.shape)
         if self.noise_scale == 'rms':
             norm = torch.linalg.vector_norm(latent, dtype=at_least_float32(latent.dtype))
             torch.addcmul(latent, noise, norm, value=1 / math.sqrt(latent.numel()), out=points)
@@ -267,16 +269,15 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def _scratch(points: torch.Tensor, width: int) -> torch.Tensor:
-    """Return memory for the draws of ``points``, shape ``(copies, N, *)``; their own if it fits.
+def _scratch(points: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Return memory of a shape for the draws of ``points``; their own, with their shape, if it has the size.
 
     It is contiguous and at least float32: a seed gives one noise for all dtypes and memory formats of the latent batch.
-    It holds ``width`` numbers for each copy of each row.
     """
     dtype = at_least_float32(points.dtype)
-    if points.dtype == dtype and points.is_contiguous() and points[0, 0].numel() == width:
+    if points.dtype == dtype and points.is_contiguous() and points.numel() == shape.numel():
         return points
-    return points.new_empty(*points.shape[:2], width, dtype=dtype)
+    return points.new_empty(shape, dtype=dtype)
 
 
 def rotate(noise: torch.Tensor, generator: torch.Generator | None) -> None:
