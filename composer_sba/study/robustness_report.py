@@ -12,7 +12,7 @@ from composer_sba.study.groups import Group, rows
 from composer_sba.study.label_placement import Mark, place_labels
 from composer_sba.study.recipe_index import BASELINE
 from composer_sba.study.records import Record
-from composer_sba.study.robustness import STRONGER
+from composer_sba.study.robustness import COMPARED, STRONGER
 from composer_sba.study.stats import paired_difference, paired_ratio, spread
 from composer_sba.study.style import LIGHT_GREY, METHOD_STYLES, OTHER_STYLE
 from composer_sba.study.tables import difference_cell, mean_cell, origin, ratio_cell
@@ -48,15 +48,15 @@ QUANTITIES: dict[str, Callable[[Record], float]] = {
 
 
 def robustness_tables(group: Group, runs: _Row) -> str:
-    """Write the tables of a group: errors and cost, and the differences from three references.
+    """Write the tables of a group: errors and cost, and the differences from five references.
 
     Args:
         group (Group): The facts that the runs share.
         runs (Sequence[Record]): The runs.
 
     Returns:
-        str: Markdown. The references are the baseline, and Gaussian noise on half of the images, trained for as many
-        epochs and for as many operations, there also with stronger noise.
+        str: Markdown. The references are the baseline, and Gaussian noise of two strengths on half of the images, each
+        trained for as many epochs and for as many operations.
     """
     labelled = rows(runs)
     baseline = next((row for row in labelled.values() if row[0]['method'] == BASELINE), [])
@@ -71,20 +71,17 @@ def robustness_tables(group: Group, runs: _Row) -> str:
         for label, row in labelled.items()
     ]
     head = ['error, %', 'n', *QUANTITIES, 'calibration error', 'FLOP ÷ baseline']
-    noise = next((row for row in labelled.values() if row[0]['method'] == _GAUSSIAN[0]), [])
     others = {label: row for label, row in labelled.items() if row[0]['method'] not in _GAUSSIAN}
     references: dict[str, dict[str, _Row]] = {
         'the baseline': {label: baseline for label, row in labelled.items() if row is not baseline},
-        'Gaussian noise on half of the images after the same number of epochs': {
-            label: noise for label, row in others.items() if _last_epoch(row) == _last_epoch(noise)
-        },
-        'Gaussian noise on half of the images at the same number of operations': {
-            label: _at_the_cost_of(row, labelled, {}) for label, row in others.items()
-        },
-        'Gaussian noise of σ = 0.2 on half of the images at the same number of operations': {
-            label: _at_the_cost_of(row, labelled, STRONGER) for label, row in others.items()
-        },
     }
+    for noise, setting in (('Gaussian noise', {}), ('Gaussian noise of σ = 0.2', STRONGER)):
+        references[f'{noise} on half of the images after the same number of epochs'] = {
+            label: _after_the_epochs_of(row, labelled, setting) for label, row in others.items()
+        }
+        references[f'{noise} on half of the images at the same number of operations'] = {
+            label: _at_the_cost_of(row, labelled, setting) for label, row in others.items()
+        }
     parts = [_table(head, lines)]
     for name, compared in references.items():
         differences = [_differences(label, labelled[label], row) for label, row in compared.items() if row]
@@ -125,8 +122,13 @@ def _at_the_cost_of(row: _Row, labelled: dict[str, list[Record]], setting: Mappi
     return []
 
 
-def _last_epoch(row: _Row) -> int | None:
-    return int(row[0]['epochs'][-1]['epoch']) if row else None
+def _after_the_epochs_of(row: _Row, labelled: dict[str, list[Record]], setting: Mapping[str, Any]) -> _Row:
+    """Return the runs of a setting of Gaussian noise on half of the images that took as many epochs, or none."""
+    for other in labelled.values():
+        of_the_kind = other[0]['method'] == _GAUSSIAN[0] and other[0]['setting'] == setting
+        if of_the_kind and other[0]['epochs'][-1]['epoch'] == row[0]['epochs'][-1]['epoch']:
+            return other
+    return []
 
 
 def _differences(label: str, row: _Row, reference: _Row) -> list[str]:
@@ -145,8 +147,12 @@ def _table(head: list[str], lines: list[list[str]]) -> str:
 
 
 def _shown(runs: _Row) -> dict[str, list[Record]]:
-    """Return the rows without a setting and those of stronger noise: lines of other forms would hide them."""
-    return {label: row for label, row in rows(runs).items() if row[0]['setting'] in ({}, STRONGER)}
+    """Return the rows of the compared methods and of stronger noise: lines of other forms would hide them."""
+    return {
+        label: row
+        for label, row in rows(runs).items()
+        if row[0]['method'] in COMPARED and row[0]['setting'] in ({}, STRONGER)
+    }
 
 
 def _style(row: _Row) -> tuple[str, str]:
