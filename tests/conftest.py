@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish() -> None:
     """Collect garbage from now on, less often than Python does, and not among what was imported."""
     gc.freeze()
-    gc.set_threshold(10_000)
+    gc.set_threshold(10_000)  # with Python's, 700 new objects, collections took 4 s of a run
     gc.enable()
 
 
