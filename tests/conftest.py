@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 os.environ['TRITON_INTERPRET'] = '1'  # test_kernels.py runs kernels on the CPU; read when triton is imported
+os.environ['TORCHINDUCTOR_COMPILE_THREADS'] = '1'  # else the compiler starts two processes that import PyTorch
 
 # Workers take files in this order, then the others, so that none is left with a long one at the end
 LONG = ('train', 'distributed', 'resume', 'docs', 'libraries', 'study', 'composition', 'data', 'cut_survey', 'recipe')

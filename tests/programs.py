@@ -27,6 +27,7 @@ from types import TracebackType
 
 import PIL.Image
 import torch
+from composer.utils import collect_env
 
 from composer_sba.latent.cut_survey import measure
 from composer_sba.models import digits_net
@@ -49,6 +50,7 @@ def start_server() -> None:
     for name in ('commit_once', 'composer.algorithms', 'composer_sba.study.report', 'sklearn.datasets'):
         importlib.import_module(name)
     PIL.Image.init()
+    collect_env.get_cpu_model()  # starts Python; each Trainer asks for it
     measure(digits_net(), 'head', (3, 8, 8))  # PyTorch's cache of operators on tensors without data
     resource_tracker.ensure_running()  # it also uses _spawn
     util.spawnv_passfds = _fork
@@ -79,9 +81,7 @@ def _fork(executable: bytes, arguments: Sequence[str], descriptors: Sequence[int
             warnings.simplefilter('ignore', kind)  # as Python does
         for logger in (logging.root, *logging.root.manager.loggerDict.values()):
             for handler in [*getattr(logger, 'handlers', [])]:
-                if type(handler).__module__.startswith('_pytest'):
-                    logger.removeHandler(handler)
-                elif type(handler) is logging.StreamHandler:  # a FileHandler would close the stream
+                if type(handler) is logging.StreamHandler:  # a FileHandler would close the stream
                     handler.setStream(sys.stderr)
         logging.root.setLevel(logging.WARNING)
         exec(arguments[-1], {})

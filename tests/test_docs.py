@@ -120,7 +120,7 @@ def predefined():
 def test_a_page_can_be_followed_from_top_to_bottom(pages, monkeypatch):
     """Run its Python and, in a tutorial, its commands, as in a fresh clone.
 
-    Their trainings end after two batches of at most 16 images. A block of commands that begins with ``# needs``
+    Their trainings end after two batches of at most 16 images, and evaluate one batch. A block of commands that begins with ``# needs``
     is left out: the reader sees what it needs.
     """
 
@@ -128,7 +128,8 @@ def test_a_page_can_be_followed_from_top_to_bottom(pages, monkeypatch):
         recipe = load(*arguments, **options)
         duration = recipe.max_duration if recipe.only_evaluates else '2ba'
         batch = min(recipe.global_train_batch_size, 16)
-        return replace(recipe, max_duration=duration, global_train_batch_size=batch, progress_bar=False)
+        sizes = {'global_train_batch_size': batch, 'device_eval_batch_size': 32, 'eval_subset_num_batches': 1}
+        return replace(recipe, max_duration=duration, progress_bar=False, **sizes)
 
     monkeypatch.setattr(train, 'load', load_short)  # of the command only
     page = pages[0]

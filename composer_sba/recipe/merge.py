@@ -8,6 +8,9 @@ Each layer is merged over the one before:
 - ``null`` in ``algorithms``, ``callbacks`` or ``loggers`` removes an inherited entry.
 """
 
+import copy
+import functools
+import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -101,7 +104,7 @@ def _read_file(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict
     if path.resolve() in [each.resolve() for each in above]:
         raise RecipeError(f'{above[-1]}: extends: a cycle, {" -> ".join(each.name for each in (*above, path))}')
     try:
-        values = OmegaConf.to_container(OmegaConf.load(path))
+        values = copy.deepcopy(_parsed(path.read_text('utf-8')))
     except OSError as error:
         extends = f'{above[-1]}: extends: ' if above else ''
         # OmegaConf raises an OSError of its own, without strerror, for YAML that is a bare number
@@ -124,6 +127,12 @@ def _read_file(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict
         raise RecipeError(f'{path}: extends: expected the name of a file, got {as_yaml(base)}')
     lower = [] if base is None else _read_file(_find(base, path.parent), (*above, path))
     return [*lower, (str(path), {str(key): value for key, value in values.items()})]
+
+
+@functools.lru_cache
+def _parsed(text: str) -> Any:
+    """Parse once what many recipes of a study extend."""
+    return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
 
 
 def _find(name: str | Path, folder: Path = Path()) -> Path:

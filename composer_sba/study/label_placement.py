@@ -9,12 +9,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
+from matplotlib.transforms import Bbox
 
 from composer_sba.study.style import MID_GREY
 
 _DISTANCES = (7, 14, 24, 36, 50)  # of a label from its point, in typographic points (1/72 inch)
 _LEADER = 12  # beyond this distance a line connects the label with its point
 _SHARES = {'left': 0.0, 'bottom': 0.0, 'center': 0.5, 'right': 1.0, 'top': 1.0}  # of a label before its anchor
+_COST_OF_DISTANCE = 4  # pixels² a typographic point
 _ANGLES = (0, 30, -30, 180, 150, -150, 60, -60, 120, -120, 90, -90)  # degrees, to the right first
 
 
@@ -53,9 +55,8 @@ def place_labels(axes: Axes, marks: Sequence[Mark]) -> None:
         halo = [withStroke(linewidth=2.5, foreground='white')]  # an error bar may still pass under the label
         label = axes.annotate(mark.text, at, (0, 0), textcoords='offset points', fontsize=9, path_effects=halo)
         label.set(horizontalalignment='left', verticalalignment='bottom')
-        boxes = _label_boxes(label)
-        best = min(boxes, key=lambda position: _cost(position, boxes[position], taken, inside))
-        taken = np.concatenate([taken, boxes[best]])
+        best, boxes = _best_position(label, taken, inside)
+        taken = np.concatenate([taken, boxes])
         label.xyann = best.offset
         label.set(horizontalalignment=best.horizontal, verticalalignment=best.vertical)
         if best.distance > _LEADER:
@@ -72,33 +73,43 @@ def _positions() -> Iterator[_Position]:
             yield _Position(distance, (distance * x, distance * y), horizontal, vertical)
 
 
-def _label_boxes(label: Annotation) -> dict[_Position, np.ndarray]:
-    """Return the boxes of a label at each position, and of the line to its point, shape ``(boxes, 4)``. Unit: pixels.
-
-    A box is left, low, right, high. A chain of small boxes stands for the line.
-    """
+def _best_position(label: Annotation, taken: np.ndarray, inside: np.ndarray) -> tuple[_Position, np.ndarray]:
+    """Return the position with the least cost, and the boxes that a label and its line cover there."""
     assert label.axes is not None
     pixels = label.axes.figure.dpi / 72
     point = label.axes.transData.transform(label.xy)
     extent = label.get_window_extent()  # its lower left corner is at the point
-    boxes = {}
+    least, best = math.inf, None
     for position in _positions():
-        offset = pixels * np.array(position.offset)
-        shares = _SHARES[position.horizontal], _SHARES[position.vertical]
-        low = extent.min + offset - np.multiply(shares, extent.size)
-        corners = [(*(low - 2), *(low + extent.size + 2))]
-        if position.distance > _LEADER:
-            line = [point + share / 10 * offset for share in range(3, 10)]
-            corners += [(*(each - 3), *(each + 3)) for each in line]
-        boxes[position] = np.array(corners)
-    return boxes
+        if best and least <= _COST_OF_DISTANCE * position.distance:
+            break  # this position and those after it cannot cost less
+        boxes = _label_boxes(position, point, extent, pixels)
+        if (cost := _cost(position, boxes, taken, inside)) < least:
+            least, best = cost, (position, boxes)
+    assert best
+    return best
+
+
+def _label_boxes(position: _Position, point: np.ndarray, extent: Bbox, pixels: float) -> np.ndarray:
+    """Return the boxes of a label at a position, and of the line to its point, shape ``(boxes, 4)``. Unit: pixels.
+
+    A box is left, low, right, high. A chain of small boxes stands for the line.
+    """
+    offset = pixels * np.array(position.offset)
+    shares = _SHARES[position.horizontal], _SHARES[position.vertical]
+    low = extent.min + offset - np.multiply(shares, extent.size)
+    corners = [(*(low - 2), *(low + extent.size + 2))]
+    if position.distance > _LEADER:
+        line = [point + share / 10 * offset for share in range(3, 10)]
+        corners += [(*(each - 3), *(each + 3)) for each in line]
+    return np.array(corners)
 
 
 def _cost(position: _Position, boxes: np.ndarray, taken: np.ndarray, inside: np.ndarray) -> float:
     """Return the overlap plus ten times the area outside the axes, in pixels²; the distance breaks ties."""
     width, height = boxes[0, 2:] - boxes[0, :2]
     outside = width * height - _overlaps(boxes[:1], inside[None]).sum()
-    return float(_overlaps(boxes, taken).sum() + 10 * outside + 4 * position.distance)
+    return float(_overlaps(boxes, taken).sum() + 10 * outside + _COST_OF_DISTANCE * position.distance)
 
 
 def _mark_boxes(axes: Axes, mark: Mark) -> list[tuple[float, float, float, float]]:
