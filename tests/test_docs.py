@@ -120,8 +120,8 @@ def predefined():
 def test_a_page_can_be_followed_from_top_to_bottom(pages, monkeypatch):
     """Run its Python and, in a tutorial, its commands, as in a fresh clone.
 
-    Their trainings end after two batches of at most 16 images, and evaluate one batch. A block of commands that begins with ``# needs``
-    is left out: the reader sees what it needs.
+    Their trainings end after two batches of at most 16 images, and evaluate one batch. A block of commands that begins
+    with ``# needs`` is left out: the reader sees what it needs.
     """
 
     def load_short(*arguments, **options):
