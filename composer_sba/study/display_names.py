@@ -41,6 +41,7 @@ _NAMES = {
     'sba_robust_every_step': 'SBA at the input, p = 1',
     'sba_robust_gaussian_half': 'SBA at the input + Gaussian noise on half',
     'sba_strong': 'strong SBA',
+    'testresnet': "timm's test_resnet",
     'twice': 'baseline',
 }
 
