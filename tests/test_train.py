@@ -4,6 +4,7 @@ pytest tests/test_train.py
 """
 
 import re
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -208,8 +209,8 @@ def test_a_traceback_for_who_asks_for_it_among_the_overrides() -> None:
 
 def test_under_the_launcher(tmp_path: Path) -> None:
     """As a user types it: the only test in which Python itself starts a training, here from a forked launcher."""
-    arguments = [ROOT / 'train.py', '-f', RECIPE, *SHORT, f'save_folder={tmp_path}']
-    with start('-m', 'composer.cli.launcher', *arguments, output=tmp_path / 'log') as program:
+    command = [Path(sys.executable).with_name('composer'), ROOT / 'train.py', '-f', RECIPE, *SHORT]
+    with start(*command, f'save_folder={tmp_path}', output=tmp_path / 'log') as program:
         assert program.wait() == 0, program.said
     assert program.said.startswith('digits_sba: loading PyTorch and Composer ...\ndigits_sba\n'), program.said
     assert 'eval accuracy' in program.said and (tmp_path / 'recipe.yaml').exists(), program.said
