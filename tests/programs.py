@@ -81,7 +81,9 @@ def _fork(executable: bytes, arguments: Sequence[str], descriptors: Sequence[int
             warnings.simplefilter('ignore', kind)  # as Python does
         for logger in (logging.root, *logging.root.manager.loggerDict.values()):
             for handler in [*getattr(logger, 'handlers', [])]:
-                if type(handler) is logging.StreamHandler:  # a FileHandler would close the stream
+                if type(handler).__module__.startswith('_pytest'):
+                    logger.removeHandler(handler)
+                elif type(handler) is logging.StreamHandler:  # a FileHandler would close the stream
                     handler.setStream(sys.stderr)
         logging.root.setLevel(logging.WARNING)
         exec(arguments[-1], {})

@@ -131,7 +131,7 @@ def _read_file(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict
 
 @functools.lru_cache
 def _parsed(text: str) -> Any:
-    """Parse once what many recipes of a study extend."""
+    """Parse once what many recipes of a study extend. Callers share the result, so they copy it."""
     return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
 
 
