@@ -37,7 +37,7 @@ EPSILONS = {'l2': 0.25, 'linf': 1 / 255}
 
 @dataclass(frozen=True)
 class Smoothing:
-    """How images are certified; the names are those of Cohen et al.
+    """Settings of randomized smoothing, under the names of Cohen et al.
 
     Args:
         sigma (float, optional): Standard deviation of the noise, > 0, in units of the pixel range. Default: ``0.25``.

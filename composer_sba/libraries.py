@@ -117,7 +117,9 @@ def _torchvision(name: str) -> LibraryModel:
             linears = [each for each, module in network.named_modules() if isinstance(module, nn.Linear)]
             if not linears:
                 problem = f'expected {fetched}, as the weights of {name} have, got {num_classes}'
-                raise UserError(f'{problem}: the classifier is no nn.Linear, so it cannot be replaced', 'num_classes')
+                raise UserError(
+                    f'{problem}: the classifier is not an nn.Linear, so it cannot be replaced', 'num_classes'
+                )
             features = network.get_submodule(linears[-1]).in_features
             network.set_submodule(linears[-1], nn.Linear(features, num_classes))
         return network

@@ -96,7 +96,7 @@ def train(recipe: Recipe, *destinations: LoggerDestination, summary: 'Summary | 
     folder = None if only_evaluates else _folder(recipe)
     summary = summary or Summary()
     with warnings.catch_warnings(), _without_empty_folders(folder):
-        # Composer warns of the last batch of an epoch, which is shorter than a microbatch in most data sets
+        # Composer warns of the last batch of an epoch, which is shorter than a microbatch in most datasets
         warnings.filterwarnings('ignore', message='Cannot split tensor of length', category=UserWarning)
         # and of mixed labels, whose probabilities add up to a little less than 1 after rounding. Only algorithms mix
         # them: the labels of a recipe's data are class indices

@@ -161,7 +161,7 @@ def test_files_of_something_else_are_refused(tmp_path):
     images = images_of(linear_model()[1])
     path = tmp_path / 'file.tsv'
     for text, line in [
-        ('idx,label\n', 'is no file of certificates'),
+        ('idx,label\n', 'is not a file of certificates'),
         (f'{HEADER}\n0\t0\tzero\t0.1\t1\t0:00:01\n', 'line 2: not a certificate'),
         (f'{HEADER}\n0\t0\t0\t0.1\t1\t0:00:01\n9\t0\t0\t0.1\t1\t0:00:01\n', 'line 3: has image 9, expected 7'),
     ]:

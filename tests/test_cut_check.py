@@ -52,7 +52,7 @@ def test_block_boundaries_of_a_resnet_are_cut_points(resnet, layers):
 @pytest.mark.parametrize('layer', ['layer1.0.conv1', 'layer1.0.bn2'])
 def test_a_layer_inside_a_residual_branch_is_refused(resnet, layer):
     message = refuse(resnet, layer)
-    assert message.startswith(f"Layer '{layer}' is no cut point: the layers above it cannot take more rows")
+    assert message.startswith(f"Layer '{layer}' cannot be cut: the layers above it cannot take more rows")
     assert message.endswith("Use 'maxpool' or 'layer1.0', the nearest that can be cut.")
 
 
@@ -217,7 +217,7 @@ def test_a_layer_that_mixes_rows_in_training_only_is_refused_in_training_only(la
     before = state_of(network)
     message = refuse(network, '1', x)
     reason = 'in training mode, predictions for the same rows change when others do: the layers above it mix rows'
-    assert message == f"Layer '1' is no cut point: {reason}. Use '2', the nearest that can be cut."
+    assert message == f"Layer '1' cannot be cut: {reason}. Use '2', the nearest that can be cut."
     assert state_of(network) == before
     LatentExpander(network.eval(), '1').check(lambda: network(x))
     check_cut(network.train(), find_layers(network, '1')[0], lambda: network(x), rows_may_mix=True)

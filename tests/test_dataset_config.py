@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 REFUSED = [
-    ({'name': 'mnist'}, 'name: mnist is no known dataset: choose one of digits, cifar10, cifar100, imagenet'),
+    ({'name': 'mnist'}, "name: unknown dataset 'mnist': choose one of digits, cifar10, cifar100, imagenet"),
     ({'name': 'cifar10', 'crop_size': 28}, 'crop_size and resize_size do not apply to cifar10, .* 32x32'),
     ({'name': 'imagefolder', 'crop_size': 0}, 'crop_size: expected a number of pixels >= 1, got 0'),
     ({'name': 'imagefolder', 'resize_size': -5}, 'resize_size: expected a number of pixels >= 1, got -5'),

@@ -147,7 +147,7 @@ class Residual(nn.Module):
 
 
 def test_a_layer_that_a_skip_connection_bypasses_stops_the_first_batch():
-    with pytest.raises(CutLayerError, match="^Layer 'branch' is no cut point: .* as in a residual branch"):
+    with pytest.raises(CutLayerError, match="^Layer 'branch' cannot be cut: .* as in a residual branch"):
         fit([ManifoldMixup('branch')], network=Residual)
 
 

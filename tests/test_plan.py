@@ -167,7 +167,7 @@ def test_search_says_how_many_settings_fit_the_budget(monkeypatch: pytest.Monkey
 
 
 class TestRecipeIndex:
-    """The networks, data sets and methods of a folder of recipes, by their file names."""
+    """The networks, datasets and methods of a folder of recipes, by their file names."""
 
     @pytest.fixture
     def recipes(self, tmp_path: Path) -> Path:

@@ -170,7 +170,7 @@ def test_mistakes_are_one_line(run, checkpoint, tmp_path, capsys, monkeypatch):
         (['--checkpoint', 'wide.pt', *recipe, 'image.png'], 'Unexpected key(s) in state_dict: "module.a" and 1 more.'),
         (['--checkpoint', 'wide.pt', *recipe, 'image.png'], 'size mismatch for module.conv1.0.weight: copying a param'),
         (['--checkpoint', 'wide.pt', *recipe, 'image.png'], ' more; it is corrupt or belongs to a different model'),
-        (['--checkpoint', 'old.csv', *recipe, 'image.png'], 'old.csv: it is no checkpoint of PyTorch, or it is'),
+        (['--checkpoint', 'old.csv', *recipe, 'image.png'], 'old.csv: it is not a PyTorch checkpoint, or it is'),
         (['--checkpoint', 'empty', 'image.png'], 'empty is a folder: name a checkpoint in it'),
         (['--checkpoint', 'other.pt', 'image.png'], 'recipe.yaml does not exist: name the recipe that was trained'),
         (['--checkpoint', checkpoint, 'image.png', 'model.num_classes=4'], 'names 3 classes, the network has 4'),

@@ -294,7 +294,10 @@ def test_norm_and_bias_are_exempt_from_decay(recipe: Path) -> None:
         ('scale_schedule_ratio=-1', 'scale_schedule_ratio: expected a positive number, got -1'),
         ('dist_timeout=.inf', 'dist_timeout: expected a number of seconds, at most 1000000000, got inf'),
         ('seed=-1', 'seed: expected 0 to 4294967295, got -1'),
-        ('save_folder=~nobody-of-this-name/runs', "save_folder: '~nobody-of-this-name/runs' is in no home folder"),
+        (
+            'save_folder=~nobody-of-this-name/runs',
+            "save_folder: '~nobody-of-this-name/runs' names the home folder of an unknown user",
+        ),
         ('optimizer.momentum=.nan', 'optimizer.momentum: expected a number, got nan'),
         ('seed=18446744073709551616', 'seed: expected an integer of at most 64 bits, got 18446744073709551616'),
         ('compile_config.mdoe=x', "compile_config.mdoe: unknown key; did you mean 'mode'?"),

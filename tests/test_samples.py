@@ -127,7 +127,7 @@ def test_every_mode_is_read_as_rgb_or_refused(
 
 
 def test_every_mode_is_converted_or_named(tmp_path: Path) -> None:
-    """The accepted modes in one data set, a class each; the refused ones in another, all in one message."""
+    """The accepted modes in one dataset, a class each; the refused ones in another, all in one message."""
     accepted: list[list[int]] = []
     for mode, value, expected, file_format in MODES:
         if file_format is None:

@@ -252,5 +252,5 @@ def test_a_misspelt_layer_stops_the_trainer_before_training():
 
 
 def test_a_layer_that_is_no_cut_point_stops_the_first_batch():
-    with pytest.raises(CutLayerError, match="^Layer 'fc' is no cut point: it is the model's output"):
+    with pytest.raises(CutLayerError, match="^Layer 'fc' cannot be cut: it is the model's output"):
         train([SBA('fc', augment_prob=0.01)])

@@ -65,7 +65,7 @@ def batch_augment(inputs: torch.Tensor, target: torch.Tensor) -> tuple[torch.Ten
 class BatchAugmentation(RowMultiplier):
     """Training on M independently transformed copies of every input, on every step, with hard labels.
 
-    Implements `Hoffer et al., 2019 <https://arxiv.org/abs/1901.09335>`_: the loss is the plain mean over M N rows,
+    Implements `Hoffer et al., 2019 <https://arxiv.org/abs/1901.09335>`_: the loss is the unweighted mean over M N rows,
     batch statistics are those of all rows, and the learning rate is unchanged. The training transform makes the
     copies, in the workers of the DataLoader if it has any, so every copy has its own crop, flip and Cutout.
 

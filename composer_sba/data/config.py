@@ -149,7 +149,7 @@ def resolve(config: DatasetConfig) -> ResolvedConfig:
     if isinstance(config, ResolvedConfig):
         return config
     if config.name not in KNOWN_DATASETS:
-        raise DatasetError(f'name: {config.name} is no known dataset: choose one of {", ".join(KNOWN_DATASETS)}')
+        raise DatasetError(f'name: unknown dataset {config.name!r}: choose one of {", ".join(KNOWN_DATASETS)}')
     known = KNOWN_DATASETS[config.name]
     values = vars(config) | {'known': known}
     for key, unit, minimum in (

@@ -55,7 +55,7 @@ def convert(
     overwrite: bool = False,
     exist_ok: bool = False,
 ) -> dict[str, int]:
-    """Convert a data set into ``out/train`` and ``out/val``, and CIFAR-10-C into ``out/<corruption>/<severity>``.
+    """Convert a dataset into ``out/train`` and ``out/val``, and CIFAR-10-C into ``out/<corruption>/<severity>``.
 
     ``out`` appears when the conversion is complete. A killed conversion leaves a hidden folder next to ``out``, which
     the next conversion replaces. Processes that convert into the same folder wait for each other.
@@ -82,7 +82,7 @@ def convert(
 
     Raises:
         ValueError: If ``max_side`` or ``quality`` is not an integer in its range.
-        DatasetError: If ``name`` is unknown, ``max_side`` or ``quality`` is given for another data set than
+        DatasetError: If ``name`` is unknown, ``max_side`` or ``quality`` is given for another dataset than
             ``'imagefolder'``, ``quality`` is given without ``max_side``, the source is missing or not as described, a
             class has no images, images cannot be read, or ``out`` exists or cannot be written. The message is one line
             with the path.
@@ -95,7 +95,7 @@ def convert(
     """
     if name not in READERS:
         remedy = ": convert it as 'imagefolder'" if name == 'imagenet' else nearest(str(name), READERS)
-        raise DatasetError(f'unknown data set {name!r}{remedy}')
+        raise DatasetError(f'unknown dataset {name!r}{remedy}')
     if max_side is not None:
         max_side = check_number('max_side', max_side, 'an integer >= 1', lambda value: value >= 1, Integral)
         if name != 'imagefolder':

@@ -129,12 +129,12 @@ _SYSTEM_FOLDERS = ('__MACOSX', '@eaDir', '#recycle', '$RECYCLE.BIN', 'System Vol
 
 
 class _Folder:
-    """Folder of a data set: the source, what an archive unpacks to, or the only data set in one of these.
+    """Folder of a dataset: the source, what an archive unpacks to, or the only dataset in one of these.
 
     Args:
         source (Path, optional): Folder or archive that the user gave.
         scratch (Path): Folder to unpack an archive to.
-        marks (Mapping[str, str], optional): Entries that identify a data set, with their names in messages.
+        marks (Mapping[str, str], optional): Entries that identify a dataset, with their names in messages.
     """
 
     def __init__(self, source: Path | None, scratch: Path, marks: Mapping[str, str] = _MARKS) -> None:
@@ -155,7 +155,7 @@ class _Folder:
             self.left_out.clear()  # read_classes() will look at it
         elif len(roots) > 1:
             names = ', '.join(root.name for root in roots[:5])
-            raise DatasetError(f'{source} holds {len(roots)} data sets ({names}): give one of them as --source')
+            raise DatasetError(f'{source} holds {len(roots)} datasets ({names}): give one of them as --source')
         else:
             self.left_out[f'beside {self.root.name}'] = [entry for entry in entries if entry != self.root]
         refuse_links(self.folder)
@@ -243,7 +243,7 @@ def is_hidden(name: str) -> bool:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raise DatasetError if a link in ``folder`` leads out of it: its target is not part of the data set."""
+    """Raise DatasetError if a link in ``folder`` leads out of it: its target is not part of the dataset."""
     root = os.path.realpath(folder)
     for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):

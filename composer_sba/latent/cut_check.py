@@ -44,17 +44,17 @@ def check_cut(model: nn.Module, cut: CutLayer, forward: Forward, *, rows_may_mix
         rows_may_mix (bool, optional): Accept layers above the cut that mix rows. Default: ``False``.
 
     Raises:
-        CutLayerError: If the layer is no cut point; the message gives the reason and the nearest layers that are.
+        CutLayerError: If the layer cannot be cut; the message gives the reason and the nearest layers that can.
     """
     reason = why_no_cut(model, cut, forward, rows_may_mix=rows_may_mix)
     if reason is not None:
         nearest = ' or '.join(map(repr, _nearest_cuts(model, cut, forward, rows_may_mix)))
         remedy = f'Use {nearest}, the nearest that can be cut' if nearest else 'No layer near it can be cut'
-        raise CutLayerError(f'Layer {cut.name!r} is no cut point: {reason}. {remedy}.')
+        raise CutLayerError(f'Layer {cut.name!r} cannot be cut: {reason}. {remedy}.')
 
 
 def why_no_cut(model: nn.Module, cut: CutLayer, forward: Forward, *, rows_may_mix: bool = False) -> str | None:
-    """Return the reason why a layer is no cut point, or None if it is one; arguments as for :func:`check_cut`."""
+    """Return the reason why a layer cannot be cut, or None if it can; arguments as for :func:`check_cut`."""
     if cut.name == 'head' and not rows_may_mix:
         return why_no_head(model, cut, forward)
     with repeatable(model) as run, batch_layers_by_row(model):
@@ -115,7 +115,7 @@ def why_no_head(model: nn.Module, cut: CutLayer, forward: Callable[[], Any]) -> 
     for name, value in ('input', latent), ('output', logits):
         if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.ndim < 2:
             got = f'{value.dtype}, {tuple(value.shape)}' if isinstance(value, torch.Tensor) else type(value).__name__
-            return f"the last nn.Linear's {name} is no floating tensor of shape (N, ..., features), but {got}"
+            return f"the last nn.Linear's {name} must be a floating-point tensor of shape (N, ..., features), got {got}"
     if not logits.isfinite().all():
         raise CutLayerError("Layer 'head' cannot be checked: the logits for the first batch are not finite.")
     tensors = tensors_in(outputs)

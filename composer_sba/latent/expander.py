@@ -24,7 +24,7 @@ NormStats = Literal['raw', 'all']
 
 
 class LatentExpander:
-    r"""Expands the latent batch of a network by virtual samples while armed, and splits the predictions again.
+    r"""Hooks that add virtual samples to a network's latent batch while armed, and split the predictions again.
 
     At the cut layer k the latent batch :math:`X_k` of N rows becomes :math:`[X_k; V_g; V_d]` (Eq. 6 of `Li et al., 2020
     <https://arxiv.org/abs/2006.15284>`_): the N raw rows, then M copies of all N rows, drawn from the vicinity. The
@@ -35,8 +35,8 @@ class LatentExpander:
 
     Args:
         model (torch.nn.Module): The network. It gets hooks, which :meth:`remove` removes, and no parameters.
-        layers (str | Sequence[str], optional): The set S of eligible cut layers: ``'head'``: the input of the last
-            ``nn.Linear``; ``'input'``: the network's input; or module names, meaning those modules' outputs. Default:
+        layers (str | Sequence[str], optional): The set S of eligible cut layers. ``'head'`` is the input of the last
+            ``nn.Linear``, and ``'input'`` is the network's input. A module name is the output of that module. Default:
             ``'head'``.
         fold (int, optional): M >= 1, virtual samples per raw sample. Default: ``4``.
         vicinity (Vicinity | Mapping, optional): The distribution of the virtual samples, or a mapping of its arguments.
@@ -192,7 +192,7 @@ class LatentExpander:
         return self._split(outputs, self._split_rows)
 
     def check(self, forward: Forward) -> None:
-        """Refuse layers that are no cut points, by running the model on a real batch.
+        """Refuse layers that cannot be cut, by running the model on a real batch.
 
         The check runs in the model's current mode, training or evaluation, and leaves no trace
         (:func:`.check_cut`). Call it in the mode in which the hooks will be armed. Afterwards, hooks that

@@ -80,7 +80,7 @@ def loading_problem(path: str, error: BaseException) -> str:
     if isinstance(error, FileNotFoundError):
         return problem + one_line(error)
     if isinstance(error, pickle.UnpicklingError):  # whose text advises to load it as code
-        return f'{problem}it is no checkpoint of PyTorch, or it is corrupt'
+        return f'{problem}it is not a PyTorch checkpoint, or it is corrupt'
     # PyTorch names every key that differs, which may be hundreds
     reason = re.sub(
         r'("[^"]+")((?:, "[^"]+")+)', lambda found: f'{found[1]} and {found[2].count(", ")} more', one_line(error)

@@ -350,7 +350,7 @@ def _value_errors(values: Any, at: str = '') -> Iterator[tuple[str, str]]:
     elif isinstance(values, str) and HIDDEN in values:
         yield at, f'holds {HIDDEN} instead of the secret, which is never saved: give it as {at}=...'
     elif isinstance(values, str) and _HOME.match(values):
-        yield at, f'{values!r} is in no home folder: there is no such user'
+        yield at, f'{values!r} names the home folder of an unknown user'
     elif isinstance(values, int) and not -(2**63) <= values < 2**63:
         yield at, f'expected an integer of at most 64 bits, got {values}'
 

@@ -160,7 +160,9 @@ def _resume(path: Path) -> list[dict[str, Any]]:
         path.write_text(f'{header}\n')
         return []
     if lines[0] != header:
-        raise UserError(f'{path} is no file of certificates, whose first line is {header!r}: choose another')
+        raise UserError(
+            f'{path} is not a file of certificates: expected the first line {header!r}; choose another file'
+        )
     if complete != text:
         path.write_text(complete)
     rows = []

@@ -81,11 +81,12 @@ def evaluate(
     Returns:
         dict[str, Any]: Plain data. ``images``: their number; ``clean``; ``noise``: a list, each with ``sigma``;
         ``corruptions``: by name, a list, each with ``severity``. Each entry has ``error`` and ``calibration_error``
-        (expected, of 15 bins), fractions of 1, and ``nll``, in nats. ``mean_corruption_error``: the plain mean, as for
-        CIFAR-10-C; ``relative_corruption_error``: for images of ImageNet's size, relative to AlexNet's errors, as for
-        ImageNet-C, over those of its 15 corruptions that were evaluated; else ``None``. ``attacks``: a list, each with
-        ``attack``, ``epsilon``, ``steps``, ``images`` and ``error``, in which images that are misclassified without an
-        attack count. ``certificates``: that of :func:`~composer_sba.robustness.certificates.summarize`, or ``None``.
+        (expected, of 15 bins), fractions of 1, and ``nll``, in nats. ``mean_corruption_error``: the unweighted mean, as
+        for CIFAR-10-C; ``relative_corruption_error``: for images of ImageNet's size, relative to AlexNet's errors, as
+        for ImageNet-C, over those of its 15 corruptions that were evaluated; else ``None``. ``attacks``: a list, each
+        with ``attack``, ``epsilon``, ``steps``, ``images`` and ``error``, in which images that are misclassified
+        without an attack count. ``certificates``: that of :func:`~composer_sba.robustness.certificates.summarize`, or
+        ``None``.
 
     Raises:
         UserError: If images are not in [0, 1], the network does not return logits, a name is unknown, or a library is
@@ -149,7 +150,7 @@ def evaluate(
 
 
 def mean_corruption_error(errors: Mapping[str, Sequence[float]]) -> float | None:
-    """Return the plain mean of errors over severities and corruptions, as for CIFAR-10-C; None if there are none.
+    """Return the unweighted mean of errors over severities and corruptions, as for CIFAR-10-C; None if there are none.
 
     Args:
         errors (Mapping[str, Sequence[float]]): Errors for the severities of each corruption, fractions of 1.

@@ -95,7 +95,7 @@ def _train(arguments: argparse.Namespace) -> int:
 def _cost_table(
     runs: Sequence[Run], flops: Sequence[float], records: Sequence[Record], device: str, tflops: float | None, jobs: int
 ) -> Table:
-    """List the missing runs by network, data set and method, with their operations and their hours on one device."""
+    """List the missing runs by network, dataset and method, with their operations and their hours on one device."""
     table = Table('network', 'data', 'method', 'runs', 'TFLOP', 'hours', 'at TFLOP/s', title_justify='left')
     total = 0.0
     for key in dict.fromkeys((run.network, run.dataset, run.method) for run in runs):

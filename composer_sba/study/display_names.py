@@ -1,4 +1,4 @@
-"""Names of networks, data sets and methods, and durations, as tables and figures show them."""
+"""Names of networks, datasets and methods, and durations, as tables and figures show them."""
 
 import re
 from collections.abc import Mapping
@@ -47,7 +47,7 @@ _NAMES = {
 
 
 def display_name(name: str) -> str:
-    """Return the display name of a network, data set or method.
+    """Return the display name of a network, dataset or method.
 
     Example:
         >>> display_name('resnet44'), display_name('vgg16'), display_name('cifar100'), display_name('label_smoothing')

@@ -16,7 +16,7 @@ class Cell(NamedTuple):
 
 _NO_NORM = 'VGG16 with batch normalization reaches {}, so this one lacks it or its images lack augmentation'
 
-# (data set, network) -> method -> cell. The table's third column is Cutout + BA on CIFAR and BA alone on ImageNet; its
+# (dataset, network) -> method -> cell. The table's third column is Cutout + BA on CIFAR and BA alone on ImageNet; its
 # second column, Cutout, is empty on ImageNet. The doubts cite uoguelph-mlrg/Cutout (WRN, Shake-shake),
 # huyvnphan/PyTorch_CIFAR10 and weiaicunzai/pytorch-cifar100 (VGG16), edadaltocg (VGG16) and torchvision.
 TABLE_1: dict[tuple[str, str], dict[str, Cell]] = {

@@ -58,7 +58,7 @@ def plan(
             ``composer_sba.study.robustness.settings``.
         recipes (Path): The folder of the recipes.
         networks (Sequence[str], optional): The networks to keep, by the names of their recipes. Default: ``()``, all.
-        datasets (Sequence[str], optional): The data sets to keep. Default: ``()``, all.
+        datasets (Sequence[str], optional): The datasets to keep. Default: ``()``, all.
         methods (Sequence[str], optional): The methods to keep. Default: ``()``, all.
         seeds (int, optional): The number of seeds, counted upwards from the recipe's seed. Default: ``3``.
         trials (int, optional): The number of settings of ``'search'``. Default: ``20``.

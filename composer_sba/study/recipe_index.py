@@ -1,4 +1,4 @@
-"""The recipes of a folder, sorted by network, data set and method."""
+"""The recipes of a folder, sorted by network, dataset and method."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ _SUFFIX = f'_{BASELINE}.yaml'
 
 @dataclass(frozen=True)
 class RecipeFamily:
-    """The recipes of one network on one data set: files named ``<network>_<dataset>_<method>.yaml``.
+    """The recipes of one network on one dataset: files named ``<network>_<dataset>_<method>.yaml``.
 
     Args:
         folder (Path): The folder of the recipes.
-        stem (str): ``<network>_<dataset>``. The data set's name has no underscore.
+        stem (str): ``<network>_<dataset>``. The dataset's name has no underscore.
     """
 
     folder: Path
@@ -24,7 +24,7 @@ class RecipeFamily:
 
     @property
     def names(self) -> tuple[str, str]:
-        """Network and data set. The recipes of the digits name only the data set, which is also the network's name."""
+        """Network and dataset. The recipes of the digits name only the dataset, which is also the network's name."""
         network, _, dataset = self.stem.rpartition('_')
         return network or dataset, dataset
 
@@ -53,12 +53,12 @@ class RecipeFamily:
 
 
 def families(recipes: Path, networks: Sequence[str] = (), datasets: Sequence[str] = ()) -> list[RecipeFamily]:
-    """Find the networks and data sets that have a baseline recipe.
+    """Find the networks and datasets that have a baseline recipe.
 
     Args:
         recipes (Path): The folder of the recipes.
         networks (Sequence[str], optional): The networks to keep. Default: ``()``, all.
-        datasets (Sequence[str], optional): The data sets to keep. Default: ``()``, all.
+        datasets (Sequence[str], optional): The datasets to keep. Default: ``()``, all.
 
     Returns:
         list[RecipeFamily]: Sorted by name.

@@ -58,7 +58,7 @@ def benchmark(recipes: Path, folder: Path, options: Options) -> Path:
         Path: The report.
 
     Raises:
-        UserError: If a network, data set or layer is unknown, if there is no such device, or if nothing could be timed.
+        UserError: If a network, dataset or layer is unknown, if there is no such device, or if nothing could be timed.
         OSError: If the folder cannot be created.
     """
     if options.device == 'gpu' and not torch.cuda.is_available():
