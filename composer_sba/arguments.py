@@ -287,11 +287,11 @@ def _parser(prog: str, description: str, *examples: tuple[str, str]) -> argparse
 
 
 def _list_of(kind: Callable[[str], Any], known: Sequence[Any] = ()) -> Callable[[str], list[Any]]:
-    """Return a parser of comma-separated values, which reads 'all' as all known values and 'none' as no value."""
+    """Return a parser of comma-separated values; 'all' are the known values, if any, and 'none' is no value."""
 
     def parse(text: str) -> list[Any]:
-        if text in ('all', 'none'):
-            return list(known) if text == 'all' else []
+        if text == 'none' or (text == 'all' and known):
+            return [] if text == 'none' else list(known)
         try:
             values = [kind(each) for each in text.split(',')]
         except ValueError:

@@ -5,6 +5,7 @@ The command's help needs them, so this module does not import PyTorch.
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from composer_sba.errors import check_number
 
@@ -55,7 +56,10 @@ class Smoothing:
     alpha: float = 0.001
 
     def __post_init__(self) -> None:
-        check_number('sigma', self.sigma, 'a finite number > 0', lambda value: 0 < value < math.inf)
-        check_number('n0', self.n0, 'an integer >= 1', lambda value: value >= 1, int)
-        check_number('n', self.n, 'an integer >= 1', lambda value: value >= 1, int)
-        check_number('alpha', self.alpha, 'a number in (0, 1)', lambda value: 0 < value < 1)
+        for name, kind, expected, holds in (
+            ('sigma', Real, 'a finite number > 0', lambda value: 0 < value < math.inf),
+            ('n0', Integral, 'an integer >= 1', lambda value: value >= 1),
+            ('n', Integral, 'an integer >= 1', lambda value: value >= 1),
+            ('alpha', Real, 'a number in (0, 1)', lambda value: 0 < value < 1),
+        ):
+            object.__setattr__(self, name, check_number(name, getattr(self, name), expected, holds, kind))

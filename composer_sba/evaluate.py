@@ -6,7 +6,6 @@ Exit codes: 0 evaluated, 2 a mistake in the arguments, the recipe or its data (d
 """
 
 import hashlib
-import json
 import os
 import sys
 import time
@@ -28,17 +27,18 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from composer_sba.conditions import Smoothing
-from composer_sba.data.config import DatasetConfig, resolve
+from composer_sba.data.config import DatasetConfig, ResolvedConfig, resolve
 from composer_sba.data.loader import build_dataloader, dataset_classes
 from composer_sba.data.mds_index import INDEX, RECORD
 from composer_sba.data.transforms import transform
 from composer_sba.errors import UserError, one_line
+from composer_sba.json_lines import append_line
 from composer_sba.provenance import commit, hardware, versions
 from composer_sba.recipe.build import load_network
 from composer_sba.recipe.recipe import Recipe
 from composer_sba.recipe.redact import redact
 from composer_sba.robustness import evaluate
-from composer_sba.trained import pixel_loader, read_recipe, require_images, require_one_process
+from composer_sba.trained import pixel_loader, read_recipe, require_images, require_one_process, sha256_of
 
 RESULTS_FILE, FIGURE_FILE = 'evaluation.jsonl', 'error_under_noise.png'
 
@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None, prog: str = 'python -m composer_sba.
             folder=out,
             seed=given.seed,
         )
-        written = [('results', _append(record, out / RESULTS_FILE))]
+        append_line(out / RESULTS_FILE, record)
+        written = [('results', str(out / RESULTS_FILE))]
         if len(record['noise']) > 1:
             written.append(('figure', draw(record, out / FIGURE_FILE)))
         if smoothing is not None:
@@ -128,7 +129,7 @@ def evaluate_checkpoint(
         corrupted = None if published is None else _published(published, pixels, rows, device)
     except (UserError, OSError) as error:
         raise recipe.sources.error('eval_dataset', one_line(error)) from error
-    digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    digest = sha256_of(checkpoint)
     settings = (
         digest,
         recipe.eval_dataset,
@@ -248,36 +249,34 @@ def _writable(folder: Path, make: bool) -> Path:
     return folder
 
 
-def _append(record: Mapping[str, Any], path: Path) -> str:
-    with path.open('a') as file:
-        file.write(json.dumps(record) + '\n')
-    return str(path)
-
-
 def _published(
     folder: Path, config: DatasetConfig, rows: int, device: torch.device
 ) -> Iterator[tuple[str, int, DataLoader]]:
-    """Yield corruption, severity and batches of each ``<corruption>/<severity>/``, shards or class folders."""
+    """Return corruption, severity and batches of each ``<corruption>/<severity>/``, shards or class folders."""
     config = resolve(config)
     paths = sorted(folder.glob('*/[1-5]'))
     if not paths:
         problem = f'--published {folder} has no <corruption>/<severity>/ folders'
         raise UserError(f'{problem}: unpack ImageNet-C there, or convert CIFAR-10-C')
-    for path in paths:
-        corruption, severity = path.parts[-2:]
-        if (path / INDEX).is_file():
-            split = DatasetConfig('cifar10c', str(folder), split=f'{corruption}/{severity}', in_memory=True)
-            loader = build_dataloader(replace(split, mean=config.mean, std=config.std), rows, device=device)
-        else:
-            unscaled = replace(config, resize_size=config.crop_size)  # the images have been cropped
-            images = ImageFolder(str(path), transform(unscaled))
-            classes = config.read_index().get(RECORD, {}).get('classes', images.classes)
-            if images.classes != classes or len(classes) != dataset_classes(config):
-                problem = f'has {len(images.classes)} classes, {images.classes[:3]} and others'
-                raise UserError(f'{path} {problem}: expected those of {config.folder}')
-            cores = min(len(os.sched_getaffinity(0)), 8)
-            loader = DataLoader(images, rows, num_workers=cores if config.num_workers is None else config.num_workers)
-        yield corruption, int(severity), loader
+    return ((path.parent.name, int(path.name), _published_images(path, config, rows, device)) for path in paths)
+
+
+def _published_images(path: Path, config: ResolvedConfig, rows: int, device: torch.device) -> DataLoader:
+    if (path / INDEX).is_file():
+        corruptions, corruption, severity = path.parents[1], path.parent.name, path.name
+        split = DatasetConfig('cifar10c', str(corruptions), split=f'{corruption}/{severity}', in_memory=True)
+        return build_dataloader(replace(split, mean=config.mean, std=config.std), rows, device=device)
+    unscaled = replace(config, resize_size=config.crop_size)  # the images have been cropped
+    try:
+        images = ImageFolder(str(path), transform(unscaled))
+    except OSError as error:  # such as a class without images
+        raise UserError(f'{path} cannot be read: {one_line(error)}') from error
+    classes = config.read_index().get(RECORD, {}).get('classes', images.classes)
+    if images.classes != classes or len(classes) != dataset_classes(config):
+        problem = f'has {len(images.classes)} classes, {images.classes[:3]} and others'
+        raise UserError(f'{path} {problem}: expected those of {config.folder}')
+    cores = min(len(os.sched_getaffinity(0)), 8)
+    return DataLoader(images, rows, num_workers=cores if config.num_workers is None else config.num_workers)
 
 
 if __name__ == '__main__':

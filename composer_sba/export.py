@@ -8,7 +8,6 @@ Exit codes: 0 exported, 2 a mistake in the arguments or the recipe, or a network
 one line on stderr).
 """
 
-import hashlib
 import importlib
 import io
 import json
@@ -40,6 +39,7 @@ from composer_sba.trained import (
     new_file,
     read_recipe,
     require_one_process,
+    sha256_of,
 )
 
 TOLERANCE = 1e-4  # of a logit's difference, as a fraction of the largest absolute logit
@@ -108,7 +108,7 @@ def export(recipe: Recipe, checkpoint: Path, out: Path, kind: str = 'onnx') -> f
         'classes': expected.classes,
         'resize_size': config.resize_size,
         'crop_size': size,
-        'checkpoint_sha256': hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        'checkpoint_sha256': sha256_of(checkpoint),
         'versions': versions(),
     }
     generator = torch.Generator().manual_seed(0)

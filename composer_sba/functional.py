@@ -145,8 +145,10 @@ class _SoftLabelKL(torch.autograd.Function):
         return kl
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor | None]:
         logits, virtual_logits, unscaled = ctx.saved_tensors
+        if not ctx.needs_input_grad[1]:
+            return None, None
         if not torch.is_grad_enabled():
             return None, unscaled * gradient
         with torch.enable_grad():  # the same, of which there is a second derivative

@@ -19,9 +19,10 @@ MAX_CLASSES = 2**15  # a program holds the logits of one row
 
 
 def are_usable_on(tensor: torch.Tensor) -> bool:
-    """Return whether kernels can run on a tensor: on a GPU, in at most 32 bits, outside transforms of torch.func."""
+    """Return whether kernels can run on a tensor: on a GPU, not empty, in at most 32 bits, outside torch.func."""
     return (
         tensor.is_cuda
+        and tensor.numel() > 0
         and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
@@ -31,10 +32,15 @@ def are_usable_on(tensor: torch.Tensor) -> bool:
 
 @functools.cache
 def _can_compile(device: torch.device) -> bool:
-    """Return whether Triton, which needs a C compiler, can run a kernel; warn if it cannot."""
+    """Return whether Triton, which needs a C compiler, can run the kernels; warn if it cannot."""
+    law = {'sigma': 0.0, 'bound': 0.0, 'rms': True, 'dropout': 0.0, 'dropout_scale': 1.0}
     try:
-        logits = torch.zeros(1, 2, device=device)
-        return soft_label_kl(logits, logits[None])[0].item() == 0
+        with torch.inference_mode(False), torch.enable_grad():
+            latent = torch.ones(1, 2, device=device, requires_grad=True)
+            rows = Expansion.apply(latent, 0, (1, 2), law)
+            kl, _ = soft_label_kl(rows[:1].detach(), rows[1:, None].detach())
+            (gradient,) = torch.autograd.grad(rows.sum(), latent)
+        return (gradient.sum() - 6 + kl).item() == 0
     except Exception as error:  # whatever Triton lacks on this machine
         warnings.warn(
             f'Triton cannot run kernels on {device}: {one_line(error)} SBA uses operators of PyTorch instead, which '
@@ -81,7 +87,9 @@ class Expansion(torch.autograd.Function):
         size = latent.numel()
         shape = ((1 + fold) * len(latent), *latent.shape[1:])
         rows = torch.empty(shape, dtype=latent.dtype, device=latent.device, memory_format=ctx.layout)
-        triton_kernels.expand[(-(-size // _BLOCK),)](
+        _launch(
+            triton_kernels.expand,
+            -(-size // _BLOCK),
             latent,
             rows,
             torch.linalg.vector_norm(latent, dtype=torch.float32) if rms else latent,
@@ -110,7 +118,9 @@ class Expansion(torch.autograd.Function):
             masks = Expansion.apply(torch.ones_like(raw), ctx.seed, ctx.copies, {**ctx.law, 'sigma': 0.0})
             return (masks * gradient).unflatten(0, (1 + fold, -1)).sum(0), None, None, None
         total = torch.empty_like(raw)
-        triton_kernels.sum_copies[(-(-total.numel() // _BLOCK),)](
+        _launch(
+            triton_kernels.sum_copies,
+            -(-total.numel() // _BLOCK),
             gradient,
             total,
             ctx.seed,
@@ -142,7 +152,9 @@ def soft_label_kl(logits: torch.Tensor, virtual_logits: torch.Tensor) -> tuple[t
     virtual_logits = virtual_logits if virtual_logits.stride(-1) == 1 else virtual_logits.contiguous()
     divergences = torch.empty(rows, device=logits.device)
     gradient = torch.empty(fold, rows, classes, device=logits.device)
-    triton_kernels.soft_label_kl[(rows,)](
+    _launch(
+        triton_kernels.soft_label_kl,
+        rows,
         logits,
         virtual_logits,
         divergences,
@@ -156,3 +168,8 @@ def soft_label_kl(logits: torch.Tensor, virtual_logits: torch.Tensor) -> tuple[t
         BLOCK=1 << (classes - 1).bit_length(),
     )
     return divergences.sum(), gradient
+
+
+def _launch(kernel: Any, programs: int, tensor: torch.Tensor, *args: Any, **constants: Any) -> None:
+    with torch.cuda.device_of(tensor):  # Triton launches on the current device
+        kernel[(programs,)](tensor, *args, **constants)

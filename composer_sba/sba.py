@@ -357,7 +357,7 @@ class SBA(HookedAlgorithm):
                     f"{type(state.outputs).__name__}: use target='soft'.",
                     'target',
                 )
-            loss = task_loss_of_copies(state, virtual)
+            loss = task_loss_of_copies(state, self._logits[1])
         else:
             loss = sbaf.soft_label_kl(raw, virtual, stop_gradient=self.stop_gradient)
             if raw.shape[1] == 1:

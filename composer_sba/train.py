@@ -29,6 +29,7 @@ from rich.console import Console
 
 from composer_sba.algorithms._composer import network_of
 from composer_sba.data.loader import DatasetConfig, image_size
+from composer_sba.data.shared_memory import fail_together
 from composer_sba.errors import AlreadyTrainedError, UserError, one_line
 from composer_sba.model_card import model_card
 from composer_sba.progress import SMALL_STEP, WIDTH, EpochLines, device, facts, operations_of_step
@@ -248,9 +249,10 @@ def _fit(trainer: Trainer, recipe: Recipe, folder: str | None) -> None:
     if state.max_duration is not None and state.timestamp >= state.max_duration:
         problem = f'the run in {folder} has reached {state.max_duration}: raise max_duration, or change run_name'
         raise AlreadyTrainedError(*recipe.sources.error('max_duration', problem).args)
-    if folder is not None and dist.get_global_rank() == 0:
-        _save_file(recipe, folder, RECIPE_FILE, lambda path: save(recipe, path))
-        _save_file(recipe, folder, DATASET_FILE, lambda path: path.write_text(json.dumps(dataset_record(recipe))))
+    with fail_together():
+        if folder is not None and dist.get_global_rank() == 0:
+            _save_file(recipe, folder, RECIPE_FILE, lambda path: save(recipe, path))
+            _save_file(recipe, folder, DATASET_FILE, lambda path: path.write_text(json.dumps(dataset_record(recipe))))
     for logger in trainer.logger.destinations:
         if isinstance(logger, ConsoleLogger):
             # Otherwise it prints every hyperparameter before its first line

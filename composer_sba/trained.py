@@ -1,6 +1,7 @@
 """Code shared by the commands that use a checkpoint: its recipe, its network's images and classes, the output file."""
 
 import argparse
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -32,6 +33,15 @@ def read_recipe(given: argparse.Namespace) -> Recipe:
             raise UserError(f'cannot load the checkpoint {given.checkpoint}: no such file')
         raise UserError(f'{beside} does not exist: name the recipe that was trained, -f FILE')
     return load(given.file or [beside], given.overrides)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, which may be larger than the memory."""
+    digest = hashlib.sha256()
+    with path.open('rb') as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def require_one_process(command: str) -> None:

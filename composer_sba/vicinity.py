@@ -182,7 +182,7 @@ class Vicinity:
             noise = noise[:, :features].view(points.shape)
         if self.noise_scale == 'rms':
             norm = torch.linalg.vector_norm(latent, dtype=at_least_float32(latent.dtype))
-            torch.addcmul(latent, noise, norm, value=1 / math.sqrt(latent.numel()), out=points)
+            torch.addcmul(latent, noise, norm, value=1 / math.sqrt(max(latent.numel(), 1)), out=points)
         else:
             torch.add(latent, noise, out=points)
 

@@ -17,7 +17,9 @@ from streaming.base.shared import prefix
 from streaming.base.stream import Stream
 
 from composer_sba.data.loader import DatasetConfig, build_dataloader
-from composer_sba.errors import DatasetError
+from composer_sba.errors import DatasetError, UserError
+from composer_sba.recipe.build import build_trainer
+from composer_sba.recipe.recipe import load
 
 KEYS = {'name': 'imagefolder', 'num_classes': 16, 'crop_size': 8, 'resize_size': 8, 'num_workers': 0}
 LOOKS = 9  # blocks that Streaming looks for, each in turn
@@ -61,6 +63,14 @@ def outcome(local: Path, **keys: Any) -> str | int:
         return str(error)
 
 
+def refusal(overrides: list[str]) -> str:
+    try:
+        build_trainer(load('digits_baseline.yaml', ['eval_dataset=null', *overrides]))
+    except UserError as error:
+        return str(error)
+    return 'accepted'
+
+
 def main(folder: Path, number: int) -> None:
     dist.initialize_dist('cpu')
     good, result = folder / 'good', {}
@@ -72,6 +82,11 @@ def main(folder: Path, number: int) -> None:
     for owner, name, rank in steps:
         with failing(owner, name, rank):
             result[f'{name} failed on rank {rank}'] = outcome(good)
+    missing = folder / ('good' if dist.get_local_rank() == 0 else 'missing')
+    result['missing on rank 1'] = outcome(missing)
+    dataset_of = [f'train_dataset.{key}={value}' for key, value in (KEYS | {'local': missing}).items()]
+    result['missing in a recipe'] = refusal([*dataset_of, 'model.num_classes=16'])
+    result['a file in place of a folder on rank 0'] = refusal([f'save_folder={good}/train/index.json/run'])
     result['afterwards'] = outcome(good)
     print(json.dumps(result))
 

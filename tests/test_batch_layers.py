@@ -107,6 +107,22 @@ def test_normalization_whose_raw_rows_cannot_be_kept_is_refused_before_training(
     LatentExpander(model, 'head', M).check(lambda: model(x))
 
 
+@pytest.mark.parametrize(
+    'norm', [Activated(4), Ghost(), doubled(nn.BatchNorm2d(4))], ids=lambda norm: type(norm).__name__
+)
+@pytest.mark.parametrize('whole', [True, False], ids=['evaluation', 'frozen'])
+def test_normalization_with_running_statistics_is_left_alone(norm, whole):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Flatten(), nn.Linear(4 * 36, 3))
+    (model if whole else norm).eval()
+    x = torch.randn(N, 3, 8, 8)
+    expander = LatentExpander(model, '0', M, Vicinity(1.0, sigma=0.0))
+    expander.check(lambda: model(x))
+    with expander.armed(0):
+        raw, virtual = expander.split(model(x))
+    expander.remove()
+    assert torch.allclose(raw, model(x), atol=1e-6) and torch.allclose(virtual, raw.expand(M, N, 3), atol=1e-6)
+
+
 def test_a_dropout_module_that_runs_twice_draws_twice():
     drop = nn.Dropout(0.5)
 

@@ -91,6 +91,11 @@ def test_a_last_linear_that_is_not_the_head_is_refused():
     )
 
 
+def test_a_last_linear_with_one_output_that_is_not_the_head_is_refused():
+    model = Net(lambda net, x: (net.fc(x), net.aux(x))[0], fc=nn.Linear(4, 1), aux=nn.Linear(4, 1))
+    assert 'which is not among the model' in refuse(model, 'head', torch.randn(3, 4))
+
+
 def test_a_layer_that_does_not_run_is_refused():
     model = Net(lambda net, x: net.fc(x), fc=nn.Linear(4, 3), unused=nn.Linear(4, 4))
     assert 'it runs 0 times in one forward pass' in refuse(model, 'unused', torch.randn(3, 4))

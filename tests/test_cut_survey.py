@@ -214,6 +214,13 @@ def test_shares_and_memory_of_a_chain_by_hand():
     assert memory == {('input',): 70, ('0',): 70, ('1',): 80, ('2',): 60, ('3',): 40, ('4', 'head'): 40}
 
 
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_a_network_has_its_cuts_in_every_dtype(dtype):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 30), nn.ReLU(), nn.Linear(30, 2))
+    expected = [cut.names for cut in survey(network, (3, 2, 2))]
+    assert [cut.names for cut in survey(network.to(dtype), (3, 2, 2))] == expected
+
+
 def test_the_network_is_left_as_it_was():
     network = digits_net()
     network.conv2.eval()

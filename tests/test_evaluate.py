@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from composer import Trainer
 from composer.models import ComposerClassifier
 from PIL import Image
@@ -17,6 +18,7 @@ from scipy.stats import norm
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from composer_sba.conditions import Smoothing
 from composer_sba.convert import main as convert_main
 from composer_sba.data import DatasetConfig, build_dataloader, convert, transform
 from composer_sba.errors import UserError
@@ -142,6 +144,32 @@ def test_modes_of_the_network_are_restored():
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
 
 
+class Merging(nn.Linear):
+    """Adds a second weight to the first in ``eval()`` and subtracts it in ``train()``, as LoRA does."""
+
+    def __init__(self, features, classes):
+        super().__init__(features, classes)
+        self.second, self.merged = nn.Parameter(torch.randn(classes, features)), False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data += -self.second if mode else self.second
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        return F.linear(x, self.weight if self.merged else self.weight + self.second, self.bias)
+
+
+def test_a_network_whose_modes_do_more_than_set_a_flag_is_restored():
+    network = nn.Sequential(nn.Flatten(), Merging(192, 3)).train()
+    weight = network[1].weight.clone()
+    evaluate(network, DataLoader(random_data(), 10), mean=MEAN, std=STD, corruptions=[])
+    assert network[1].training and not network[1].merged
+    assert torch.equal(network[1].weight, weight)
+
+
 def test_both_mean_corruption_errors_are_those_of_their_definitions():
     errors = {'fog': [0.2, 0.4], 'gaussian_blur': [0.6, 0.8], 'snow': [0.5]}
     assert mean_corruption_error(errors) == pytest.approx((0.3 + 0.7 + 0.5) / 3)
@@ -166,12 +194,25 @@ def test_both_mean_corruption_errors_are_those_of_their_definitions():
         (random_network(), torch.rand(4, 3, 8, 8), {'corruptions': ['frog']}, "corruption 'frog'; did you mean 'fog'"),
         (random_network(), torch.rand(4, 3, 8, 8), {'severities': [9]}, 'an integer from 1 to 5, got 9'),
         (random_network(), torch.rand(0, 3, 8, 8), {}, 'the loader has no images'),
+        (random_network(), torch.rand(4, 3, 8, 8), {'attack_images': 0}, 'attack_images to be an integer >= 1, got 0'),
+        (random_network(), torch.rand(4, 3, 8, 8), {'attack_steps': 0}, 'attack_steps to be an integer >= 1, got 0'),
+        (random_network(), torch.rand(4, 3, 8, 8), {'epsilons': {'l2': 0.0}}, 'epsilons to be finite numbers > 0'),
+        (
+            *(random_network(), torch.rand(4, 3, 8, 8), {'smoothing': Smoothing(), 'certified_images': -1}),
+            'certified_images to be an integer >= 1, got -1',
+        ),
     ],
 )
 def test_mistakes_are_one_line(network, images, options, line):
     data = TensorDataset(images, torch.zeros(len(images), dtype=torch.long))
     with pytest.raises(UserError, match=line):
         evaluate(network, DataLoader(data, 4), mean=MEAN, std=STD, **options)
+
+
+def test_severities_and_counts_may_be_numbers_of_numpy():
+    images = torch.rand(2, 3, 8, 8)
+    assert torch.equal(corrupt(images, 'contrast', np.int64(3)), corrupt(images, 'contrast', 3))
+    assert json.dumps(vars(Smoothing(n=np.int64(5), sigma=np.float32(0.5)))) == json.dumps(vars(Smoothing(0.5, n=5)))
 
 
 def test_a_network_trained_by_plain_composer(digits_folder):
@@ -274,7 +315,8 @@ def test_cifar10c_is_read_by_corruption_and_severity(tmp_path, capsys):
             assert (entry['severity'], entry['error']) == (severity, pytest.approx(errors[-1])), name
     assert len(errors) == 15 and line['mean_corruption_error'] == pytest.approx(np.mean(errors))
     assert main([*command[:2], '--published', 'run']) == 2
-    assert '--published run has no <corruption>/<severity>/ folders' in capsys.readouterr().err
+    refused = 'error: run/recipe.yaml: eval_dataset: --published run has no <corruption>/<severity>/ folders'
+    assert capsys.readouterr().err.startswith(refused)
 
 
 def test_imagenet_c_is_read_as_folders_of_images(tmp_path, capsys):
@@ -299,6 +341,10 @@ def test_imagenet_c_is_read_as_folders_of_images(tmp_path, capsys):
     capsys.readouterr()
     assert main(command) == 2
     assert "fog/5 has 3 classes, ['bee', 'cat', 'wasp'] and others: expected those of" in capsys.readouterr().err
+    for image in (tmp_path / 'published' / 'fog' / '5' / 'wasp').iterdir():
+        image.unlink()
+    assert main(command) == 2
+    assert 'error: published/fog/5 cannot be read: ' in capsys.readouterr().err
 
 
 def test_surgery_of_the_recipe_is_part_of_the_network(recipe_options, tmp_path):
@@ -343,6 +389,7 @@ def test_mistakes_of_the_command_are_one_line(recipe_options, tmp_path, capsys):
     for option, line in [
         (['--corruptions', 'frog'], "unknown 'frog'; did you mean 'fog'?"),
         (['--severities', '1,x'], "expected values separated by commas, got '1,x'"),
+        (['--sigmas', 'all'], "expected values separated by commas, got 'all'"),
     ]:
         with pytest.raises(SystemExit, match='2'):
             main(['--checkpoint', 'other.pt', *recipe, *option])

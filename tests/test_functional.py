@@ -56,6 +56,19 @@ def test_no_gradient_reaches_the_soft_label():
     assert gradients(sbaf.soft_label_kl(logits, virtual, stop_gradient=False), logits)[0].abs().max() > 0
 
 
+def test_a_term_without_gradient_leaves_the_others_alone():
+    logits = torch.randn(2, 3, requires_grad=True)
+    (logits.sum() + sbaf.soft_label_kl(logits, torch.randn(4, 2, 3))).backward()
+    assert torch.equal(logits.grad, torch.ones(2, 3))
+
+
+def test_no_rows_have_no_divergence():
+    virtual = torch.zeros(4, 0, 3, requires_grad=True)
+    kl = sbaf.soft_label_kl(torch.zeros(0, 3), virtual)
+    kl.backward()
+    assert kl == 0 and virtual.grad.shape == (4, 0, 3)
+
+
 def test_kl_is_zero_for_equal_predictions_and_positive_otherwise():
     logits, virtual = make_logits()
     assert sbaf.soft_label_kl(logits, logits.expand(M, N, K)).item() == pytest.approx(0, abs=1e-15)

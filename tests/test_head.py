@@ -295,6 +295,37 @@ def test_a_hard_loss_needs_one_tensor_of_logits():
         fit_structured('a dict', [SBA(augment_prob=1.0, target='hard')])
 
 
+class Tokens(ComposerModel):
+    """Returns the logits of each token, (N, T, K), and computes its loss from them."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.trunk, self.fc, self.scale = nn.Linear(6, 16), nn.Linear(16, 3), scale
+
+    def forward(self, batch):
+        return self.fc(self.trunk(batch[0]).relu())
+
+    def loss(self, outputs, batch):
+        return self.scale * F.cross_entropy(outputs.flatten(0, 1), batch[1].flatten())
+
+    def eval_forward(self, batch, outputs=None):
+        return self.forward(batch) if outputs is None else outputs
+
+
+def test_a_hard_loss_of_tokens_is_the_models_own():
+    def fit(eta, scale):
+        torch.manual_seed(0)
+        model = Tokens(scale).double()
+        data = TensorDataset(torch.randn(32, 5, 6, dtype=torch.float64), torch.randint(3, (32, 5)))
+        sba = SBA(augment_prob=1.0, eta=eta, target='hard', vicinity=Vicinity(1.0, sigma=0.0))
+        trainer, _ = trainer_of(model, data, 8, [sba], max_duration='3ep')
+        trainer.fit()
+        return weights(trainer)
+
+    without_noise, twice = fit(1.0, 1.0), fit(1e-30, 2.0)  # the loss of the copies is that of the raw rows
+    assert torch.allclose(without_noise, twice, atol=1e-12), f'{(without_noise - twice).abs().max()}'
+
+
 @pytest.mark.parametrize('fold', [1, 4, 32])
 def test_an_augmented_step_dispatches_few_operators_at_any_fold(fold):
     network = nn.Sequential(nn.Linear(32, 512), nn.ReLU(), nn.Linear(512, 10))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from streaming.base.storage import CloudDownloader
 
 from composer_sba.data.loader import DatasetConfig, build_dataloader, dataset_classes
 from composer_sba.errors import DatasetError
@@ -67,3 +68,16 @@ def test_a_remote_that_does_not_exist(tmp_path: Path) -> None:
     config = DatasetConfig('cifar10', local=str(tmp_path / 'cache'), remote=str(tmp_path / 'nowhere'))
     with pytest.raises(DatasetError, match=r'nowhere/train/index.json cannot be fetched \(.+\): check remote'):
         dataset_classes(config)
+    assert list((tmp_path / 'cache' / 'train').iterdir()) == []
+
+
+def test_a_download_that_breaks_off_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_off(remote: str, local: str, timeout: float) -> None:
+        Path(local).write_text('{"shar')
+        raise OSError('the connection was lost')
+
+    monkeypatch.setattr(CloudDownloader, 'direct_download', break_off)
+    config = DatasetConfig('cifar10', local=str(tmp_path / 'cache'), remote='s3://somewhere')
+    with pytest.raises(DatasetError, match='the connection was lost'):
+        dataset_classes(config)
+    assert list((tmp_path / 'cache' / 'train').iterdir()) == []

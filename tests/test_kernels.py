@@ -4,6 +4,9 @@ Run: pytest tests/test_kernels.py
 """
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -96,7 +99,7 @@ def test_half_precision_draws_the_noise_of_float32(dtype):
 
 
 @pytest.mark.parametrize(('fold', 'classes'), [(1, 2), (4, 10), (3, 1000)])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
 def test_the_soft_label_loss_and_its_gradient(fold, classes, dtype, monkeypatch):
     rows = torch.randn((1 + fold) * 5, classes).mul_(3).to(dtype)
     raw, virtual = rows[:5], rows[5:].view(fold, 5, classes).requires_grad_()
@@ -108,6 +111,66 @@ def test_the_soft_label_loss_and_its_gradient(fold, classes, dtype, monkeypatch)
     assert gradient.dtype == dtype and ours.dtype == torch.float32
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-4)
     assert torch.allclose(gradient, expected, rtol=1e-3, atol=1e-6), f'{(gradient - expected).abs().max()}'
+
+
+def test_offsets_beyond_32_bits():
+    """The copies of so large a batch lie 2^30 values apart. Few of the values are written, so few take memory."""
+    from composer_sba import triton_kernels
+
+    size, seed, block = 2**30, 5, 16
+    raw, rows = torch.full((block,), 7.0), torch.empty(4 * size, dtype=torch.int8)
+    triton_kernels.expand[(1,)](raw, rows, raw, seed, size, 0, 3, 0.0, 0.0, 0.0, 1.0, RMS=False, BLOCK=block)
+    total = torch.zeros(block)
+    triton_kernels.sum_copies[(1,)](rows, total, seed, size, 3, 3, 0.0, 1.0, BLOCK=block)
+    assert total.tolist() == [4 * 7] * block
+    logits = rows.as_strided((3, 1, 4), (size, 4, 1), size)
+    divergence, gradient = torch.empty(1), torch.empty(3, 1, 4)
+    arguments = (raw, logits, divergence, gradient, 4, 3, 4, 4, size, 1 / 3)
+    triton_kernels.soft_label_kl[(1,)](*arguments, BLOCK=4)
+    assert divergence.item() == pytest.approx(0, abs=1e-6)
+
+
+COMPILE = """
+import itertools
+import triton
+from triton.backends.compiler import GPUTarget
+from composer_sba import triton_kernels
+
+DRAWN = dict(gaussian='i32', fold='i32', sigma='fp32', bound='fp32', dropout='fp32', dropout_scale='fp32')
+for dtype in ('fp32', 'fp16', 'bf16'):
+    for kernel, pointers, whole, other, constants in (
+        (triton_kernels.expand, ('latent', 'rows'), ('seed', 'size'), DRAWN | {'norm': '*fp32'}, {'RMS': True}),
+        (triton_kernels.expand, ('latent', 'rows'), ('seed', 'size'), DRAWN | {'norm': '*fp32'}, {'RMS': False}),
+        (triton_kernels.sum_copies, ('gradient', 'total'), ('seed', 'size'), DRAWN, {}),
+        (
+            triton_kernels.soft_label_kl,
+            ('logits', 'virtual'),
+            ('logits_stride', 'row_stride', 'copy_stride'),
+            dict(divergences='*fp32', gradient='*fp32', classes='i32', fold='i32', weight='fp32'),
+            {},
+        ),
+    ):
+        types = dict.fromkeys(pointers, f'*{dtype}') | dict.fromkeys(whole, 'i64') | other
+        for ones in [(), ('fold',)][: 1 + (dtype == 'fp32')]:  # Triton compiles an argument of 1 as a constant
+            values = constants | {'BLOCK': 16} | dict.fromkeys(ones, 1)
+            signature = {name: 'constexpr' if name in values else types[name] for name in kernel.arg_names}
+            places = {(kernel.arg_names.index(name),): value for name, value in values.items()}
+            source = triton.compiler.ASTSource(kernel, signature, places)
+            print(kernel.__name__, len(triton.compile(source, target=GPUTarget('cuda', 80, 32)).asm['cubin']))
+"""
+
+
+def test_a_gpu_can_run_the_kernels(tmp_path):
+    """Compile them to machine code, which needs no GPU. The interpreter accepts more than the compiler."""
+    variables = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
+    compiled = subprocess.run(
+        [sys.executable, '-c', COMPILE],
+        env=variables | {'TRITON_CACHE_DIR': str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert compiled.returncode == 0, compiled.stderr[-3000:]
+    assert len(compiled.stdout.splitlines()) == 16, compiled.stdout
 
 
 @pytest.mark.parametrize('fold', [1, 4, 32])

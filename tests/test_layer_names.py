@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.parallel import DataParallel
 
+from composer_sba import LatentExpander
 from composer_sba.errors import CutLayerError
 from composer_sba.latent.cut_survey import survey
 from composer_sba.latent.layers import find_layers, named_layers
@@ -84,6 +85,13 @@ def checkpointed_head():
 
 def data_parallel():
     return DataParallel(own_module_with_the_same_names())
+
+
+def test_copies_of_a_network_on_several_devices_are_refused():
+    model = data_parallel()
+    model.device_ids = [0, 1]
+    with pytest.raises(CutLayerError, match='use DistributedDataParallel'):
+        LatentExpander(model, '0')
 
 
 # A network, a name, and the module that it means: an attribute path, or '' for the network itself

@@ -107,6 +107,9 @@ def test_ranks_agree_though_a_run_ends_or_one_of_them_fails(
     for outcome in ranks:
         assert outcome.pop('a run ends') == outcome.pop('afterwards') == 8, ranks
         assert 'has changed since it was written' in outcome.pop('hash')
+        for kind in ('missing on rank 1', 'missing in a recipe'):
+            assert 'missing does not exist: make it with' in outcome.pop(kind), ranks
+        assert 'cannot be written' in outcome.pop('a file in place of a folder on rank 0'), ranks
         assert len(outcome) == 4
         for failure, message in outcome.items():
             assert message.endswith(f'good/train: {failure}'), ranks

@@ -54,6 +54,10 @@ def test_gaussian_points_come_first_and_have_the_given_share(fraction, fold, gau
     assert is_dropout == [False] * gaussian + [True] * (fold - gaussian)
 
 
+def test_no_rows_have_no_virtual_samples():
+    assert Vicinity().sample(torch.zeros(0, 16), 4).shape == (4, 0, 16)
+
+
 def test_noise_is_clipped_at_two_sigma_by_default_and_in_units_of_rms():
     latent = 3 * torch.randn(64, 256)
     rms = reference.root_mean_square(latent)

@@ -127,7 +127,8 @@ def task_loss_of_copies(state: State, virtual_logits: torch.Tensor) -> torch.Ten
 
     Args:
         state (State): The Trainer's state, whose batch holds the labels.
-        virtual_logits (torch.Tensor): Predictions for the virtual samples. Shape ``(M, N, K)``.
+        virtual_logits (torch.Tensor): Predictions for the virtual samples. Shape ``(M, *)``, where ``*``
+            is the shape of the model's output.
 
     Returns:
         torch.Tensor: The mean loss. Shape ``()``, float32 or wider.

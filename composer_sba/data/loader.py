@@ -119,7 +119,7 @@ def build_dataloader(
         >>> images.shape, labels.shape
         (torch.Size([32, 3, 8, 8]), torch.Size([32]))
     """
-    return _dataloader(config, transform(config), batch_size, seed, drop_last, device)
+    return _dataloader(config, _pipeline(config), batch_size, seed, drop_last, device)
 
 
 def build_dataspec(
@@ -153,7 +153,7 @@ def build_dataspec(
         >>> batch[0].dtype, spec.batch_transforms(batch)[0].dtype
         (torch.uint8, torch.float32)
     """
-    pipeline = transform(config)
+    pipeline = _pipeline(config)
     *before, last = pipeline.transforms
     adds_noise = any(isinstance(step, v2.RandomApply) for step in before)
     if config.in_memory or adds_noise or not isinstance(last, transforms.Normalize):
@@ -164,6 +164,13 @@ def build_dataspec(
         _dataloader(config, images, batch_size, seed, drop_last, device),
         batch_transforms=lambda batch: (normalize(batch[0]), batch[1]),
     )
+
+
+def _pipeline(config: DatasetConfig) -> transforms.Compose:
+    if dist.get_world_size() > 1 and not torch.distributed.is_initialized():
+        dist.initialize_dist()
+    with fail_together():
+        return transform(config)  # it may read the dataset's index
 
 
 def _dataloader(
@@ -179,8 +186,6 @@ def _dataloader(
     seed = seed if config.shuffle_seed is None else config.shuffle_seed
     training = config.shuffle or config.augment
     ranks = dist.get_world_size()
-    if ranks > 1 and not torch.distributed.is_initialized():
-        dist.initialize_dist()
     with fail_together():
         num_classes, shards = dataset_classes(config), _read_index(config)['shards']
         folder, remedy = config.folder, rebuild_remedy(config.folder, config.remote, config.conversion_command)

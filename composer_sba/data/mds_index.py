@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -113,11 +114,12 @@ def check_decompression(folder: Path, shards: list[dict[str, Any]]) -> None:
 
 
 def _download(remote: str, path: Path, timeout: float) -> None:
-    partial = path.with_name(f'{INDEX}.{os.getpid()}')  # ranks may download at the same time
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        CloudDownloader.direct_download(remote, str(partial), timeout)
-        partial.replace(path)
+        with tempfile.TemporaryDirectory(prefix=f'.{INDEX}.', dir=path.parent) as folder:  # ranks may download at once
+            partial = Path(folder) / INDEX
+            CloudDownloader.direct_download(remote, str(partial), timeout)
+            partial.replace(path)
     except Exception as error:  # each cloud has its own exceptions
         problem = f'{remote} cannot be fetched ({one_line(error)}): check remote and your access to it'
         raise DatasetError(problem) from error

@@ -103,9 +103,11 @@ class BatchLayer:
         below_the_cut = count == raw_rows and in_backward()
         if below_the_cut or (count != expected and isinstance(self.module, _RANDOM)):
             return False
+        if not _depends_on_batch(self.module):
+            return False
         if isinstance(self.module, _NORM):
             self._refuse(self.module, count, expected)
-        return _depends_on_batch(self.module)
+        return True
 
     def _refuse(self, module: nn.Module, rows: int, expected: int) -> None:
         problem = None

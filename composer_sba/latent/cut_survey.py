@@ -81,7 +81,7 @@ def survey(network: nn.Module, shape: Sequence[int]) -> list[Cut]:
     layers = {name: CutLayer(name, module) for name, module in named_layers(network).items()}
     special = ['input', 'head'] if any(isinstance(module, nn.Linear) for module in network.modules()) else ['input']
     layers |= {cut.name: cut for cut in find_layers(network, special)}
-    with _training(network), repeatable(network) as run:
+    with in_mode(network, training=True), repeatable(network) as run:
         try:
             _, passages = run(partial(_count, network, layers, shape))
         except CutLayerError:
@@ -122,7 +122,7 @@ def measure(
     if any(isinstance(module, FullyShardedDataParallel | FSDPModule) for module in network.modules()):
         return None, {}  # which would keep shapes without values for the training
     watched = {cut.name: cut for cut in find_layers(network, layers)} if layers else {}
-    with _training(network), repeatable(network) as run:
+    with in_mode(network, training=True), repeatable(network) as run:
         try:
             operations, passages = run(partial(_count, network, watched, shape))
         except Exception:  # as in survey: whatever cannot be done without values, on this device or in parts
@@ -176,8 +176,8 @@ def _count(
         name: mode.from_tensor(tensor, static_shapes=True) for name, tensor in state.items()
     }
     with torch.enable_grad(), mode, FlopCounterMode(display=False) as counter:
-        device = next((tensor.device for tensor in fakes.values()), None)
-        images = torch.empty(_ROWS, *shape, device=device)
+        like = _like(network)
+        images = torch.empty(_ROWS, *shape, device=like.device, dtype=like.dtype)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             outputs, passed = _watch(layers, partial(torch.func.functional_call, network, fakes, images), measure)
         torch.stack([tensor.sum() for tensor in tensors_in(outputs) if tensor.requires_grad]).sum().backward()
@@ -202,7 +202,7 @@ def _pass(
     network: nn.Module, layers: Mapping[str, CutLayer], shape: Sequence[int], why_unknown: str
 ) -> dict[str, tuple[_Tensor, Cut]]:
     """Run the network on images and count nothing."""
-    images = torch.randn(_ROWS, *shape)
+    images = torch.randn(_ROWS, *shape).to(_like(network))
     try:
         _, passed = _watch(layers, partial(network, images))
     except CutLayerError:
@@ -255,27 +255,33 @@ def _storage(tensor: torch.Tensor) -> int:
 
 def _small_images(network: nn.Module, shape: Sequence[int], run: Callable[..., Any]) -> torch.Tensor:
     """Return random images, small if the network takes them: only its layers decide what can be cut."""
-    stream = torch.Generator().manual_seed(0)
+    stream, like = torch.Generator().manual_seed(0), _like(network)
     for side in _SIDES:
-        images = torch.randn(_ROWS, shape[0], side, side, generator=stream)
+        images = torch.randn(_ROWS, shape[0], side, side, generator=stream).to(like)
         with suppress(Exception):
             if side < min(shape[1:]) and run(partial(network, images)).isfinite().all():
                 return images
-    return torch.randn(_ROWS, *shape, generator=stream)
+    return torch.randn(_ROWS, *shape, generator=stream).to(like)
+
+
+def _like(network: nn.Module) -> torch.Tensor:
+    """Return a tensor of the device and the dtype of a network's images: those of its parameters."""
+    return next((each for each in network.parameters() if each.is_floating_point()), torch.empty(0))
 
 
 @contextmanager
-def _training(network: nn.Module) -> Iterator[None]:
-    """Put a network that is in evaluation mode into training mode, and put modes and parameters back afterwards.
+def in_mode(network: nn.Module, training: bool) -> Iterator[None]:
+    """Put a network into training or evaluation mode, and put modes and parameters back afterwards.
 
-    A module may do more than change its mode: LoRA's merges its weights in ``eval()``.
+    A module may do more than change its mode: LoRA's merges its weights in ``eval()``. A network that is in training
+    mode keeps the modes of its modules, such as frozen ones, in training mode.
     """
-    if network.training:
+    modes = {module: module.training for module in network.modules()}
+    if network.training == training and (training or not any(modes.values())):
         yield
         return
-    modes = {module: module.training for module in network.modules()}
     values = {parameter: parameter.detach().clone() for parameter in network.parameters()}
-    network.train()
+    network.train(training)
     try:
         yield
     finally:

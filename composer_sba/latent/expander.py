@@ -47,7 +47,7 @@ class LatentExpander:
         seed (int, optional): Seed of the layer and of the noise, >= 0. Default: ``0``.
 
     Raises:
-        CutLayerError: If the model has no layer of a given name.
+        CutLayerError: If the model has no layer of a given name, or is a DataParallel of several devices.
         ValueError: If another argument is out of its range.
 
     Note:
@@ -79,6 +79,11 @@ class LatentExpander:
         check_fold(fold)
         check_choice('norm_stats', norm_stats, NormStats)
         check_seed(seed)
+        if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+            raise CutLayerError(
+                'DataParallel runs copies of the network, whose virtual samples cannot be told apart: use '
+                'DistributedDataParallel.'
+            )
         self.model = model
         self.cuts = find_layers(model, layers)
         self.fold = fold

@@ -19,6 +19,7 @@ from torch import nn
 from composer_sba.algorithms._composer import network_of
 from composer_sba.algorithms.seed_each_batch import SeedEachBatch
 from composer_sba.data.loader import DatasetConfig, build_dataspec, dataset_classes, image_size
+from composer_sba.data.shared_memory import fail_together
 from composer_sba.errors import RecipeError, UserError
 from composer_sba.models import classifier
 from composer_sba.recipe.checkpoints import (
@@ -57,9 +58,9 @@ def build_trainer(recipe: Recipe, *destinations: LoggerDestination) -> Trainer:
     rows = recipe.global_train_batch_size // world
     with explained(recipe.sources):
         dist.initialize_dist(_device(recipe), recipe.dist_timeout)
-        if dist.get_global_rank() == 0:
-            _prepare_folder(recipe)
-        dist.barrier()
+        with fail_together():
+            if dist.get_global_rank() == 0:
+                _prepare_folder(recipe)
         # The seed also determines the model and the data, equally on all ranks. Trainer then seeds each rank apart.
         seed_all(recipe.seed)
         parts = build_components(recipe)
@@ -313,7 +314,8 @@ def _data(recipe: Recipe, section: str, rows: int) -> DataSpec | None:
         return None
     config = DatasetConfig(**getattr(recipe, section))
     try:
-        classes = dataset_classes(config)
+        with fail_together():
+            classes = dataset_classes(config)
         if classes == recipe.model['num_classes']:
             device = get_device(recipe.device).tensor_to_device(torch.empty(0)).device  # of this rank
             return build_dataspec(config, rows, seed=recipe.seed, device=device)

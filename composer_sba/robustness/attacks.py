@@ -1,6 +1,7 @@
 """Attacks by adversarial-robustness-toolbox (ART), in pixel units: the worst image within a small distance."""
 
 import math
+from numbers import Integral
 from types import ModuleType
 from typing import Any
 
@@ -52,7 +53,7 @@ def attack(
     epsilon = check_number(
         'epsilon', EPSILONS[norm] if epsilon is None else epsilon, 'a finite number > 0', lambda e: 0 < e < math.inf
     )
-    steps = check_number('steps', steps, 'an integer >= 1', lambda value: value >= 1, int)
+    steps = check_number('steps', steps, 'an integer >= 1', lambda value: value >= 1, Integral)
     toolbox = require_toolbox()
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for parameter, _ in flags:  # ART would leave gradients behind

@@ -12,6 +12,7 @@ Shapes: N images, C channels (3 for brightness, saturate and jpeg_compression), 
 """
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -77,7 +78,7 @@ def corrupt(
     """
     if name not in _DEFINITIONS:
         raise UserError(f"unknown corruption '{name}'{nearest(name, CORRUPTIONS)}", 'name')
-    severity = check_number('severity', severity, 'an integer from 1 to 5', lambda value: value in SEVERITIES, int)
+    severity = check_number('severity', severity, 'an integer from 1 to 5', lambda value: value in SEVERITIES, Integral)
     function, of_cifar, of_imagenet = _DEFINITIONS[name]
     small = takes_cifar_constants(images.shape) if constants is None else constants == 'cifar'
     values = (of_cifar if small else of_imagenet)[severity - 1]

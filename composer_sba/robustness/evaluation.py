@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,8 @@ def evaluate(
         ``None``.
 
     Raises:
-        UserError: If images are not in [0, 1], the network does not return logits, a name is unknown, or a library is
-            missing.
+        UserError: If images are not in [0, 1], the network does not return logits, a name is unknown, a number is out
+            of range, or a library is missing.
 
     Example:
         >>> data = torch.utils.data.TensorDataset(torch.rand(8, 3, 4, 4), torch.zeros(8, dtype=torch.long))
@@ -106,6 +107,12 @@ def evaluate(
     for name in attacks:
         if name not in ATTACKS:
             raise UserError(f"unknown attack '{name}'{nearest(name, ATTACKS)}", 'attacks')
+    counts = {'attack_images': attack_images, 'attack_steps': attack_steps}
+    counts |= {} if smoothing is None else {'certified_images': certified_images}
+    for name, number in counts.items():
+        check_number(name, number, 'an integer >= 1', lambda value: value >= 1, Integral)
+    for epsilon in epsilons.values():
+        check_number('epsilons', epsilon, 'finite numbers > 0', lambda value: 0 < value < math.inf)
     conditions: dict[tuple[str, float], _Change] = {('clean', 0): lambda images, _: images}
     for sigma in sigmas:
         if check_number('sigmas', sigma, 'finite numbers >= 0', lambda value: 0 <= value < math.inf):

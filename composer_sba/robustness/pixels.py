@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from composer_sba.errors import UserError
+from composer_sba.latent.cut_survey import in_mode
 
 
 class PixelClassifier(nn.Module):
@@ -51,14 +52,10 @@ def pixel_classifier(
     Yields:
         tuple[PixelClassifier, torch.device]: On the device, which defaults to that of the network's parameters.
     """
-    modes = [(module, module.training) for module in network.modules()]
     where = next((parameter.device for parameter in network.parameters()), torch.device('cpu'))
     where = where if device is None else torch.device(device)
-    try:
+    with in_mode(network, training=False):
         yield PixelClassifier(network, mean, std).to(where).eval(), where
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def in_pixel_units(images: torch.Tensor, device: torch.device) -> torch.Tensor:

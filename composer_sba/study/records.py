@@ -1,16 +1,14 @@
 """Finished runs as lines of JSON: each is appended as a whole, and every line is checked when it is read."""
 
 import json
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypedDict, cast, get_args, get_origin, get_type_hints
 
-from filelock import FileLock
-
 from composer_sba.errors import UserError
+from composer_sba.json_lines import append_line, is_json
 from composer_sba.study.display_names import scaled_duration
 
 
@@ -77,7 +75,7 @@ def read_records(path: Path) -> list[Record]:
     if not path.exists():
         return []
     *lines, rest = path.read_bytes().split(b'\n')
-    if _is_json(rest):  # an editor may leave out the last newline
+    if is_json(rest):  # an editor may leave out the last newline
         lines.append(rest)
     elif rest:
         warnings.warn(f'{path}, line {len(lines) + 1}: incomplete, left out', stacklevel=2)
@@ -89,49 +87,20 @@ def read_records(path: Path) -> list[Record]:
 
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Append a run to the file of its study, completely or not at all; other processes may append at the same time.
+    """Append a run to the file of its study, as :func:`.append_line` does.
 
     Args:
-        path (Path): ``results/<study>.jsonl``. The file and its folder are created if necessary. An incomplete last
-            line is removed first.
+        path (Path): ``results/<study>.jsonl``.
         record (Mapping[str, Any]): The run, with the keys of :class:`Record`.
 
     Raises:
         UserError: If :func:`read_records` would refuse the record.
         OSError: If the line cannot be written completely. The file is then unchanged.
     """
-    line = json.dumps(record, ensure_ascii=False).encode() + b'\n'
-    problem = _problem(line)
+    problem = _problem(json.dumps(record).encode())
     if problem:
         raise UserError(f'{path}: the record of a run {problem}')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f'.{path.name}.lock')):
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            before = path.read_bytes()
-            rest = before[before.rfind(b'\n') + 1 :]
-            if _is_json(rest):
-                line = b'\n' + line
-            elif rest:
-                os.ftruncate(descriptor, len(before) - len(rest))
-            size = os.fstat(descriptor).st_size
-            try:
-                if os.write(descriptor, line) < len(line):
-                    raise OSError(f'{path}: only a part of the line could be written')
-                os.fsync(descriptor)
-            except OSError:
-                os.ftruncate(descriptor, size)
-                raise
-        finally:
-            os.close(descriptor)
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
+    append_line(path, record)
 
 
 def _problem(line: bytes) -> str:
