@@ -4,6 +4,7 @@ They answer ``--help`` and a mistake on the command line at once: PyTorch and Co
 """
 
 import argparse
+import os
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,7 +70,7 @@ def predict_parser(prog: str = 'python -m composer_sba.predict') -> argparse.Arg
     add_checkpoint(parser)
     parser.add_argument('--top', type=int, default=5, metavar='K', help='classes for each image (default: 5)')
     add_output(parser, 'CSV', 'predictions.csv')
-    parser.add_argument('folder', type=Path, help='folder of images, read with its sub-folders, or one image')
+    parser.add_argument('folder', type=path, help='folder of images, read with its sub-folders, or one image')
     add_overrides(parser)
     return parser
 
@@ -83,7 +84,8 @@ def evaluate_parser(prog: str = 'python -m composer_sba.evaluate') -> argparse.A
         ('--checkpoint FILE --certify 100 --corruptions none', 'certificates'),
     )
     add_checkpoint(parser)
-    parser.add_argument('--out', type=Path, metavar='FOLDER', help="folder for the results (default: the checkpoint's)")
+    text = "folder for the results (default: the checkpoint's)"
+    parser.add_argument('--out', type=path, metavar='FOLDER', help=text)
     parser.add_argument(
         '--sigmas',
         type=_list_of(float),
@@ -107,7 +109,7 @@ def evaluate_parser(prog: str = 'python -m composer_sba.evaluate') -> argparse.A
     )
     parser.add_argument(
         '--published',
-        type=Path,
+        type=path,
         metavar='FOLDER',
         help='read the corrupted images from here instead: CIFAR-10-C after convert cifar10c, or ImageNet-C, with '
         '<corruption>/<severity>/<class>/ folders',
@@ -163,7 +165,7 @@ def export_parser(prog: str = 'python -m composer_sba.export') -> argparse.Argum
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Add the options ``--checkpoint`` and ``-f`` to a parser."""
-    parser.add_argument('--checkpoint', type=Path, required=True, metavar='FILE', help='a checkpoint of training')
+    parser.add_argument('--checkpoint', type=path, required=True, metavar='FILE', help='a checkpoint of training')
     parser.add_argument(
         *('-f', '--file'),
         action='append',
@@ -174,7 +176,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 def add_output(parser: argparse.ArgumentParser, metavar: str, default: str) -> None:
     """Add the options ``--out`` and ``--overwrite`` to a parser."""
     text = f'file to write (default: {default} beside the checkpoint)'
-    parser.add_argument('--out', type=Path, metavar=metavar, help=text)
+    parser.add_argument('--out', type=path, metavar=metavar, help=text)
     parser.add_argument('--overwrite', action='store_true', help='replace an existing file')
 
 
@@ -280,6 +282,11 @@ def with_examples(parser: argparse.ArgumentParser, *examples: tuple[str, str]) -
     parser.epilog = '\n'.join(['examples:', *lines])
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     return parser
+
+
+def path(text: str) -> Path:
+    """Return a path with the home folder in place of ``~``, which no shell expands after ``--option=``."""
+    return Path(os.path.expanduser(text))
 
 
 def _parser(prog: str, description: str, *examples: tuple[str, str]) -> argparse.ArgumentParser:

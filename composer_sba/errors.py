@@ -32,7 +32,15 @@ class RecipeError(UserError):
 
 
 class AlreadyTrainedError(RecipeError):
-    """A resumed run whose whole duration has been trained."""
+    """A resumed run whose whole duration has been trained.
+
+    Attributes:
+        trainer (composer.Trainer): It has the trained model and the state of the callbacks.
+    """
+
+    def __init__(self, message: str, trainer: Any) -> None:
+        super().__init__(message)
+        self.trainer = trainer
 
 
 class DatasetError(UserError):

@@ -169,6 +169,10 @@ def _write_onnx(
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     converted.model.metadata_props.update(texts)
     converted.save(out)
+    weights = out.with_name(f'{out.name}.data')  # of a network that one file cannot hold
+    if weights.exists():
+        weights.unlink()
+        raise UserError('the network is too large for one file of ONNX: use --format pt2')
     session = onnxruntime.InferenceSession(out, providers=['CPUExecutionProvider'])
     return lambda images: torch.from_numpy(session.run(['logits'], {'images': images.numpy()})[0])
 

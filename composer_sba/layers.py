@@ -45,8 +45,10 @@ def main(argv: Sequence[str] | None = None, prog: str = 'python -m composer_sba.
     """
     given = _parser(prog).parse_intermixed_args(argv)
     try:
-        if given.fold < 1:
-            raise UserError(f'--fold: expected M >= 1, got {given.fold}')
+        for name in ('fold', 'channels', 'image_size'):
+            value = getattr(given, name)
+            if value is not None and value < 1:
+                raise UserError(f'--{name.replace("_", "-")}: expected at least 1, got {value}')
         arguments = _arguments(given)
         network = build(given.model, arguments)
         pixels = given.image_size or _pixels(given.model, arguments)
@@ -99,8 +101,8 @@ def _factory(model: str) -> Callable[..., Any]:
 
 
 def _pixels(model: str, arguments: dict[str, Any]) -> int:
-    if model in PIXELS or model in MODELS or ':' in model:
-        return PIXELS.get(model, 224)
+    if (name := model.removeprefix('torchvision/')) in PIXELS or model in MODELS or ':' in model:
+        return PIXELS.get(name, 224)
     return libraries.find(_in_library(model)).data_config(arguments).get('crop_size', 224)
 
 

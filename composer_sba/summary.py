@@ -74,7 +74,7 @@ class Summary(LoggerDestination):
 
     def eval_end(self, state: State, logger: Logger) -> None:
         """Keep the metrics of an evaluation; a second one in the same epoch replaces the first."""
-        epoch = int(state.timestamp.epoch)
+        epoch = int(state.timestamp.epoch) + (int(state.timestamp.batch_in_epoch) > 0)
         self._eval_images = int(state.eval_timestamp.sample)
         evaluation = {
             'epoch': epoch,

@@ -134,7 +134,7 @@ def train(recipe: Recipe, *destinations: LoggerDestination, summary: 'Summary | 
             try:
                 results = summary.rows(trainer.state)
                 card = model_card(recipe, dataset_record(recipe), _checkpoint_name(recipe), results)
-                _save_file(recipe, folder, CARD_FILE, lambda path: path.write_text(card, encoding='utf-8'))
+                _save_file(recipe, folder, CARD_FILE, lambda path: path.write_text(card, 'utf-8', 'replace'))
             except (UserError, OSError) as error:  # which must not spoil a training that has finished
                 print(f'no model card was written: {redact(one_line(error))}', file=sys.stderr)
     return trainer
@@ -248,7 +248,7 @@ def _fit(trainer: Trainer, recipe: Recipe, folder: str | None) -> None:
     state = trainer.state
     if state.max_duration is not None and state.timestamp >= state.max_duration:
         problem = f'the run in {folder} has reached {state.max_duration}: raise max_duration, or change run_name'
-        raise AlreadyTrainedError(*recipe.sources.error('max_duration', problem).args)
+        raise AlreadyTrainedError(str(recipe.sources.error('max_duration', problem)), trainer)
     with fail_together():
         if folder is not None and dist.get_global_rank() == 0:
             _save_file(recipe, folder, RECIPE_FILE, lambda path: save(recipe, path))
@@ -283,11 +283,25 @@ def _folder(recipe: Recipe) -> str | None:
     if recipe.save_folder is None:
         return None
     folder = format_name_with_dist(recipe.save_folder, str(recipe.run_name))
-    if os.path.exists(f'{folder}/{RECIPE_FILE}') and not (recipe.save_overwrite or recipe.autoresume):
+    if not (recipe.save_overwrite or recipe.autoresume) and _holds_run(recipe, folder):
         problem = f'{folder} holds a run: choose another run_name, or resume that run (autoresume=true), '
         problem += 'or replace it (save_overwrite=true)'
         raise recipe.sources.error('save_folder', problem)
     return folder
+
+
+def _holds_run(recipe: Recipe, folder: str) -> bool:
+    if '://' not in folder:
+        return os.path.exists(f'{folder}/{RECIPE_FILE}')
+    try:
+        store = maybe_create_object_store_from_uri(folder)
+        assert store is not None
+        store.get_object_size(f'{parse_uri(folder)[2]}/{RECIPE_FILE}')
+    except FileNotFoundError:
+        return False
+    except Exception as error:  # each object store has its own
+        raise recipe.sources.error('save_folder', f'{folder} cannot be read: {one_line(error)}') from error
+    return True
 
 
 def _save_file(recipe: Recipe, folder: str, name: str, write: Callable[[Path], Any]) -> None:
@@ -301,7 +315,9 @@ def _save_file(recipe: Recipe, folder: str, name: str, write: Callable[[Path], A
             write(Path(scratch) / name)
             _, _, path = parse_uri(folder)
             store.upload_object(f'{path}/{name}', f'{scratch}/{name}')
-    except OSError as error:
+    except UserError:
+        raise
+    except Exception as error:  # each object store has its own
         raise recipe.sources.error('save_folder', f'{name} cannot be written: {one_line(error)}') from error
 
 

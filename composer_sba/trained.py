@@ -1,6 +1,7 @@
 """Code shared by the commands that use a checkpoint: its recipe, its network's images and classes, the output file."""
 
 import argparse
+import errno
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -72,6 +73,8 @@ def new_file(path: Path, overwrite: bool) -> Iterator[Path]:
         yield partial
         partial.replace(path)
     except OSError as error:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise UserError(one_line(error)) from error  # of other work in the block
         raise UserError(
             f'{path} cannot be written ({error.strerror or one_line(error)}): choose another --out'
         ) from error

@@ -16,6 +16,7 @@ from streaming.base import dataset
 from streaming.base.shared import prefix
 from streaming.base.stream import Stream
 
+from composer_sba.data import loader, shared_memory
 from composer_sba.data.loader import DatasetConfig, build_dataloader
 from composer_sba.errors import DatasetError, UserError
 from composer_sba.recipe.build import build_trainer
@@ -47,10 +48,10 @@ def failing(owner: Any, name: str, rank: int) -> Any:
     """Let a step of Streaming's construction fail on one rank."""
     original = getattr(owner, name)
 
-    def step(*args: Any) -> Any:
+    def step(*args: Any, **keys: Any) -> Any:
         if dist.get_local_rank() == rank:
             raise OSError(f'{name} failed on rank {rank}')
-        return original(*args)
+        return original(*args, **keys)
 
     return mock.patch.object(owner, name, step)
 
@@ -59,7 +60,7 @@ def outcome(local: Path, **keys: Any) -> str | int:
     try:
         loader = build_dataloader(DatasetConfig(**KEYS | keys, local=str(local)), 4)
         return sum(len(labels) for _, labels in loader)
-    except DatasetError as error:
+    except (DatasetError, OSError) as error:
         return str(error)
 
 
@@ -85,6 +86,12 @@ def main(folder: Path, number: int) -> None:
     missing = folder / ('good' if dist.get_local_rank() == 0 else 'missing')
     result['missing on rank 1'] = outcome(missing)
     dataset_of = [f'train_dataset.{key}={value}' for key, value in (KEYS | {'local': missing}).items()]
+    with failing(shared_memory, 'FileLock', 0):
+        result['FileLock on rank 0'] = outcome(good)
+    for rank in (0, 1):
+        with failing(loader, 'MemoryDataset', rank):
+            digits = {'name': 'digits', 'in_memory': True, 'num_classes': None, 'crop_size': None, 'resize_size': None}
+            result[f'MemoryDataset on rank {rank}'] = outcome(folder / 'digits', **digits)
     result['missing in a recipe'] = refusal([*dataset_of, 'model.num_classes=16'])
     result['a file in place of a folder on rank 0'] = refusal([f'save_folder={good}/train/index.json/run'])
     result['afterwards'] = outcome(good)

@@ -284,7 +284,9 @@ def test_a_cut_above_which_no_operation_is_counted_is_free(capsys):
         ('--model test_cut_survey:broken', "test_cut_survey:broken cannot be built with {}: 'depth'"),
         ('--model test_cut_survey:broken error=ValueError', "built with {'error': 'ValueError'}: ValueError"),
         ('--model test_cut_survey:own --image-size 9', 'The network takes no images of shape (3, 9, 9): '),
-        ('--model digits_net --fold 0', '--fold: expected M >= 1, got 0'),
+        ('--model digits_net --fold 0', '--fold: expected at least 1, got 0'),
+        ('--model digits_net --image-size 0', '--image-size: expected at least 1, got 0'),
+        ('--model digits_net --channels -1', '--channels: expected at least 1, got -1'),
         ('--model fcn_resnet50', "unknown model 'fcn_resnet50'"),
     ],
 )

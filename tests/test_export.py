@@ -124,6 +124,11 @@ def test_mistakes_are_one_line(run, checkpoint, tmp_path, capsys, monkeypatch):
             lambda program, *rest: lambda images: program.module()(images) / (len(images) < 2),
         )
         refused([*given, '--out', 'new.pt2'], 'logits differ by')  # by infinity or NaN, in the second batch
+    with monkeypatch.context() as patch:
+        patch.setattr('torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD', 0)  # of 1.5 GiB
+        line = 'the network is too large for one file of ONNX: use --format pt2'
+        refused(['--checkpoint', checkpoint, '--out', 'large.onnx'], line)
+        assert not list(tmp_path.glob('large*'))
     monkeypatch.setattr('composer.utils.dist.get_world_size', lambda: 2)
     refused(given, 'export runs in one process')
     assert Path('old.onnx').read_text() == 'kept'

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from composer_sba.errors import UserError
+from composer_sba.recipe.recipe import load
 from composer_sba.study.flops import flops_per_image
 from composer_sba.study.plan import ETAS, MAX_COST, plan
 from composer_sba.study.recipe_index import families as find_families
@@ -100,6 +101,13 @@ def test_the_hash_depends_on_what_changes_the_model(override: str, same: bool) -
         for overrides in ([], [override])
     )
     assert (plain.hash == other.hash) is same, (plain.facts, other.facts)
+
+
+def test_other_folders_of_images_are_other_runs() -> None:
+    name = 'torchvision_resnet18_imagefolder_sba'
+    recipes = [load(YAMLS / f'{name}.yaml', [f'train_dataset.local=data/{what}']) for what in ('flowers', 'cars')]
+    flowers, cars = (Run('methods', 'torchvision_resnet18', 'imagefolder', 'sba', {}, recipe) for recipe in recipes)
+    assert flowers.hash != cars.hash
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Run: pytest tests/test_predict.py
 """
 
 import csv
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -12,11 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
+from composer_sba.arguments import predict_parser
 from composer_sba.data import DatasetConfig, convert, transform
+from composer_sba.errors import UserError
 from composer_sba.predict import image_files, main, predict
 from composer_sba.recipe.build import load_network
 from composer_sba.recipe.recipe import load
 from composer_sba.train import main as train_main
+from composer_sba.trained import new_file
 from conversions import image_folder, picture
 
 CLASSES = ('ant', 'bee', 'cat')
@@ -32,6 +36,22 @@ def run(tmp_path_factory):
     options = ['max_duration=3ba', 'global_train_batch_size=8', 'progress_bar=false', f'save_folder={folder}/run']
     assert train_main(['-f', 'digits_baseline.yaml', *datasets, *options]) == 0
     return folder
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    """A shell expands it only at the start of a word, not in ``--out=~/file``."""
+    monkeypatch.setenv('HOME', '/home/someone')
+    given = predict_parser().parse_intermixed_args(['--checkpoint=~/a.pt', '--out=~/p.csv', '~/images'])
+    assert (given.checkpoint, given.out) == (Path('/home/someone/a.pt'), Path('/home/someone/p.csv'))
+
+
+def test_only_its_own_failure_is_blamed_on_the_output(tmp_path):
+    for problem, line in [
+        (OSError(errno.ENOMEM, 'Cannot allocate memory'), r'^\[Errno 12\] Cannot allocate memory$'),
+        (OSError(errno.ENOSPC, 'No space left on device'), 'p.csv cannot be written .No space left on device.: choose'),
+    ]:
+        with pytest.raises(UserError, match=line), new_file(tmp_path / 'p.csv', overwrite=False):
+            raise problem
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ No test here needs data on disk.
 
 import inspect
 import json
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -351,3 +352,16 @@ def test_a_missing_library_is_named(recipe: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(__import__('sys').modules, 'wandb', None)
     with pytest.raises(UserError, match=r"loggers.wandb: needs a library .*: pip install 'mosaicml\[wandb\]'$"):
         built(recipe, 'loggers.wandb={}')
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('lr: 0.1', 'lr: unknown key; expected one of algorithms, '),
+        ('epochs: 5\ntrain_dataset: {name: digits}', 'epochs: unknown key; did you mean max_duration?'),
+    ],
+)
+def test_an_unknown_key_is_explained_in_a_recipe_without_a_model(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / 'short.yaml').write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)):
+        load(tmp_path / 'short.yaml')

@@ -3,6 +3,7 @@
 Run: pytest tests/test_robustness_study.py
 """
 
+import re
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,16 @@ def test_settings_cost_what_they_are_compared_at() -> None:
             assert ratio == pytest.approx(expected, rel=0.01), (name, ratio)
     assert {name.partition(' ')[0] for name in ratios} == {*COSTS}
     assert len(runs) == 22 and len(plan('robustness', YAMLS, networks=['resnet8'], seeds=1)) == 10
+
+
+def test_the_script_for_a_gpu_compares_at_equal_cost() -> None:
+    script = (YAMLS.parent / 'benchmarks' / 'gpu_robustness.sh').read_text()
+    found = re.search(r'SCALE:-([\d.]+)', script)
+    assert found is not None
+    options = {'networks': ['vgg16'], 'datasets': ['cifar10'], 'methods': ['gaussian_half_longer', 'sba_robust']}
+    runs = plan('robustness', YAMLS, **options, seeds=1, epochs_scale=float(found[1]))
+    longer, _, sba = sorted((training_flops(run.recipe), run.name) for run in runs)
+    assert sba[0] == pytest.approx(longer[0], rel=0.01), runs
 
 
 def test_a_run_measures_the_network_that_it_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,8 +93,9 @@ def free_number() -> int:
 
 
 def test_ranks_agree_though_a_run_ends_or_one_of_them_fails(
-    tmp_path: Path, run_ranks: Callable[..., str], block: Callable[..., Path]
+    tmp_path: Path, run_ranks: Callable[..., str], block: Callable[..., Path], few_digits: Path
 ) -> None:
+    (tmp_path / 'digits').symlink_to(few_digits)
     for name in ('good', 'changed'):
         dataset(tmp_path / name, 16)
     shard = tmp_path / 'changed' / 'train' / 'shard.00000.mds'
@@ -109,6 +110,8 @@ def test_ranks_agree_though_a_run_ends_or_one_of_them_fails(
         assert 'has changed since it was written' in outcome.pop('hash')
         for kind in ('missing on rank 1', 'missing in a recipe'):
             assert 'missing does not exist: make it with' in outcome.pop(kind), ranks
+        for failed in ('FileLock on rank 0', 'MemoryDataset on rank 0', 'MemoryDataset on rank 1'):
+            assert failed.replace(' on', ' failed on') in outcome.pop(failed), ranks
         assert 'cannot be written' in outcome.pop('a file in place of a folder on rank 0'), ranks
         assert len(outcome) == 4
         for failure, message in outcome.items():

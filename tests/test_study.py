@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from composer_sba import provenance
 from composer_sba.recipe.recipe import load
@@ -156,7 +157,11 @@ class TestRuns:
 
     # Composer, of the run that has nothing left to train
     @pytest.mark.filterwarnings('ignore:The ``compute`` method of metric')
-    def test_a_run_that_was_killed_before_its_record_is_trained_again(self, capsys: pytest.CaptureFixture[str]) -> None:
+    @pytest.mark.parametrize('evaluated', [True, False])
+    def test_a_run_that_was_killed_before_its_record_is_recorded(
+        self, evaluated: bool, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """It is trained again only if its last checkpoint came before its last evaluation."""
         overrides = ['progress_bar=false', *IN_MEMORY[1:]]
         (run,) = plan(
             'methods', YAMLS, datasets=['digits'], methods=['sba'], seeds=1, epochs_scale=0.1, overrides=overrides
@@ -164,11 +169,22 @@ class TestRuns:
         curve = Curve(lambda share: None)
         curve.load_state_dict({'wall_seconds': 1000.0})
         train(run.recipe, summary=curve)
+        checkpoint = Path('runs/study', run.hash, 'latest-rank0.pt').resolve()
+        saved = torch.load(checkpoint, weights_only=False)
+        saved['state']['callbacks']['Curve']['epochs'] *= evaluated
+        torch.save(saved, checkpoint)
         code, output = self._run(capsys, *SBA, '--epochs-scale', '0.1')
         assert code == 0, output
         (record,) = read_records(Path('results/methods.jsonl'))
         assert record['hash'] == run.hash and len(record['epochs']) == 1
-        assert record['wall_seconds'] < 1000, 'the time of the run that was thrown away counts'
+        assert (record['wall_seconds'] > 1000) == evaluated, record['wall_seconds']
+
+    def test_a_record_has_the_images_of_a_whole_epoch(self, capsys: pytest.CaptureFixture[str]) -> None:
+        overrides = [*IN_MEMORY[:3], 'train_dataset.subset=128', 'max_duration=5ba', 'eval_interval=5ba']
+        code, output = self._run(capsys, 'methods', *DIGITS, '--methods', 'sba', '--seeds', '1', *overrides)
+        assert code == 0, output
+        (record,) = read_records(Path('results/methods.jsonl'))
+        assert record['train_samples'] == 128, record
 
     @pytest.mark.nightly
     def test_smoke(self, capsys: pytest.CaptureFixture[str]) -> None:

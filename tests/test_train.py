@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 RECIPE = str(ROOT / 'yamls' / 'digits_sba.yaml')
 EVALUATIONS = [
     {'epoch': epoch, 'seconds': 1.0, 'accuracy': 0.5, 'loss': 1.0, 'calibration_error': 0.1, 'train_loss': 2.0}
-    for epoch in (-2, -1)  # a run of two batches evaluates in epoch 0
+    for epoch in (-2, -1)  # a run of two batches evaluates in epoch 1
 ]
 SHORT = ['max_duration=2ba', 'global_train_batch_size=32', 'eval_subset_num_batches=1', 'progress_bar=false']
 
@@ -54,6 +54,65 @@ def test_a_run_leaves_checkpoint_recipe_and_summary(capsys: pytest.CaptureFixtur
     for row in [*rows, '100.0 % of steps', 'SBA KL']:
         assert row in output.out
     assert output.err == ''
+
+
+def test_an_evaluation_belongs_to_the_epoch_in_which_it_ran(tmp_path: Path) -> None:
+    epochs = ['max_duration=2ep', 'train_subset_num_batches=4', 'eval_interval=2ba', *SHORT[1:]]
+    summary = Summary()
+    train(load(RECIPE, [*epochs, f'save_folder={tmp_path}/epochs']), summary=summary)
+    assert [each['epoch'] for each in summary.evaluations] == [1, 2]
+
+
+def test_the_last_batch_is_evaluated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches, ended = [], Summary.eval_end
+    monkeypatch.setattr(Summary, 'eval_end', lambda *args: (batches.append(int(args[1].timestamp.batch)), ended(*args)))
+    given = ['max_duration=5ba', 'eval_interval=2ba', 'eval_last_epochs=5', *SHORT[1:]]
+    train(load(RECIPE, [*given, f'save_folder={tmp_path}/odd']))
+    train(load(RECIPE, [*given, f'save_folder={tmp_path}/even', 'max_duration=4ba']))
+    assert batches == [2, 4, 5, 2, 4]
+
+
+class Store:
+    """An object store that holds some files and cannot be written."""
+
+    def __init__(self, *files: str) -> None:
+        self.files = files
+
+    def get_object_size(self, name: str) -> int:
+        if name not in self.files:
+            raise FileNotFoundError(name)
+        return 1
+
+    def upload_object(self, *names: str) -> None:
+        raise RuntimeError('no credentials')
+
+
+def test_a_run_in_an_object_store_is_not_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recipe = load(RECIPE, [*SHORT, 'save_folder=s3://bucket/run'])
+    monkeypatch.setattr('composer_sba.train.maybe_create_object_store_from_uri', lambda uri: Store('run/recipe.yaml'))
+    with pytest.raises(UserError, match='save_folder: s3://bucket/run holds a run: choose another run_name'):
+        train(recipe)
+    monkeypatch.setattr('composer_sba.train.maybe_create_object_store_from_uri', lambda uri: Store())
+    monkeypatch.setattr('composer_sba.train.build_trainer', lambda *args: pytest.fail('nothing is in the way'))
+    with pytest.raises(pytest.fail.Exception, match='nothing is in the way'):
+        train(recipe)
+
+
+def test_files_that_an_object_store_refuses_end_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr('composer_sba.train.maybe_create_object_store_from_uri', lambda uri: Store())
+    assert main(['-f', RECIPE, *SHORT, f'save_folder={tmp_path}/run']) == 2
+    error = capsys.readouterr().err
+    assert 'recipe.yaml cannot be written: no credentials' in error and error.count('\n') == 1, error
+
+
+def test_a_model_card_with_an_odd_name_does_not_spoil_a_training(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr('composer_sba.train.model_card', lambda *args: 'caf\udce9')  # a folder that is not UTF-8
+    assert main(['-f', RECIPE, *SHORT, f'save_folder={tmp_path}/run']) == 0
+    assert (tmp_path / 'run' / 'model_card.md').read_text(encoding='utf-8') == 'caf?'
 
 
 def test_the_model_card_describes_the_run(few_digits: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -254,5 +313,5 @@ def test_a_checkpoint_of_before_one_summary_resumes(
     train(load(RECIPE, [*again, 'autoresume=true', 'max_duration=3ba']), summary=resumed)
     kl = resumed.mean('sba/kl')
     assert kl == pytest.approx(2, abs=0.5) if name == 'Summary' else kl is not None and kl < 1, kl
-    assert [each['epoch'] for each in resumed.evaluations] == ([0] if name == 'Summary' else [-2, -1, 0])
+    assert [each['epoch'] for each in resumed.evaluations] == ([1] if name == 'Summary' else [-2, -1, 1])
     assert (resumed.wall_seconds > 100) == (name == 'Curve'), resumed.wall_seconds

@@ -204,9 +204,10 @@ def _dataloader(
             check_decompression(folder, shards)
     expected = Expected(str(folder), num_classes, config.known.size, remedy)
     if config.in_memory:
-        images = MemoryDataset(
-            shards, expected, BatchTransform(config, device), subset=config.subset, seed=seed, device=device
-        )
+        with fail_together():
+            images = MemoryDataset(
+                shards, expected, BatchTransform(config, device), subset=config.subset, seed=seed, device=device
+            )
         order = EachOnce(images, batch_size, shuffle=config.shuffle, drop_last=drop_last)
         sampler = order if training else dist.get_sampler(images, drop_last=drop_last)
         return DataLoader(images, batch_size, sampler=sampler, drop_last=drop_last, collate_fn=lambda batch: batch)

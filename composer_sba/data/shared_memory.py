@@ -100,10 +100,10 @@ def registration() -> Iterator[None]:
 
     with fail_together(), contextlib.ExitStack() as held:
         for each in sorted(set(memories)):  # all runs lock in this order, or two could wait for each other
-            if memories.index(each) == dist.get_global_rank():
-                held.enter_context(FileLock(folder / f'composer-sba-{os.getuid()}.lock'))
-                _remove_blocks_of_ended_runs(folder)
-            dist.barrier()
+            with fail_together():
+                if memories.index(each) == dist.get_global_rank():
+                    held.enter_context(FileLock(folder / f'composer-sba-{os.getuid()}.lock'))
+                    _remove_blocks_of_ended_runs(folder)
         dataset: Any = streaming.base.dataset
         held.callback(setattr, dataset, 'get_shm_prefix', dataset.get_shm_prefix)
         dataset.get_shm_prefix = choose_number

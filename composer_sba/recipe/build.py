@@ -269,9 +269,15 @@ def _eval_interval(recipe: Recipe) -> Any:
         recipe.eval_interval, include_end_of_training=False, checkpoint_events=False
     )
 
+    evaluated = None  # the batch after which the latest evaluation ran
+
     def due(state: State, event: Event) -> bool:
+        nonlocal evaluated
         if state.max_duration is None or state.max_duration.unit != TimeUnit.EPOCH:
-            return periodically(state, event) or event == Event.FIT_END
+            if periodically(state, event) or (event == Event.FIT_END and state.timestamp.batch != evaluated):
+                evaluated = state.timestamp.batch
+                return True
+            return False
         left = int(state.max_duration) - int(state.timestamp.epoch)
         return periodically(state, event) or (event == Event.EPOCH_END and left < recipe.eval_last_epochs)
 

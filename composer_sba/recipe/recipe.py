@@ -169,7 +169,7 @@ def load(path: str | Path | Sequence[str | Path], overrides: Sequence[str] = ())
 def save(recipe: Recipe, path: str | Path) -> None:
     """Write a recipe to a file as :func:`to_yaml` does, under a comment that names the versions."""
     packages = ', '.join(f'{package} {version(package)}' for package in ('composer-sba', 'mosaicml', 'torch'))
-    Path(path).write_text(f'# As it ran, with {packages}\n{to_yaml(recipe)}')
+    Path(path).write_text(f'# As it ran, with {packages}\n{to_yaml(recipe)}', encoding='utf-8')
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -239,7 +239,8 @@ def _places(values: Mapping[str, Any], key: str) -> Iterator[str]:
     """Find the key of a recipe that other trainers call so, and arguments of components and datasets of that name."""
     if key in _OTHER_NAMES:
         yield _OTHER_NAMES[key]
-    single = {each: values[each] for each in SINGLE if isinstance(values[each], Mapping) and 'name' in values[each]}
+    given = {each: values.get(each) for each in SINGLE}
+    single = {each: entry for each, entry in given.items() if isinstance(entry, Mapping) and 'name' in entry}
     taken = {section: parameters(section, entry['name']) for section, entry in single.items()}
     for section in NAMED:
         taken |= {f'{section}.{name}': parameters(section, name) for name in values[section]}

@@ -2,11 +2,10 @@
 
 import argparse
 import math
-import os
 from pathlib import Path
 from typing import Any
 
-from composer_sba.arguments import with_examples
+from composer_sba.arguments import path, with_examples
 from composer_sba.shipped import shipped
 
 MAX_COST = 1.3  # of a setting of `search`, as a multiple of the baseline's operations
@@ -43,14 +42,14 @@ def study_parser(prog: str = 'python -m composer_sba.study') -> argparse.Argumen
         _add_list(command, '--set', dest='overrides', metavar='key.sub=value', help='change every recipe')
         command.add_argument('--dry-run', action='store_true', help='list runs, operations and hours; train nothing')
         command.add_argument('--tflops', type=_positive, metavar='RATE', help='TFLOP/s of one run, for --dry-run')
-        command.add_argument('--recipes', type=_path, default=shipped(), metavar='DIR', help='folder of the recipes')
-        command.add_argument('--results', type=_path, default=Path('results'), metavar='DIR', help='one line for a run')
+        command.add_argument('--recipes', type=path, default=shipped(), metavar='DIR', help='folder of the recipes')
+        command.add_argument('--results', type=path, default=Path('results'), metavar='DIR', help='one line for a run')
     _add_step(_command(commands, 'step', 'the cost of a training step with and without SBA', 'Time training steps.'))
     command = _command(commands, 'vicinity', 'a figure of raw and virtual points and of their effect')
-    command.add_argument('--out', type=_path, default=Path('docs/figures/vicinity.png'), metavar='FILE', help='the PNG')
+    command.add_argument('--out', type=path, default=Path('docs/figures/vicinity.png'), metavar='FILE', help='the PNG')
     command = _command(commands, 'report', 'tables and figures of all finished runs')
-    command.add_argument('--results', type=_path, default=Path('results'), metavar='DIR', help='folder of the runs')
-    command.add_argument('--page', type=_path, default=Path('docs/results.md'), metavar='FILE', help='page to write')
+    command.add_argument('--results', type=path, default=Path('results'), metavar='DIR', help='folder of the runs')
+    command.add_argument('--page', type=path, default=Path('docs/results.md'), metavar='FILE', help='page to write')
     return with_examples(
         parser,
         ('methods --datasets digits --methods baseline sba --seeds 5', 'two methods, five seeds of each'),
@@ -79,17 +78,13 @@ def _add_step(command: argparse.ArgumentParser) -> None:
     command.add_argument('--checkpointing', action='store_true', help='recompute the activations of each stage')
     command.add_argument('--batch', type=_positive_int, metavar='N', help="images of a batch (the recipe's)")
     command.add_argument('--rounds', type=_positive_int, default=20, metavar='N', help='times to run each step (20)')
-    command.add_argument('--recipes', type=_path, default=shipped(), metavar='DIR', help='folder of the recipes')
-    command.add_argument('--out', type=_path, default=Path('benchmarks'), metavar='DIR', help='folder of the report')
+    command.add_argument('--recipes', type=path, default=shipped(), metavar='DIR', help='folder of the recipes')
+    command.add_argument('--out', type=path, default=Path('benchmarks'), metavar='DIR', help='folder of the report')
 
 
 def _add_list(command: argparse.ArgumentParser, *names: str, **options: Any) -> None:
     """Add an option with several values, which may be given several times."""
     command.add_argument(*names, nargs='+', action='extend', default=[], **options)
-
-
-def _path(text: str) -> Path:
-    return Path(os.path.expanduser(text))
 
 
 def _positive_int(text: str) -> int:

@@ -77,7 +77,8 @@ def training_flops(recipe: Recipe) -> float:
     if duration.unit not in images_in:
         problem = f'must be in epochs, batches or samples, got {recipe.max_duration!r}'
         raise recipe.sources.error('max_duration', problem)
-    return flops_per_image(recipe) * duration.value * images_in[duration.unit] * recipe.scale_schedule_ratio
+    scaled = int(duration.value * recipe.scale_schedule_ratio)  # as Composer does
+    return flops_per_image(recipe) * scaled * images_in[duration.unit]
 
 
 def _argument(recipe: Recipe, algorithm: str, name: str) -> Any:

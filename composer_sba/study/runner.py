@@ -228,11 +228,14 @@ class Curve(Summary):
 def _train(run: Run, scratch: Path, report: Callable[[float], None]) -> dict[str, Any]:
     """Train a run and return its record, except for the part that all runs of a command share."""
     try:
+        curve = Curve(report)
         try:
-            return _record(run, curve := Curve(report), train(run.recipe, summary=curve))
-        except AlreadyTrainedError:
-            pass  # a kill came between the last checkpoint and the record
-        shutil.rmtree(scratch / run.hash)
+            return _record(run, curve, train(run.recipe, summary=curve))
+        except AlreadyTrainedError as error:  # a kill, or a failure of the measurement, came before the record
+            epochs = int(error.trainer.state.timestamp.epoch)
+            if curve.evaluations and curve.evaluations[-1]['epoch'] == epochs:
+                return _record(run, curve, error.trainer)
+        shutil.rmtree(scratch / run.hash)  # the last checkpoint came before the last evaluation
         return _record(run, curve := Curve(report), train(run.recipe, summary=curve))
     except UserError as error:
         print(f'error: {redact(str(error))}', file=sys.stderr, flush=True)
@@ -259,7 +262,7 @@ def _record(run: Run, summary: Summary, trainer: Trainer) -> dict[str, Any]:
         'date': datetime.now(timezone.utc).isoformat(timespec='seconds'),
         'device': 'gpu' if state.device.name == 'gpu' else 'cpu',
         'hardware': hardware(state.device.name),
-        'train_samples': round(images / max(epochs, 1)),
+        'train_samples': round((images - int(state.timestamp.sample_in_epoch)) / epochs) if epochs else images,
         'epochs': [{k: v and round(v, 5) for k, v in evaluation.items()} for evaluation in evaluations],
         **{key: round(last_epochs_median({each['epoch']: each[key] for each in evaluations}), 5) for key in METRICS},
         'train_seconds': round(seconds, 2),

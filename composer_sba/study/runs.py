@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from composer_sba.data.config import KNOWN_DATASETS
 from composer_sba.recipe.recipe import Recipe, component_arguments
 from composer_sba.recipe.registry import construct
 
@@ -52,7 +53,11 @@ class Run:
         """The part of the recipe that decides which model is trained."""
         facts = {key: value for key, value in self.recipe.to_dict().items() if key not in _INCIDENTAL}
         for section in ('train_dataset', 'eval_dataset'):
-            facts[section] = {k: v for k, v in (facts[section] or {}).items() if k not in _INCIDENTAL_DATA}
+            data = facts[section] or {}
+            known = KNOWN_DATASETS.get(data.get('name', ''))
+            # The images of a known size are always the same. Of other datasets, the place says which images they are.
+            places = () if known is not None and known.size is not None else ('local', 'remote')
+            facts[section] = {k: v for k, v in data.items() if k in places or k not in _INCIDENTAL_DATA}
         return facts
 
     @property

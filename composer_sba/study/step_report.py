@@ -98,6 +98,9 @@ def benchmark(recipes: Path, folder: Path, options: Options) -> Path:
         f'{", channels_last" if options.channels_last else ""}'
         f'{", activation checkpointing" if options.checkpointing else ""}, basis {options.basis or "as in the recipe"}',
         table=_markdown(_COLUMNS, rows),
+        compiled=' A compiled network keeps its hooks in every kind of step, also in a plain one.'
+        if options.compiled
+        else '',
         profile=_markdown(['network', 'cut', 'M', *PROFILE_PARTS, 'other'], profiles),
     )
     stem = f'step-{datetime.now(timezone.utc).date()}-{device.name}'
@@ -128,7 +131,7 @@ The kinds of step take turns, which compares each with a plain step of about the
 rounds [quartiles]. Ideal is the ratio of the executed operations (convolutions, matrix products, Σ). Memory is the peak
 of a step beyond what is held between steps. A plain step has no hooks. An unarmed step has SBA's hooks, as at λ(t) = 0.
 An SBA step has λ(t) = 1. Naive SBA uses a second forward pass, from the input on, for the virtual rows. Twice is a
-plain step of twice the rows, as many as an SBA step has with M = 1 at the input.
+plain step of twice the rows, as many as an SBA step has with M = 1 at the input.{compiled}
 
 {table}
 
