@@ -1,8 +1,8 @@
 """All layers of a network that can be cut, and the cost of each cut: operations and memory above it."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from composer_sba.errors import CutLayerError, one_line
 from composer_sba.latent.cut_check import check_logits, repeatable, why_no_cut
 from composer_sba.latent.head import tensors_in
 from composer_sba.latent.layers import CutLayer, find_layers, named_layers
+from composer_sba.latent.modes import in_mode
 
 _ROWS = 2
 _SIDES = (32, 64, 128)  # pixels at which a network is tried, if it takes them
@@ -267,27 +268,3 @@ def _small_images(network: nn.Module, shape: Sequence[int], run: Callable[..., A
 def _like(network: nn.Module) -> torch.Tensor:
     """Return a tensor of the device and the dtype of a network's images: those of its parameters."""
     return next((each for each in network.parameters() if each.is_floating_point()), torch.empty(0))
-
-
-@contextmanager
-def in_mode(network: nn.Module, training: bool) -> Iterator[None]:
-    """Put a network into training or evaluation mode, and put modes and parameters back afterwards.
-
-    A module may do more than change its mode: LoRA's merges its weights in ``eval()``. A network that is in training
-    mode keeps the modes of its modules, such as frozen ones, in training mode.
-    """
-    modes = {module: module.training for module in network.modules()}
-    if network.training == training and (training or not any(modes.values())):
-        yield
-        return
-    values = {parameter: parameter.detach().clone() for parameter in network.parameters()}
-    network.train(training)
-    try:
-        yield
-    finally:
-        for module, training in modes.items():  # a module before those in it
-            if module.training != training:
-                module.train(training)
-        with torch.no_grad():
-            for parameter, value in values.items():
-                parameter.copy_(value)

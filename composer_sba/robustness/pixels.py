@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from composer_sba.errors import UserError
-from composer_sba.latent.cut_survey import in_mode
+from composer_sba.latent.modes import in_mode
 
 
 class PixelClassifier(nn.Module):
