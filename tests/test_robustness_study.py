@@ -42,7 +42,7 @@ def test_settings_cost_what_they_are_compared_at() -> None:
             expected = 1 if 'raw rows' in setting else COSTS[method]
             assert ratio == pytest.approx(expected, rel=0.01), (name, ratio)
     assert {name.partition(' ')[0] for name in ratios} == {*COSTS}
-    assert len(runs) == 22 and len(plan('robustness', YAMLS, networks=['resnet8'], seeds=1)) == 10
+    assert len(runs) == 23 and len(plan('robustness', YAMLS, networks=['resnet8'], seeds=1)) == 10
 
 
 def test_the_script_for_a_gpu_compares_at_equal_cost() -> None:
@@ -89,12 +89,15 @@ def test_differences_are_paired_and_at_equal_cost() -> None:
     ((found, runs),) = group(robustness_study()).items()
     table = robustness_tables(found, runs)
     assert '| SBA at the input | 2 | 30.0 ± 0.0 | 40.8 ± 1.8 | 81.5 ± 3.5 |' in table
-    _, from_baseline, after_the_same_epochs, from_gaussian, after_stronger, from_stronger = table.split('Differences')
-    # 37 + 2.5 s less 60 + 2 s, less 40 + 2 s, less 38 + 2.5 s, less 36 + 2 s, and less 35 + 2.5 s
+    _, from_baseline, after_the_same_epochs, from_gaussian, from_between, *stronger = table.split('Differences')
+    after_stronger, from_stronger = stronger
+    # 37 + 2.5 s less 60 + 2 s, less 40 + 2 s, less 38 + 2.5 s, less 36 + 2.5 s, less 36 + 2 s, and less 35 + 2.5 s
     assert '| SBA at the input | 2 | +0.00 | **−22.25 [−25.43, −19.07]** | ' in from_baseline
     assert '| SBA at the input | 2 | +0.00 | −2.25 [−5.43, +0.93] | ' in after_the_same_epochs
     assert 'epochs |' not in after_the_same_epochs, 'a longer training has other epochs'
     assert '| SBA at the input | 2 | +0.00 | −1.00 | −2.00 | −1.00 | +0.00 |' in from_gaussian
+    assert from_between.startswith(' from Gaussian noise of σ = 0.15 on half of the images at the same number of oper')
+    assert '| SBA at the input | 2 | +0.00 | +1.00 | +2.00 | +1.00 | +0.00 |' in from_between
     assert '| SBA at the input | 2 | +0.00 | +1.75 [−1.43, +4.93] | ' in after_stronger
     assert '| SBA at the input | 2 | +0.00 | +2.00 | +4.00 | +2.00 | +0.00 |' in from_stronger
     assert '| baseline | 2 | +0.00 | +20.00' in from_gaussian  # compared with the noise at cost 1

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -12,7 +11,7 @@ from composer_sba.study.groups import Group, rows
 from composer_sba.study.label_placement import Mark, place_labels
 from composer_sba.study.recipe_index import BASELINE
 from composer_sba.study.records import Record
-from composer_sba.study.robustness import COMPARED, STRONGER
+from composer_sba.study.robustness import BETWEEN, COMPARED, STRONGER
 from composer_sba.study.stats import paired_difference, paired_ratio, spread
 from composer_sba.study.style import LIGHT_GREY, METHOD_STYLES, OTHER_STYLE
 from composer_sba.study.tables import difference_cell, mean_cell, origin, ratio_cell
@@ -48,15 +47,15 @@ QUANTITIES: dict[str, Callable[[Record], float]] = {
 
 
 def robustness_tables(group: Group, runs: _Row) -> str:
-    """Write the tables of a group: errors and cost, and the differences from five references.
+    """Write the tables of a group: errors and cost, and the differences from its references.
 
     Args:
         group (Group): The facts that the runs share.
         runs (Sequence[Record]): The runs.
 
     Returns:
-        str: Markdown. The references are the baseline, and Gaussian noise of two strengths on half of the images, each
-        trained for as many epochs and for as many operations.
+        str: Markdown. The references are the baseline, and Gaussian noise of up to three strengths on half of the
+        images, each trained for as many epochs and for as many operations.
     """
     labelled = rows(runs)
     baseline = next((row for row in labelled.values() if row[0]['method'] == BASELINE), [])
@@ -75,7 +74,8 @@ def robustness_tables(group: Group, runs: _Row) -> str:
     references: dict[str, dict[str, _Row]] = {
         'the baseline': {label: baseline for label, row in labelled.items() if row is not baseline},
     }
-    for noise, setting in (('Gaussian noise', {}), ('Gaussian noise of σ = 0.2', STRONGER)):
+    for setting in ({}, BETWEEN, STRONGER):
+        noise = 'Gaussian noise' + ''.join(f' of σ = {sigma}' for sigma in setting.values())
         references[f'{noise} on half of the images after the same number of epochs'] = {
             label: _after_the_epochs_of(row, labelled, setting) for label, row in others.items()
         }
@@ -111,7 +111,7 @@ def robustness_figures(runs: _Row) -> list[tuple[str, Callable[[Path], None], st
     ]
 
 
-def _at_the_cost_of(row: _Row, labelled: dict[str, list[Record]], setting: Mapping[str, Any]) -> _Row:
+def _at_the_cost_of(row: _Row, labelled: dict[str, list[Record]], setting: Mapping[str, float]) -> _Row:
     """Return the runs of a setting of Gaussian noise on half of the images that took as many operations, or none."""
     for other in labelled.values():
         own, theirs = ({run['seed']: run['flops'] or 0.0 for run in runs} for runs in (row, other))
@@ -122,7 +122,7 @@ def _at_the_cost_of(row: _Row, labelled: dict[str, list[Record]], setting: Mappi
     return []
 
 
-def _after_the_epochs_of(row: _Row, labelled: dict[str, list[Record]], setting: Mapping[str, Any]) -> _Row:
+def _after_the_epochs_of(row: _Row, labelled: dict[str, list[Record]], setting: Mapping[str, float]) -> _Row:
     """Return the runs of a setting of Gaussian noise on half of the images that took as many epochs, or none."""
     for other in labelled.values():
         of_the_kind = other[0]['method'] == _GAUSSIAN[0] and other[0]['setting'] == setting
@@ -151,13 +151,16 @@ def _shown(runs: _Row) -> dict[str, list[Record]]:
     return {
         label: row
         for label, row in rows(runs).items()
-        if row[0]['method'] in COMPARED and row[0]['setting'] in ({}, STRONGER)
+        if row[0]['method'] in COMPARED and row[0]['setting'] in ({}, BETWEEN, STRONGER)
     }
 
 
 def _style(row: _Row) -> tuple[str, str]:
     colour, marker = METHOD_STYLES.get(row[0]['method'], OTHER_STYLE)
-    return colour, 'X' if row[0]['setting'] == STRONGER else marker
+    for setting, of_stronger_noise in ((BETWEEN, '*'), (STRONGER, 'X')):
+        if row[0]['setting'] == setting:
+            return colour, of_stronger_noise
+    return colour, marker
 
 
 def _error_against_noise(path: Path, runs: _Row) -> None:
