@@ -31,6 +31,12 @@ def test_groups_separate_runs_that_cannot_be_compared():
     assert next(iter(groups)).title == 'ResNet44 on CIFAR-10, 5,000 training images, 10 epochs'
 
 
+def test_the_study_of_robustness_compares_errors_of_all_processors():
+    runs = [record(study='robustness', hardware='Xeon'), record('sba', study='robustness', hardware='Epyc')]
+    assert [len(each) for each in group(runs).values()] == [2]
+    assert len(group([*runs, record(seed=2, study='robustness', device='gpu', hardware='H200')])) == 2
+
+
 def test_methods_with_equal_labels_have_separate_rows():
     assert list(rows([record('ba'), record('ba2')])) == ['BA', 'BA [ba2]']
 

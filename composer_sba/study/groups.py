@@ -26,7 +26,7 @@ class Group(NamedTuple):
     dataset: str
     train_samples: int
     max_duration: str  # scaled by scale_schedule_ratio
-    hardware: str
+    hardware: str  # or its kind, in the study of robustness, which compares no times
 
     @property
     def title(self) -> str:
@@ -93,7 +93,7 @@ def _group(record: Record) -> Group:
         dataset=record['dataset'],
         train_samples=record['train_samples'],
         max_duration=(scaled_duration(record['recipe']) * factor).to_timestring(),
-        hardware=record['hardware'],
+        hardware=record['device'] if record['study'] == 'robustness' else record['hardware'],
     )
 
 

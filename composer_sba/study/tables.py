@@ -164,7 +164,7 @@ def origin(runs: _Row) -> str:
     seeded = f'{seeds[0]} to {seeds[-1]}' if contiguous else _listed(map(str, seeds))
     devices = _listed(run['device'] for run in runs)
     described = f'{counted(len(runs), "run")}, seed{"s" if len(seeds) > 1 else ""} {seeded}'
-    measured = f'Measured on {runs[0]["hardware"]} ({devices}), {jobs} at a time'
+    measured = f'Measured on {_listed(run["hardware"] for run in runs)} ({devices}), {jobs} at a time'
     return f'{measured}; {versions}; {dated}; commit {commits}; {described}.'
 
 
