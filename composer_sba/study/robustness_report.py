@@ -151,7 +151,7 @@ def _shown(runs: _Row) -> dict[str, list[Record]]:
     return {
         label: row
         for label, row in rows(runs).items()
-        if row[0]['method'] in COMPARED and row[0]['setting'] in ({}, BETWEEN, STRONGER)
+        if row[0]['method'] in COMPARED and row[0]['setting'] in ({}, STRONGER)
     }
 
 
