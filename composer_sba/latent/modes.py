@@ -11,8 +11,8 @@ from torch import nn
 def in_mode(network: nn.Module, training: bool) -> Iterator[None]:
     """Put a network into training or evaluation mode, and put modes and parameters back afterwards.
 
-    A module may do more than change its mode: LoRA's merges its weights in ``eval()``. A network that is in training
-    mode keeps the modes of its modules, such as frozen ones, in training mode.
+    A module may do more than change its mode: LoRA's merges its weights in ``eval()``. A network that is already in
+    training mode is left alone, since its layers in evaluation mode are frozen on purpose.
     """
     modes = {module: module.training for module in network.modules()}
     if network.training == training and (training or not any(modes.values())):
